@@ -66,7 +66,7 @@ class Bench:
 
     def end(self, key: link.Key) -> Any:
         """The final word on a call."""
-        kinds = (link.Finished, link.Failed)
+        kinds = (link.GenerationDone, link.Failed)
         return self.until(lambda: next((m for m in self.channel.sent if isinstance(m, kinds) and m.key == key), None))
 
     def deltas(self, key: link.Key) -> list[link.Delta]:
@@ -94,7 +94,9 @@ class Bench:
     def prompts(self, key: link.Key) -> int:
         """Tokens of prompts that have been charged so far."""
         spent = [one for message in self.channel.sent if isinstance(message, link.Step) for one in message.spent]
-        spent += [one.spent for one in self.channel.sent if isinstance(one, link.Finished) and one.spent is not None]
+        spent += [
+            one.spent for one in self.channel.sent if isinstance(one, link.GenerationDone) and one.spent is not None
+        ]
         return sum(one.prompt_tokens for one in spent if one.key == key)
 
 

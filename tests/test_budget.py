@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiosd.budgets.limits import GroupLimits
-from aiosd.ipc.link import Share
+from aiosd.ipc.link import BudgetShare
 from aiosd.kernel.budget import FIRST_GROUP, Budget, Budgets, Stage, charge, sentence, settle, take, tokens_left
 from aiosd.kernel.charges import check_open
 from aiosd.kernel.enforce import Enforcer
@@ -80,7 +80,7 @@ def books() -> tuple[Budgets, Timers, Clock, Ledger, list[int]]:
 
 def test_the_time_of_a_dead_owner_runs_on_for_its_children() -> None:
     budgets, timers, clock, _, up = books()
-    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(time_s=2))])
+    (budget,) = owned = budgets.join(2, 100.0, [BudgetShare(0, Limits(time_s=2))])
     assert budgets.join(3, 101.0, [budget.share]) == [budget]
     budgets.leave(2, owned)
     clock.now = 102.5
@@ -90,7 +90,7 @@ def test_the_time_of_a_dead_owner_runs_on_for_its_children() -> None:
 
 def test_a_budget_ends_with_the_last_that_shares_it() -> None:
     budgets, timers, clock, ledger, up = books()
-    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(time_s=2))])
+    (budget,) = owned = budgets.join(2, 100.0, [BudgetShare(0, Limits(time_s=2))])
     budgets.join(3, 101.0, [budget.share])
     budgets.leave(2, owned)
     budgets.forget(2)  # the owner has left the history, its row must not
@@ -104,7 +104,7 @@ def test_a_budget_ends_with_the_last_that_shares_it() -> None:
 
 def test_a_new_kernel_finds_what_a_dead_owner_had_used() -> None:
     budgets, timers, _, ledger, _ = books()
-    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(tokens=50))])
+    (budget,) = owned = budgets.join(2, 100.0, [BudgetShare(0, Limits(tokens=50))])
     charge(owned, 30)
     settle(owned, 30)
     successor = Budgets(ledger, timers)
@@ -118,7 +118,7 @@ def test_a_new_kernel_finds_what_a_dead_owner_had_used() -> None:
 def test_a_budget_waits_for_an_agent_that_is_being_forked() -> None:
     """All that share it end meanwhile, and are forgotten: what they have used counts for the one that comes."""
     budgets, timers, clock, ledger, up = books()
-    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(tokens=50, time_s=2))])
+    (budget,) = owned = budgets.join(2, 100.0, [BudgetShare(0, Limits(tokens=50, time_s=2))])
     shares = [budget.share]
     budgets.expect(shares)
     charge(owned, 30)
@@ -138,7 +138,7 @@ def test_a_budget_waits_for_an_agent_that_is_being_forked() -> None:
 
 def test_a_budget_ends_when_the_last_could_not_be_forked() -> None:
     budgets, _, _, ledger, _ = books()
-    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(tokens=50))])
+    (budget,) = owned = budgets.join(2, 100.0, [BudgetShare(0, Limits(tokens=50))])
     budgets.expect([budget.share])
     budgets.leave(2, owned)
     budgets.forget(2)
@@ -167,7 +167,7 @@ def test_nothing_is_counted_beyond_any_of_the_shared_budgets(limit: int, takes: 
 
 def test_a_new_kernel_finds_what_was_counted() -> None:
     budgets, timers, _, ledger, _ = books()
-    owned = budgets.join(2, 100.0, [Share(0, Limits(tool_calls=3, disk_bytes=100))])
+    owned = budgets.join(2, 100.0, [BudgetShare(0, Limits(tool_calls=3, disk_bytes=100))])
     assert take(owned, "tool_calls", 2) is None
     assert take(owned, "disk", 60) is None
     successor = Budgets(ledger, timers)
@@ -180,7 +180,7 @@ def test_a_new_kernel_finds_what_was_counted() -> None:
 
 def test_children_count_from_the_moment_that_they_are_being_forked_and_once() -> None:
     budgets, timers, _, ledger, _ = books()
-    (budget,) = owned = budgets.join(2, 100.0, [Share(0, Limits(children=2))])
+    (budget,) = owned = budgets.join(2, 100.0, [BudgetShare(0, Limits(children=2))])
     shares = budgets.of_new(owned, "", Limits())
     budgets.expect(shares)
     budgets.expect(shares)
@@ -197,7 +197,7 @@ def test_children_count_from_the_moment_that_they_are_being_forked_and_once() ->
 
 def test_an_owner_is_no_child_of_its_own_budget() -> None:
     budgets, _, _, ledger, _ = books()
-    owned = budgets.join(2, 100.0, [Share(0, Limits(children=0))])
+    owned = budgets.join(2, 100.0, [BudgetShare(0, Limits(children=0))])
     budgets.born(2, ledger.row(2), owned)
     assert owned[0].used("children") == 0
 
@@ -268,7 +268,7 @@ def test_an_agent_is_told_once_whichever_kernel_tells_it() -> None:
 
     limits = Limits(tokens=100, tool_calls=5, time_s=10)
     first = kernel()
-    owned = first.join(2, 100.0, [Share(0, limits)])
+    owned = first.join(2, 100.0, [BudgetShare(0, limits)])
     charge(owned, 79)
     take(owned, "tool_calls", 3)
     assert said == []
@@ -291,7 +291,7 @@ def test_a_budget_may_say_itself_when_to_tell() -> None:
     said: list[str] = []
     budgets.near = lambda budget, which: said.append(which)
     for pid, soft in ((2, 50), (3, 0), (4, None)):
-        owned = budgets.join(pid, 100.0, [Share(0, Limits(tokens=100, soft=soft))])
+        owned = budgets.join(pid, 100.0, [BudgetShare(0, Limits(tokens=100, soft=soft))])
         charge(owned, 60)
     assert said == ["tokens"]
 

@@ -434,7 +434,7 @@ def test_what_a_core_sends_of_an_id_that_is_in_use_again_is_for_calls_of_its_kin
     heard = Heard()
     core = core_of(heard)
     step = link.Step([link.Delta((7, 1), 0, [1], "x")], [link.Started((7, 1), 5, 0)], [(7, 1)])
-    finished = link.Finished((7, 1), 0, [], "", "stop", wire.Usage())
+    finished = link.GenerationDone((7, 1), 0, [], "", "stop", wire.Usage())
     answered = link.Answered((7, 1), b"\xc0")
 
     def sent(call: Call, *messages: Any) -> list[str]:

@@ -167,10 +167,10 @@ def test_tokens_begin_as_the_model_expects_where_that_is_asked_for(tmp_path: Pat
 
 def test_life_of_a_core(kernel: Kernel) -> None:
     loaded = kernel.of(link.Loaded)
-    assert any(isinstance(message, link.Progress) for message in kernel.seen)
+    assert any(isinstance(message, link.LoadProgress) for message in kernel.seen)
     wire.ModelInfo(name="m", default=True, **loaded.info)
     generate(kernel, (1, 1))
-    finished = kernel.of(link.Finished)
+    finished = kernel.of(link.GenerationDone)
     assert finished.key == (1, 1)
     assert finished.usage.completion_tokens == 8
     kernel.send(ask(2, Sys.TOKENIZE, Tokenize("hi<|im_end|>", special=True)))
@@ -223,7 +223,7 @@ def test_interrupt_from_the_terminal_is_not_for_a_core(kernel: Kernel) -> None:
     kernel.of(link.Loaded)
     kernel.process.send_signal(signal.SIGINT)
     generate(kernel, (1, 1))
-    assert kernel.of(link.Finished)
+    assert kernel.of(link.GenerationDone)
 
 
 def test_more_output_than_the_ring_holds_arrives_whole(kernel: Kernel) -> None:
@@ -234,7 +234,7 @@ def test_more_output_than_the_ring_holds_arrives_whole(kernel: Kernel) -> None:
         kernel.send(link.Submit(key, Generate(prompt="hello", stream=True, sampling=Sampling(max_tokens=40, seed=1))))
     ends = {}
     while len(ends) < len(keys):
-        finished = kernel.of(link.Finished)
+        finished = kernel.of(link.GenerationDone)
         ends[finished.key] = finished.offset + len(finished.tokens)
     assert list(ends) == keys or set(ends) == set(keys)
 

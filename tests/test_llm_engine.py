@@ -18,7 +18,7 @@ import pytest
 
 from aiosd.budgets.price import FREE, Price
 from aiosd.errors import Bug
-from aiosd.ipc.link import Failed, Finished, Step, Submit
+from aiosd.ipc.link import Failed, GenerationDone, Step, Submit
 from aiosd.llm import engine as engine_module
 from aiosd.llm import llama, loading, schedule
 from aiosd.llm.dialects import call_id
@@ -71,7 +71,7 @@ class Bench:
     def __init__(self, loaded: loading.LoadedModel, slots: int = SLOTS, ram: int = 0) -> None:
         self.loaded = loaded
         self.clock = Clock()
-        self.said: list[Step | Finished | Failed] = []
+        self.said: list[Step | GenerationDone | Failed] = []
         self.engine = Engine(
             loaded.model,
             loaded.context,
@@ -101,14 +101,14 @@ class Bench:
             self.engine.step()
             steps -= 1
 
-    def end(self, key: Any) -> Finished:
-        ends = [message for message in self.said if isinstance(message, Finished | Failed) and message.key == key]
+    def end(self, key: Any) -> GenerationDone:
+        ends = [message for message in self.said if isinstance(message, GenerationDone | Failed) and message.key == key]
         assert len(ends) == 1, f"{len(ends)} final words on {key}: {ends}"
-        assert isinstance(ends[0], Finished), ends[0]
+        assert isinstance(ends[0], GenerationDone), ends[0]
         return ends[0]
 
     def failure(self, key: Any) -> Failed:
-        ends = [message for message in self.said if isinstance(message, Finished | Failed) and message.key == key]
+        ends = [message for message in self.said if isinstance(message, GenerationDone | Failed) and message.key == key]
         assert len(ends) == 1
         assert isinstance(ends[0], Failed), ends[0]
         return ends[0]
@@ -118,7 +118,13 @@ class Bench:
         tokens: list[int] = []
         text = ""
         for message in self.said:
-            parts = message.deltas if isinstance(message, Step) else [message] if isinstance(message, Finished) else []
+            parts = (
+                message.deltas
+                if isinstance(message, Step)
+                else [message]
+                if isinstance(message, GenerationDone)
+                else []
+            )
             for part in parts:
                 if part.key == key:
                     assert part.offset == given + len(tokens)
@@ -241,7 +247,7 @@ def test_a_call_has_times_and_a_beginning_before_its_end(bench: Bench) -> None:
     key = bench.submit("x", max_tokens=1)
     bench.run()
     kinds = [type(message) for message in bench.said]
-    assert kinds == [Step, Finished]
+    assert kinds == [Step, GenerationDone]
     assert isinstance(bench.said[0], Step)
     assert bench.said[0].started[0].key == key
     usage = bench.end(key).usage
@@ -564,7 +570,7 @@ def test_new_kernel_keeps_the_calls_of_live_peers_only(bench: Bench) -> None:
     bench.engine.keep([1, 4, 5])
     assert bench.engine.num_calls == 3
     bench.run()
-    ended = {message.key for message in bench.said if isinstance(message, Finished)}
+    ended = {message.key for message in bench.said if isinstance(message, GenerationDone)}
     assert ended == {keys[1], keys[4], keys[5]}
 
 

@@ -228,12 +228,12 @@ def test_generations_go_on_while_a_long_text_is_worked_on(kernel: Kernel) -> Non
     kernel.send(link.Submit((1, 1), Generate(prompt="hello", sampling=options, stream=True)))
     kernel.send(ask(2, Sys.TOKENIZE, Tokenize(text)))
     kernel.send(link.Submit((1, 3), Generate(prompt="hello", schema=LARGE, sampling=Sampling(max_tokens=5))))
-    finished = kernel.until(lambda message: isinstance(message, link.Finished) and message.key == (1, 1))
+    finished = kernel.until(lambda message: isinstance(message, link.GenerationDone) and message.key == (1, 1))
     assert len(finished.tokens) or finished.offset
     assert not any(isinstance(message, link.Answered) for message in kernel.seen), "the front has just been started"
     answered = kernel.of(link.Answered)
     assert len(msgspec.msgpack.decode(answered.body)) > 100_000
-    assert kernel.until(lambda message: isinstance(message, link.Finished)).key == (1, 3)
+    assert kernel.until(lambda message: isinstance(message, link.GenerationDone)).key == (1, 3)
     assert kernel.close() == 0
     assert kernel.errors == ""
 
@@ -248,7 +248,7 @@ def test_long_texts_of_contexts_and_embeddings_hold_up_nothing(path: Path) -> No
     outside.send(ask(2, Sys.EMBED, Embed(["a", "hello there " * 20_000])))
     outside.send(ask(3, Sys.CTX_CLOSE, CloseContext(long)))
     outside.send(ask(4, Sys.CTX_SAVE, SaveContext("x", long)))
-    outside.until(lambda message: isinstance(message, link.Finished) and message.key == (1, 1))
+    outside.until(lambda message: isinstance(message, link.GenerationDone) and message.key == (1, 1))
     assert not [message for message in outside.seen if isinstance(message, link.Answered | link.Failed)]
     failed = outside.until(lambda message: isinstance(message, link.Failed) and message.key == (1, 2))
     assert (failed.errno, failed.message.split(":")[0]) == (errno.EMSGSIZE, "texts[1]")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from aiosd.ipc.link import Delta, Finished, Step, Submit
+from aiosd.ipc.link import Delta, GenerationDone, Step, Submit
 from aiosd.kernel.cores import Core
 from aiosd.kernel.generation import OpenGeneration
 from aiosd.kernel.generations import Generations
@@ -50,7 +50,7 @@ def bench(loaded: loading.LoadedModel) -> Iterator[Bench]:
     bench.engine._count()
 
 
-def result(bench: Bench, prompt: str | list[int], **options: Any) -> Finished:
+def result(bench: Bench, prompt: str | list[int], **options: Any) -> GenerationDone:
     bench.forget()
     key = bench.submit(prompt, **options)
     bench.run()
@@ -63,7 +63,9 @@ def all_logprobs(bench: Bench, key: Any) -> Logprobs:
     """From all deltas and the final word."""
     found: Logprobs = []
     for message in bench.said:
-        parts = message.deltas if isinstance(message, Step) else [message] if isinstance(message, Finished) else []
+        parts = (
+            message.deltas if isinstance(message, Step) else [message] if isinstance(message, GenerationDone) else []
+        )
         for part in parts:
             if part.key == key:
                 assert part.logprobs is not None

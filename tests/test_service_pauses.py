@@ -174,5 +174,5 @@ def test_what_must_not_be_done_twice_begins_when_it_has_certainly_not_begun(
     for number in (30, 31):
         assert not failed(running.once(7, number, "new", again=False))
     assert failed(running.once(7, 30, "its answer was dropped", again=True))
-    running.channel.send(link.encode(link.Gone(7)))
+    running.channel.send(link.encode(link.PeerGone(7)))
     assert failed(running.once(7, 40, "nothing is known of it", again=True))

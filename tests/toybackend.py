@@ -41,7 +41,7 @@ class Toy:
         self.info: dict[str, Any] = {"description": "a toy", "chat": True}
         self.calls: dict[link.Key, Writing] = {}
         self.parked: set[int] = set()
-        ignored = dict.fromkeys((link.ParkCall, link.Gone, link.Renice, link.Schedule), lambda message: None)
+        ignored = dict.fromkeys((link.ParkCall, link.PeerGone, link.Renice, link.Schedule), lambda message: None)
         self.table: dict[type, Any] = {
             link.Submit: self.submit,
             link.Ask: lambda ask: line.refuse(ask.key, wire.error(errno.ENOSYS, "a toy does not do this")),
@@ -82,7 +82,9 @@ class Toy:
             if over or writing.done == writing.submit.budget:
                 del self.calls[key]
                 usage = wire.Usage(PROMPT if over else 1, 1, writing.done)
-                self.line.send(link.Finished(key, writing.given, [], "", "stop" if over else "limit", usage, charged=0))
+                self.line.send(
+                    link.GenerationDone(key, writing.given, [], "", "stop" if over else "limit", usage, charged=0)
+                )
                 continue
             word = writing.words[writing.done]
             if word == "die ":

@@ -20,7 +20,7 @@ from aiosd.gateway import filing
 from aiosd.gateway.calls import ask
 from aiosd.gateway.filing import checked, storage
 from aiosd.gateway.openai import fields, generation
-from aiosd.gateway.web import Problem, HttpRequest, encode, problem_of
+from aiosd.gateway.web import HttpRequest, Problem, encode, problem_of
 from libaios import wire
 from libaios.generate import Result
 from libaios.wire import Sys

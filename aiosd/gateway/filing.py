@@ -17,7 +17,7 @@ from msgspec import Struct
 from aiosd.gateway import places
 from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import fields
-from aiosd.gateway.web import Problem, HttpRequest, encode
+from aiosd.gateway.web import HttpRequest, Problem, encode
 from libaios import wire
 from libaios.wire import Sys
 

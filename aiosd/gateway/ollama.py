@@ -19,7 +19,7 @@ from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import fields, generation, named
 from aiosd.gateway.openai.chat import FINISH, logprobs
 from aiosd.gateway.places import split
-from aiosd.gateway.web import Problem, HttpRequest, encode, renaming
+from aiosd.gateway.web import HttpRequest, Problem, encode, renaming
 from libaios import wire
 from libaios.generate import Piece, generate_args
 from libaios.wire import ModelInfo, Sys, ToolCall

@@ -17,7 +17,7 @@ from msgspec import Struct
 from aiosd.gateway.calls import ask
 from aiosd.gateway.filing import checked
 from aiosd.gateway.openai import fields
-from aiosd.gateway.web import Problem, HttpRequest
+from aiosd.gateway.web import HttpRequest, Problem
 from libaios import sandbox, wire
 from libaios.wire import Sys
 

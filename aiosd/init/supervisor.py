@@ -118,7 +118,7 @@ class Supervisor:
             link.Forget: self.agents.on_forget,
             link.Ready: self._on_ready,
             link.Shutdown: self._on_shutdown,
-            link.Set: self._on_set,
+            link.SettingChanged: self._on_set,
         }
         # the end
         self.stopping = ""
@@ -443,7 +443,7 @@ class Supervisor:
         else:
             self.stop("asked to")
 
-    def _on_set(self, message: link.Set, fds: list[int]) -> None:
+    def _on_set(self, message: link.SettingChanged, fds: list[int]) -> None:
         from aiosd.config import change
 
         self.settings = change(self.settings, message.name, message.value)

@@ -119,7 +119,7 @@ class Keep(Struct, array_like=True, frozen=True, tag=True):
     peers: list[int]
 
 
-class Gone(Struct, array_like=True, frozen=True, tag=True):
+class PeerGone(Struct, array_like=True, frozen=True, tag=True):
     """This peer is dead (or a client that has not come back): what is kept for it alone is of no more use."""
 
     peer: int
@@ -156,7 +156,7 @@ class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
     reply: bytes
 
 
-class Used(Struct, array_like=True, frozen=True, tag=True):
+class CopiesUsed(Struct, array_like=True, frozen=True, tag=True):
     """By promise (`Answered.promise`): how often the kernel has given that answer again since the last such report."""
 
     counts: dict[int, int]
@@ -173,7 +173,7 @@ class Quit(Struct, array_like=True, frozen=True, tag=True):
 # ── service → kernel ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class Progress(Struct, array_like=True, frozen=True, tag=True):
+class LoadProgress(Struct, array_like=True, frozen=True, tag=True):
     """What a loading service is doing, `fraction` from 0 to 1."""
 
     what: str
@@ -246,8 +246,8 @@ class Started(Struct, array_like=True, frozen=True):
 
 
 class Spent(Struct, array_like=True, frozen=True):
-    """Prompt tokens that a core charges when it knows them, in place of `Started` and of what `Finished.usage` says: of
-    an attempt at an endpoint when it is sent. Negative: an attempt that cost nothing is given back."""
+    """Prompt tokens that a core charges when it knows them, in place of `Started` and of what `GenerationDone.usage`
+    says: of an attempt at an endpoint when it is sent. Negative: an attempt that cost nothing is given back."""
 
     key: Key
     prompt_tokens: int
@@ -264,7 +264,7 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
     spent: list[Spent] = []
 
 
-class Finished(Struct, array_like=True, frozen=True, tag=True):
+class GenerationDone(Struct, array_like=True, frozen=True, tag=True):
     """The one final word on a generation; `tokens` and `text` are those after the last delta. `charged`: as in a delta;
     negative where the deltas had charged too many, so that in the end `usage` is what was charged. `short`: the kind of
     budget that has ended it, where the core knows."""
@@ -381,17 +381,17 @@ ToService = (
     | Park
     | ParkCall
     | Keep
-    | Gone
+    | PeerGone
     | Schedule
     | Renice
     | Rules
     | ErrandDone
-    | Used
+    | CopiesUsed
     | GetStats
     | Quit
 )
 FromService = (
-    Progress
+    LoadProgress
     | Loaded
     | LoadFailed
     | Working
@@ -399,7 +399,7 @@ FromService = (
     | Needs
     | Parked
     | Step
-    | Finished
+    | GenerationDone
     | Answered
     | Stale
     | Part
@@ -417,7 +417,7 @@ FromService = (
 # ── kernel → supervisor ───────────────────────────────────────────────────────────────────────────────────
 
 
-class Share(Struct, array_like=True, frozen=True):
+class BudgetShare(Struct, array_like=True, frozen=True):
     """A budget that an agent shares: that of `owner`, itself or an ancestor, with what it allows since when
     (monotonic clock, s). Whatever becomes of the owner, it lasts as long as any that shares it."""
 
@@ -445,7 +445,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     attached: bool
     tty: bool
     named: bool = False  # the name was given, not made from the program's
-    shares: list[Share] = []
+    shares: list[BudgetShare] = []
     client: tuple[int, int] = (0, 0)  # the process that it is attached to: Linux pid and start time
     restart: str = "no"  # see aiosd.init.restart
     token: bytes = b""  # the hash of its token for the gateway, see kernel.tokens
@@ -513,7 +513,7 @@ class Shutdown(Struct, array_like=True, frozen=True, tag=True):
     error: str = ""
 
 
-class Set(Struct, array_like=True, frozen=True, tag=True):
+class SettingChanged(Struct, array_like=True, frozen=True, tag=True):
     """A setting was changed at run time: what is forked from now on must know."""
 
     name: str
@@ -654,7 +654,7 @@ class Stop(Struct, array_like=True, frozen=True, tag=True):
     last: bool = False
 
 
-ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown | Set
+ToSupervisor = Fork | SendSignal | Mark | Forget | Ready | Shutdown | SettingChanged
 FromSupervisor = (
     Forked
     | Forking

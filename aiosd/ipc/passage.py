@@ -39,7 +39,7 @@ class Closed(Struct, array_like=True, frozen=True, tag=True):
     pid: int
 
 
-class Kept(Struct, array_like=True, frozen=True, tag=True):
+class GatesKept(Struct, array_like=True, frozen=True, tag=True):
     """These agents have gates, and no others; each will be sent, once more perhaps."""
 
     pids: list[int]
@@ -51,7 +51,7 @@ class Guest(Struct, array_like=True, frozen=True, tag=True):
     pid: int
 
 
-Message = Gate | Closed | Kept | Guest
+Message = Gate | Closed | GatesKept | Guest
 
 _encode = msgpack.Encoder().encode
 _decode = msgpack.Decoder(Message).decode

@@ -120,7 +120,7 @@ class Pause(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Answer:
+class _KeptAnswer:
     """What a call got, for when it is submitted again."""
 
     message: link.Answered | link.Failed
@@ -167,7 +167,7 @@ class Server:
     on_used: Callable[[dict[int, int]], None] = lambda counts: None  # promised answers that the kernel has given again
     on_begin: Callable[[], None] = lambda: None  # a kernel begins, for which no promise was made
     background: Callable[[], float] = lambda: SLEEP_S  # called in each round; for how many seconds it can wait then
-    _answers: OrderedDict[link.Key, _Answer] = field(default_factory=OrderedDict)
+    _answers: OrderedDict[link.Key, _KeptAnswer] = field(default_factory=OrderedDict)
     _bytes: int = 0
     _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
     _offsets: dict[link.Key, int] = field(default_factory=dict)
@@ -307,12 +307,12 @@ class Server:
                     self._end(key)
                     self._lives.pop(key, None)
                 self._quietly(lambda: self.on_keep(peers))
-            case link.Gone(peer=peer):
+            case link.PeerGone(peer=peer):
                 self._newcomers.forget(peer)
                 self._quietly(lambda: self.on_gone(peer))
             case link.Rules(policy=policy):
                 self.policy = policy
-            case link.Used(counts=counts):
+            case link.CopiesUsed(counts=counts):
                 self.on_used(counts)
             case link.GetStats(req=req):
                 self.send(link.Stats(req, self.stats()))
@@ -474,7 +474,7 @@ class Server:
         if isinstance(message, link.Answered) and message.promise:  # not again: it may have been taken back by then
             message = link.Answered(key, message.body, message.prompt_tokens)
         old = self._answers.pop(key, None)
-        self._answers[key] = _Answer(message, size, begun.life)
+        self._answers[key] = _KeptAnswer(message, size, begun.life)
         self._bytes += size - (old.size if old is not None else 0)
         while len(self._answers) > REMEMBERED or self._bytes > max(REMEMBERED_BYTES, size):
             dropped, answer = self._answers.popitem(last=False)

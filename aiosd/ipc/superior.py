@@ -38,7 +38,7 @@ class Superior:
         match message:
             case link.GetStats(req=req):
                 self.send(link.Stats(req, self.stats()))
-            case link.Gone(peer=peer):
+            case link.PeerGone(peer=peer):
                 self.on_gone(peer)
             case link.Ask(key=key, sys=sys):
                 self.send(link.Failed(key, errno.ENOSYS, f"there is no system call {sys}"))

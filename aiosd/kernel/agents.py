@@ -177,7 +177,9 @@ class Lifecycle:
             if proc.ppid == INIT and proc.state is ProcState.ZOMBIE:
                 self._reap(proc)
 
-    def shares(self, args: wire.Spawn, parent: Proc | None, key: link.Key, allowed: bool = False) -> list[link.Share]:
+    def shares(
+        self, args: wire.Spawn, parent: Proc | None, key: link.Key, allowed: bool = False
+    ) -> list[link.BudgetShare]:
         """The budgets that a new agent will share. `allowed`: as for `spawning.fork`. Raises OSError (EDQUOT, EAGAIN):
         one has no room for it."""
         group = spawning.group_of_child(parent, args.group, allowed)

@@ -3,8 +3,8 @@
 A budget belongs to the agent that it was given to (its owner), or to a group, and is shared by all that the owner
 starts, directly or not, or by all agents of the group. It lasts as long as any agent that shares it, whether or not the
 owner is alive, a group's as long as aiosd; and a new kernel finds it again in what the supervisor remembers of each
-agent (`link.Share`) and in the ledger. So spawning is no way out of it, and no death is. A reached budget never fails
-open (`enforce`). How each kind is counted:
+agent (`link.BudgetShare`) and in the ledger. So spawning is no way out of it, and no death is. A reached budget never
+fails open (`enforce`). How each kind is counted:
 
     tokens, context       by the model's core, before it computes them (`llm.purse`), and here once they are given out
     cost                  here, by the prices of the models: of a prompt when it is sent, of an answer as it comes
@@ -92,8 +92,8 @@ class Budget:
         return None if self.limits.cost is None else max(0, self.limits.cost - self.cost_used)
 
     @property
-    def share(self) -> link.Share:
-        return link.Share(self.owner, self.limits, self.since)
+    def share(self) -> link.BudgetShare:
+        return link.BudgetShare(self.owner, self.limits, self.since)
 
     @property
     def cpu_s(self) -> float:
@@ -151,7 +151,7 @@ class Budgets:
     def owners(self) -> set[int]:
         return set(self._by_owner)
 
-    def of_new(self, parent: Sequence[Budget] | None, group: str, wanted: Limits) -> list[link.Share]:
+    def of_new(self, parent: Sequence[Budget] | None, group: str, wanted: Limits) -> list[link.BudgetShare]:
         """What an agent will share that is started in a group: by an agent with these budgets, or by a person (None).
         A child's group is its parent's, whose budgets have that of the group, or one that a person has allowed."""
         if parent is not None:
@@ -160,22 +160,22 @@ class Budgets:
         else:
             shares = self.of_group(group)
             wanted = kinds.least(wanted, self.each_of(group))
-        return [*shares, link.Share(0, wanted)] if kinds.is_any(wanted) else shares
+        return [*shares, link.BudgetShare(0, wanted)] if kinds.is_any(wanted) else shares
 
     def each_of(self, group: str) -> Limits:
         """What each agent of the group may use that a person starts."""
         return self._each.get(group, Limits())
 
-    def of_group(self, group: str) -> list[link.Share]:
+    def of_group(self, group: str) -> list[link.BudgetShare]:
         """That of the group, where it has one."""
         return [self._of_group[group].share] if group in self._of_group else []
 
-    def full(self, shares: Sequence[link.Share], kind: str) -> Budget | None:
+    def full(self, shares: Sequence[link.BudgetShare], kind: str) -> Budget | None:
         """One of these of which nothing is left for one more, or that is over."""
         found = [budget for share in shares if (budget := self._by_owner.get(share.owner)) is not None]
         return next((budget for budget in found if budget.stage >= Stage.TERM), None) or without_room(found, kind, 1)
 
-    def join(self, pid: int, since: float, shares: Sequence[link.Share]) -> list[Budget]:
+    def join(self, pid: int, since: float, shares: Sequence[link.BudgetShare]) -> list[Budget]:
         """What a new agent, or one adopted from a dead kernel, has a share in. `since`: when it was forked."""
         joined = []
         for share in shares:
@@ -230,14 +230,14 @@ class Budgets:
         if budget.soft:
             budget.timers.append(self._timers.at(since + budget.soft * seconds, lambda: tell_near(budget, "time")))
 
-    def expect(self, shares: Sequence[link.Share]) -> None:
+    def expect(self, shares: Sequence[link.BudgetShare]) -> None:
         """An agent is being forked that will share these: they last until `arrived`, though all others may be dead."""
         for share in shares:
             budget = self._by_owner.get(share.owner)
             if budget is not None:
                 budget.coming += 1
 
-    def arrived(self, shares: Sequence[link.Share]) -> None:
+    def arrived(self, shares: Sequence[link.BudgetShare]) -> None:
         """It has joined, or it could not be forked."""
         for share in shares:
             budget = self._by_owner.get(share.owner)

@@ -10,7 +10,7 @@ kind, named callbacks.)
 A copy is for the peer that has asked, and for the very same call: no agent gets by it what it was not given before.
 Calls of one peer keep their order, for no copy is given while the service has one of them. A promise is void when the
 service dies, and when the service or the kernel is a new one. How often a copy was given is reported to the service
-before the next call that it gets (`link.Used`), so that its books and its own cache are as if it had been asked.
+before the next call that it gets (`link.CopiesUsed`), so that its books and its own cache are as if it had been asked.
 
 Memory is bounded for each peer and in all; what was kept first goes first, since the service can answer it again.
 """

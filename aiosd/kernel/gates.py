@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aiosd.ipc import link, passage
-from aiosd.ipc.passage import Closed, Gate, Kept
+from aiosd.ipc.passage import Closed, Gate, GatesKept
 from aiosd.kernel.audit import Audit
 from aiosd.kernel.measure import Measure
 from aiosd.kernel.proc import Proc
@@ -34,7 +34,7 @@ class Gates:
         self._used = used
         self._timers = timers
         self._open: dict[int, tuple[Gate, tuple[int, ...]]] = {}  # with their descriptors, by pid
-        self._waiting: deque[Gate | Closed | Kept] = deque()
+        self._waiting: deque[Gate | Closed | GatesKept] = deque()
         self._due = False  # what waits is sent soon
 
     def open(self, proc: Proc, fds: Sequence[int]) -> None:
@@ -66,11 +66,11 @@ class Gates:
         if not self._used:
             return
         self._waiting.clear()
-        self._send(Kept(list(self._open)))
+        self._send(GatesKept(list(self._open)))
         for gate, _ in list(self._open.values()):
             self._send(gate)
 
-    def _send(self, message: Gate | Closed | Kept) -> None:
+    def _send(self, message: Gate | Closed | GatesKept) -> None:
         self._waiting.append(message)
         if not self._due:
             self._flush()

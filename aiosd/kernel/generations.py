@@ -217,7 +217,7 @@ class Generations:
             generation.logprobs += delta.logprobs or []
         self._count_completion(call, len(delta.tokens) if delta.charged is None else delta.charged)
 
-    def on_finished(self, call: Call, finished: link.Finished) -> None:
+    def on_finished(self, call: Call, finished: link.GenerationDone) -> None:
         generation = call.generation
         assert generation is not None
         if finished.offset != generation.progress.length:
@@ -321,7 +321,7 @@ class Generations:
             self.stood_still(found.proc)
 
     def _answer(
-        self, call: Call, last_tokens: list[int], last_text: str, reason: str, finished: link.Finished | None
+        self, call: Call, last_tokens: list[int], last_text: str, reason: str, finished: link.GenerationDone | None
     ) -> None:
         generation = call.generation
         assert generation is not None
@@ -458,4 +458,4 @@ class Generations:
         """The agent is dead."""
         for core in self.cores:
             if core.contexts.pop(proc.pid, None) is not None or proc.prompt_tokens:
-                core.send(link.Gone(proc.pid))
+                core.send(link.PeerGone(proc.pid))

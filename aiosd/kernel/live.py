@@ -39,7 +39,7 @@ class Live:
         except ValueError as err:
             raise wire.error(errno.EINVAL, str(err)) from None
         old, new = config.show(self.settings, name), config.show(settings, name)
-        self._uplink.send(link.Set(name, text))
+        self._uplink.send(link.SettingChanged(name, text))
         self._apply(settings)
         return old, new
 

@@ -51,7 +51,7 @@ class Loading:
         self._shown: dict[str, int] = {}  # percent shown last, by service
         self._last_line = timers.clock()
 
-    def on_loading(self, service: Service, message: link.Progress) -> None:
+    def on_loading(self, service: Service, message: link.LoadProgress) -> None:
         """A line that moves on a terminal, elsewhere a new line now and then when it takes long."""
         percent, name = int(message.fraction * 100), service.short_name
         if percent == self._shown.get(name):

@@ -409,7 +409,7 @@ class Kernel:
 
     def _client_gone(self, client: int) -> None:
         if client not in self.calls.peers.clients:
-            self._tell_services(link.Gone(client))
+            self._tell_services(link.PeerGone(client))
 
     def _live_peers(self) -> list[int]:
         others = (peer.id for peer in self.calls.peers.others)
@@ -447,7 +447,7 @@ class Kernel:
             case link.ChildExited():
                 self.agents.exited(message)
                 if message.again_s is None:  # it is not started again
-                    self._tell_services(link.Gone(message.pid))
+                    self._tell_services(link.PeerGone(message.pid))
             case link.ChildRestarted():
                 self.agents.restarted(message, fds)
             case link.ServiceForked():

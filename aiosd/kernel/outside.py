@@ -117,7 +117,7 @@ class Outside:
         age = max(time.time() - kept.made, 0.0) if kept.made else 0.0
         spec = msgspec.structs.replace(
             spawning.fork(spawn, key, None, box),
-            shares=[link.Share(0, own, time.monotonic() - age), *budgets.of_group(kept.group)],
+            shares=[link.BudgetShare(0, own, time.monotonic() - age), *budgets.of_group(kept.group)],
             token=kept.hash,
             outside=True,
         )

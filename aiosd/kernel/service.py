@@ -68,7 +68,7 @@ class ServiceCall:
 class Owner(Protocol):
     """What the kernel does with the messages of a service that are not about one call."""
 
-    def on_loading(self, service: Service, message: link.Progress) -> None: ...
+    def on_loading(self, service: Service, message: link.LoadProgress) -> None: ...
     def on_loaded(self, service: Service) -> None: ...
     def on_load_failed(self, service: Service, message: str) -> None: ...
     def on_stats(self, service: Service, req: int) -> None: ...
@@ -144,7 +144,7 @@ class Service:
         """Of copies that were given since it was last sent something."""
         if self.copies.used:
             assert self.channel is not None
-            self.channel.send_silently(link.encode(link.Used(self.copies.used)))
+            self.channel.send_silently(link.encode(link.CopiesUsed(self.copies.used)))
             self.copies.used.clear()
 
     # ── what a kind of service adds ───────────────────────────────────────────────────────────────────────
@@ -276,7 +276,7 @@ class Service:
             case link.Stats():
                 self.stats = message.stats
                 self.owner.on_stats(self, message.req)
-            case link.Progress():
+            case link.LoadProgress():
                 self.owner.on_loading(self, message)
             case link.Loaded():
                 # A service sends this when it has loaded, and again to every new kernel.

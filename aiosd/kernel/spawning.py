@@ -29,7 +29,7 @@ def fork(
     attached: bool = False,
     client: tuple[int, int] = (0, 0),
     allowed: bool = False,
-    shares: Sequence[link.Share] = (),
+    shares: Sequence[link.BudgetShare] = (),
     content: bytes = b"",
 ) -> link.Fork:
     """`parent`: the agent that starts it, None: the person. `box`: how it is confined. `client`: the process that it is
@@ -106,7 +106,7 @@ def _check_restart(args: wire.Spawn) -> None:
         raise wire.error(errno.EINVAL, "restart: only a detached agent can be started again")
 
 
-def _check_disk(shares: Sequence[link.Share], box: Box | None) -> None:
+def _check_disk(shares: Sequence[link.BudgetShare], box: Box | None) -> None:
     """What files of an agent take is measured in its workspace: a budget of an agent that can write elsewhere would
     limit nothing."""
     if any(share.limits.disk_bytes is not None for share in shares):

@@ -7,16 +7,16 @@ seam imports llama.cpp, so a backend decides alone what is loaded into its proce
 
 What a backend owes the kernel, message by message (`link` has their fields):
 
-    Submit      one `Step` that has it among `started`, deltas in any number, then one `Finished`; or one `Failed`,
-                with `elsewhere` where another model may be able to serve it. With `others` it fails rather than wait.
-                A key that it has already: it goes on, and sends again what comes after `request.given`. When
+    Submit      one `Step` that has it among `started`, deltas in any number, then one `GenerationDone`; or one
+                `Failed`, with `elsewhere` where another model may be able to serve it. With `others` it fails rather
+                than wait. A key that it has already: it goes on, and sends again what comes after `request.given`. When
                 `budget` tokens have been charged it ends, with the reason "limit".
     Ask         one `Answered` or `Failed` (`Line.answer`, `Line.refuse`)
     CancelCall  nothing more about this call, and whatever it holds is free
     Park        as long as it is in force nothing is made for this peer; answered with `Parked` where it has a number
     ParkCall    the same for one call, without an answer
     Keep        the calls of all other peers are cancelled; parked peers are forgotten, the kernel names them anew
-    Gone, Renice, Schedule   hints: a backend that cannot use them ignores them
+    PeerGone, Renice, Schedule   hints: a backend that cannot use them ignores them
 
 The kernel does not look into what a generation has given out: it sends it back as `request.given`, tokens or text as
 the deltas were, when the call must go on in a new core. It charges what the deltas name as `charged`, and at the end
@@ -44,7 +44,7 @@ MESSAGES = frozenset(
         link.Park,
         link.ParkCall,
         link.Keep,
-        link.Gone,
+        link.PeerGone,
         link.Renice,
         link.Schedule,
     }

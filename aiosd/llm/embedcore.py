@@ -50,7 +50,7 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     layers = spec.gpu_layers if spec.gpu_layers >= 0 else 1 << 20
     try:
         modelfile.read(spec.path)  # says better what is wrong with a file than llama.cpp does
-        model = llama.Model(spec.path, layers, lambda fraction: _tell(channel, link.Progress("loading", fraction)))
+        model = llama.Model(spec.path, layers, lambda fraction: _tell(channel, link.LoadProgress("loading", fraction)))
         embedder = EmbeddingEngine(model, threads)
         width = len(embedder.embed(["vectors"]).data) // 4
     except UsageError as err:

@@ -36,7 +36,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from aiosd.errors import Bug
-from aiosd.ipc.link import Delta, Failed, Finished, Key, Started, Step, Submit
+from aiosd.ipc.link import Delta, Failed, GenerationDone, Key, Started, Step, Submit
 from aiosd.llm import adapters, llama
 from aiosd.llm.cache import Cache
 from aiosd.llm.picking import Picker, Rows
@@ -93,7 +93,7 @@ class Engine:
         ctx: int,
         slots: int,
         exact: bool = False,
-        emit: Callable[[Step | Finished | Failed], None],
+        emit: Callable[[Step | GenerationDone | Failed], None],
         congested: Callable[[], bool] = lambda: False,
         policy: SchedulingPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -772,7 +772,7 @@ class Engine:
         sequence = past.sequence
         offset, sequence.sent = sequence.sent, len(sequence.out)
         self._emit(
-            Finished(
+            GenerationDone(
                 sequence.key,
                 offset,
                 sequence.out[offset:],

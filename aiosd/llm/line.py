@@ -66,7 +66,7 @@ class Line:
 
     def progress(self, what: str, fraction: float) -> None:
         """While the backend is being opened: what it does, and how far it is (0 to 1)."""
-        self.send(link.Progress(what, fraction))
+        self.send(link.LoadProgress(what, fraction))
 
     def congested(self) -> bool:
         """Does the kernel read too slowly? Then reports can wait."""

@@ -111,7 +111,7 @@ class Local:
             link.Keep: self._keep,
             link.Schedule: self._reschedule,
             link.Renice: self._renice,
-            link.Gone: self._gone,
+            link.PeerGone: self._gone,
         }
 
     # ── one round of the loop ─────────────────────────────────────────────────────────────────────────────
@@ -181,7 +181,7 @@ class Local:
         self.engine.renice(message.peer, message.nice)
         self._embeds.renice(message.peer, message.nice)
 
-    def _gone(self, message: link.Gone) -> None:
+    def _gone(self, message: link.PeerGone) -> None:
         self.engine.gone(message.peer)
         self._embeds.gone(message.peer)
 

@@ -104,7 +104,7 @@ class Proxy:
                 self._open(message, [socket.socket(fileno=fd) for fd in fds])
             case passage.Closed(pid=pid):
                 self._close(pid)
-            case passage.Kept(pids=pids):
+            case passage.GatesKept(pids=pids):
                 for pid in self.gates.keys() - set(pids):
                     self._close(pid)
 

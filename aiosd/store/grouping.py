@@ -76,7 +76,7 @@ class GroupServer(Server):
         """Whether it may have had one, and no answer yet."""
         if isinstance(message, link.Ask):
             return message.key in self._lives
-        return isinstance(message, link.Gone | link.Keep)
+        return isinstance(message, link.PeerGone | link.Keep)
 
     def _step(self, key: link.Key) -> None:
         self._alone(partial(self._go_on, key))

@@ -331,21 +331,21 @@ PARAMETERS = {t["function"]["name"]: t["function"]["parameters"]["required"] for
 # --- the loop -------------------------------------------------------------------------------------
 
 
-class ToolCall(Protocol):
+class ChatToolCall(Protocol):
     id: str
     name: str
     arguments: dict[str, Any]
 
 
-class Reply(Protocol):
+class ChatReply(Protocol):
     """The part of a chat's result that the loop reads; the result of `aios.llm.chat` has it."""
 
     text: str
-    tool_calls: Sequence[Any]  # of ToolCall
+    tool_calls: Sequence[Any]  # of ChatToolCall
     finish_reason: str
 
 
-Chat = Callable[..., Any]  # (messages, tools=…, temperature=…, max_tokens=…) -> Reply
+Chat = Callable[..., Any]  # (messages, tools=…, temperature=…, max_tokens=…) -> ChatReply
 
 
 def react(
@@ -364,7 +364,7 @@ def react(
     system = f"{SYSTEM}\nLearnt from earlier attempts:{learnt}" if lessons else SYSTEM
     messages: list[Message] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     for _ in range(max_steps):
-        reply: Reply = chat(messages, tools=toolkit.tools, temperature=0.0, max_tokens=max_tokens)
+        reply: ChatReply = chat(messages, tools=toolkit.tools, temperature=0.0, max_tokens=max_tokens)
         if not reply.tool_calls:
             if reply.finish_reason == "length":
                 raise AgentError(f"the model was cut off after {max_tokens} tokens")
@@ -380,7 +380,7 @@ def react(
     raise AgentError(f"no answer after {max_steps} steps")
 
 
-def _as_message(reply: Reply) -> Message:
+def _as_message(reply: ChatReply) -> Message:
     calls = [
         {"type": "function", "id": c.id, "function": {"name": c.name, "arguments": c.arguments}}
         for c in reply.tool_calls

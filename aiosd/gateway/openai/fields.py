@@ -16,7 +16,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from aiosd.gateway import places
 from aiosd.gateway.calls import ask
-from aiosd.gateway.web import Problem, HttpRequest
+from aiosd.gateway.web import HttpRequest, Problem
 from libaios import wire
 from libaios.generate import generate_args
 from libaios.wire import ModelInfo, Sys

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from aiosd.gateway.calls import RequestCalls, all_over
-from aiosd.gateway.web import COMMENT_S, Counters, Left, HttpRequest
+from aiosd.gateway.web import COMMENT_S, Counters, HttpRequest, Left
 from libaios import wire
 from libaios.connection import Pending, decode_body
 from libaios.generate import Piece, Pieces, Result

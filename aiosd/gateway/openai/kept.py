@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 import msgspec
 from msgspec import Raw, Struct
 
-from aiosd.gateway.web import Problem, HttpRequest, encode
+from aiosd.gateway.web import HttpRequest, Problem, encode
 
 KEPT, KEPT_BYTES = 256, 8 << 20  # responses, for one agent
 MOST_LISTED = 100

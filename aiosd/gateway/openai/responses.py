@@ -15,7 +15,7 @@ from aiosd.gateway.openai import chat as chats
 from aiosd.gateway.openai import fields, generation, kept
 from aiosd.gateway.openai.chat import arguments, logprobs
 from aiosd.gateway.places import split
-from aiosd.gateway.web import Problem, HttpRequest, encode, renaming
+from aiosd.gateway.web import HttpRequest, Problem, encode, renaming
 from libaios import wire
 from libaios.generate import Piece, Result
 from libaios.wire import Sys, ToolCall

@@ -343,7 +343,7 @@ class Attempts:
         offset, rest, chances = call.text.num_sent, call.text.send(), call.text.send_chances()
         spent = link.Spent(call.key, usage.prompt_tokens - call.on_account, usage.cached_tokens)
         charged = usage.completion_tokens + call.wasted - call.counted
-        finished = link.Finished(call.key, offset, [], rest, reason, usage, calls, chances, charged, short, spent)
+        finished = link.GenerationDone(call.key, offset, [], rest, reason, usage, calls, chances, charged, short, spent)
         call.prompt_charged, call.on_account = call.prompt_charged + spent.prompt_tokens, 0
         call.counted, call.uncharged, call.cached = call.counted + charged, 0, call.cached + usage.cached_tokens
         whole = link.Spent(call.key, call.prompt_charged, call.cached)

@@ -78,7 +78,7 @@ class Remote:
             link.Park: self._park,
             link.ParkCall: self._park_call,
             link.Keep: self._keep,
-            link.Gone: lambda message: None,
+            link.PeerGone: lambda message: None,
             link.Renice: lambda message: self._queue.renice(message.peer, message.nice),
             link.Schedule: self._queue.reschedule,
         }

@@ -16,13 +16,13 @@ MOST_SIZE = 16 << 20  # … and no more of them than are this large
 
 class Past:
     def __init__(self) -> None:
-        self._ends: OrderedDict[link.Key, tuple[link.Finished, OutputText]] = OrderedDict()
+        self._ends: OrderedDict[link.Key, tuple[link.GenerationDone, OutputText]] = OrderedDict()
         self._size = 0
 
     def __iter__(self) -> Iterator[link.Key]:
         return iter(self._ends)
 
-    def add(self, finished: link.Finished, text: OutputText) -> None:
+    def add(self, finished: link.GenerationDone, text: OutputText) -> None:
         """`text`: all of it, in one piece from now on."""
         text.send_from(text.length)
         self._ends[finished.key] = finished, text
@@ -30,7 +30,7 @@ class Past:
         while len(self._ends) > MOST or (self._size > MOST_SIZE and len(self._ends) > 1):
             self.forget(next(iter(self._ends)))
 
-    def get(self, key: link.Key, count: int) -> link.Finished | None:
+    def get(self, key: link.Key, count: int) -> link.GenerationDone | None:
         """For a new kernel, which has this many characters."""
         if key not in self._ends:
             return None
