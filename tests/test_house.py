@@ -34,6 +34,11 @@ FLOORS: list[list[str]] = [
 ]
 #: Rooms outside the house: run by hand, imported by no part of the system.
 OUTSIDE = ["aiosd.nano"]
+#: Names that are defined more than once, and how often: users of the SDK know them.
+TWICE = {
+    "Context": 2,  # in plain calls, and in `aio` the same for coroutines
+    "Piece": 2,  # of a stream, as `libaios.llm` gives it out, and as the contract has it
+}
 SOURCES = sorted(path for package in ("aiosd", "libaios") for path in (ROOT / package).rglob("*.py"))
 
 
@@ -197,6 +202,17 @@ def loaded_by(module: str, names: list[str]) -> list[str]:
     )
     assert done.returncode == 0, done.stderr
     return ast.literal_eval(done.stdout)
+
+
+def test_a_name_is_defined_once() -> None:
+    """A class of the same name in two modules makes a reader ask each time which one is meant."""
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > TWICE.get(name, 1)} == {}
+    assert [name for name in TWICE if len(places.get(name, [])) < 2] == []
 
 
 def test_importing_starts_nothing() -> None:
