@@ -31,6 +31,11 @@ class Bug(AiosdError):
     """An invariant of aiosd does not hold."""
 
 
+def refuse(sentence: str, code: int = errno.EINVAL) -> OSError:
+    """The error of an argument that cannot be served."""
+    return OSError(code, sentence)
+
+
 def as_oserror(error: Exception) -> OSError:
     """What the caller gets. Anything but an OSError is a mistake of ours, which the same call would find in every
     successor of this core as well: it must not end it."""

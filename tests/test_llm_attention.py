@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiosd.llm import llama
+from aiosd.llm.arrays import Tokens
 from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.bases import Bases
 from aiosd.llm.blob import StateLayout, StatePiece
 from aiosd.llm.contexts import Store, Swap
-from aiosd.llm.prefix import Tokens, most_shared
+from aiosd.llm.prefix import most_shared
 from tests import tinymodels
 from tests.test_llm_engine import load
 

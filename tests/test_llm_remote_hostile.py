@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from aiosd.ipc import link
 from aiosd.llm.remote import attempts, bill, exchange, limits
-from aiosd.llm.remote.answer import BadAnswer, StreamedAnswer, loosely, parsed, printable, sentence
+from aiosd.llm.remote.answer import BadAnswer, StreamedAnswer, loosely, parsed, safe_line, sentence
 from tests.fakeendpoint import Deed, Handler, answers, cut, garbage, hangs, raw, status, whole
 from tests.remotebench import KEY, TOOL, USER, Make, make, short_pauses
 
@@ -292,7 +292,7 @@ def test_an_end_without_a_reason_is_one(make: Make) -> None:
 def test_no_terminal_is_commanded(make: Make) -> None:
     bench = make(status(400, "\x1b]0;owned\x07\r\nok"))
     assert bench.end(bench.submit()).message.isprintable()
-    assert printable("a\x1b[2J\nb") == "a\ufffd[2J b"
+    assert safe_line("a\x1b[2J\nb") == "a\ufffd[2J b"
 
 
 def test_a_key_that_comes_back_is_not_passed_on(make: Make, tmp_path: Path) -> None:

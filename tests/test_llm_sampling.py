@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiosd.llm import llama
+from aiosd.llm.arrays import Row
 from aiosd.llm.mirostat import Mirostat
 from aiosd.llm.options import SamplerFactory
 from aiosd.llm.penalties import Dry, Edits, penalise, repeats
-from aiosd.llm.sampling import NOTHING, Drawer, Row, Sampler, draws, exponential, uniform
+from aiosd.llm.sampling import NOTHING, Drawer, Sampler, draws, exponential, uniform
 from libaios.wire import Sampling
 from tests import tinymodels
 

@@ -137,7 +137,7 @@ def test_large_contents_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(f"aiosd.store.{module}.KEPT", kept)
     (tmp_path / "old" / tables.CONTENTS).mkdir(parents=True)
     (tmp_path / "x").write_bytes(b"content")
-    name = tables.hash_of(tmp_path / "x")
+    name = tables.file_hash(tmp_path / "x")
     (tmp_path / "x").rename(tables.content_path(tmp_path / "old", name))
     with contextlib.closing(Store(tmp_path / "old")) as store:
         store.turn(add(1, "x", key=name))

@@ -270,7 +270,7 @@ def test_a_content_file_that_is_missing_or_changed_is_named(
 def test_a_content_is_known_by_its_hash(tmp_path: Path) -> None:
     (tmp_path / tables.CONTENTS).mkdir()
     (tmp_path / "x").write_bytes(b"content")
-    name = tables.hash_of(tmp_path / "x")
+    name = tables.file_hash(tmp_path / "x")
     (tmp_path / "x").rename(tables.content_path(tmp_path, name))
     assert problem_of(tmp_path, name) == ""
 

@@ -251,7 +251,7 @@ class _Follow:
 
 
 def _end(asked: Asked) -> str:
-    return edge.printable(f"{asked.id}  {'not asked any more' if asked.state is AskState.GONE else asked.state}")
+    return edge.escaped(f"{asked.id}  {'not asked any more' if asked.state is AskState.GONE else asked.state}")
 
 
 # ── tables ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -264,7 +264,7 @@ def _print_rules(rules: RulesInForce, as_json: bool) -> int:
     fate = f"waits for {rules.ask_timeout_s:g} s" if rules.ask_timeout_s else "is denied at once"
     lines = rules.rules or ["no rules: defaults alone decide"]
     lines += [f"while nobody listens an ask {fate}; listening now: {rules.listening}", f"audit: {rules.audit}"]
-    print("\n".join(map(edge.printable, lines)))
+    print("\n".join(map(edge.escaped, lines)))
     return 0
 
 
@@ -277,7 +277,7 @@ def _print_always(entries: list[Always], as_json: bool) -> int:
         f" (asked by {entry.agent})"
         for entry in entries
     ]
-    print("\n".join(map(edge.printable, lines)) or "nothing is allowed for all times")
+    print("\n".join(map(edge.escaped, lines)) or "nothing is allowed for all times")
     return 0
 
 

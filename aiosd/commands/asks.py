@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from aiosd.commands.edge import printable
+from aiosd.commands.edge import escaped
 from aiosd.units import format_duration
 from libaios.wire import Asked, AskState, Sys, WatchAsks
 
@@ -21,20 +21,20 @@ SHORT_CHARS, SHORT_DETAILS = 60, 2  # of what is shown in one line: how long a d
 
 def title(asked: Asked) -> str:
     """One line."""
-    return printable(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}): {in_short(asked)}")
+    return escaped(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}): {in_short(asked)}")
 
 
 def lines(asked: Asked, full: bool = False) -> list[str]:
     """All that it is about: what a person must have seen before it is allowed."""
     ago = format_duration(max(0.0, time.time() - asked.since))
-    found = [printable(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}) has asked for {ago}")]
+    found = [escaped(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}) has asked for {ago}")]
     rows = [("tool" if asked.tool else "call", _deed(asked)), ("because of", asked.rule), *asked.details]
     rows += [("in", asked.folder)] if asked.folder else []
     rows += [("always means", asked.always or NEVER_ALWAYS)]
-    width = max(len(printable(label)) for label, _ in rows)
+    width = max(len(escaped(label)) for label, _ in rows)
     for label, text in rows:
         first, *more = _text(text, full)
-        found.append(f"  {printable(label):{width}}  {first}")
+        found.append(f"  {escaped(label):{width}}  {first}")
         found += [f"  {'':{width}}  | {line}" for line in more]
     return found
 
@@ -43,7 +43,7 @@ def _text(text: str, full: bool) -> list[str]:
     """Line by line, and with a mark where something is left out."""
     left = len(text) - SHOWN_CHARS
     shown = text if full or left <= 0 else text[:SHOWN_CHARS]
-    parts = [printable(line) for line in shown.split("\n")]
+    parts = [escaped(line) for line in shown.split("\n")]
     if len(shown) < len(text):
         parts[-1] += f" [… {left} more characters: --full shows them]"
     return parts
@@ -80,6 +80,6 @@ def notices(call: Pending | None) -> list[str]:
     while call is not None and call.pieces:
         asked = call.pieces.popleft()
         if isinstance(asked, Asked) and asked.state is AskState.OPEN:
-            words = printable(f"agent {asked.pid} ({asked.name}) needs your approval: {in_short(asked)}")
+            words = escaped(f"agent {asked.pid} ({asked.name}) needs your approval: {in_short(asked)}")
             found.append(f"{words}; answer it in another terminal: aios-approve {asked.id}")
     return found

@@ -70,10 +70,10 @@ def completion_variable(program: str) -> str:
 
 def complain(program: str, message: str) -> None:
     """Write one line to stderr. Text from arguments or agents cannot break the line or control the terminal."""
-    print(f"{program}: {printable(message)}", file=sys.stderr)
+    print(f"{program}: {escaped(message)}", file=sys.stderr)
 
 
-def printable(text: str) -> str:
+def escaped(text: str) -> str:
     """The text with escapes (`\\x1b`, `\\u202e`) for everything that could control a terminal: control characters (C0,
     DEL and C1), marks that change the direction of writing, and bytes that are not text."""
     if text.isprintable():

@@ -79,7 +79,7 @@ def _explain(agent: dict[str, Any], named: str) -> None:
     is_url = "://" in named
     path = named if is_url else os.path.realpath(os.path.expanduser(named))
     confined = agent["box"]
-    print(f"{edge.printable(path)}, for agent {agent['pid']} ({confined['level'] if confined else 'not confined'})")
+    print(f"{edge.escaped(path)}, for agent {agent['pid']} ({confined['level'] if confined else 'not confined'})")
     if confined is None:
         print("  it has all the rights of the user")
         return
@@ -90,11 +90,11 @@ def _explain(agent: dict[str, Any], named: str) -> None:
     except ValueError as err:
         raise edge.CommandFailed(f"--why: {err}") from None
     for one in found:
-        print(f"  {one.deed:6}{'yes' if one.allowed else 'no':5}{edge.printable(one.why)}")
+        print(f"  {one.deed:6}{'yes' if one.allowed else 'no':5}{edge.escaped(one.why)}")
     group = f'[[group]] "{agent["group"]}"'
     for option in dict.fromkeys(one.remedy for one in found if one.remedy):
         key = option.split()[0].removeprefix("--")
-        print(f"  to allow it: aios-run {edge.printable(option)}, or {key} of {edge.printable(group)} in aiosd.toml")
+        print(f"  to allow it: aios-run {edge.escaped(option)}, or {key} of {edge.escaped(group)} in aiosd.toml")
 
 
 def _memory(client: Client, agent: dict[str, Any]) -> dict[str, Any] | None:

@@ -213,7 +213,7 @@ def _open(client: Client | None, word: str) -> _Log:
         reader = agentlog.LogReader(path)
     except FileNotFoundError:
         raise edge.CommandFailed(f"{word}: its log is gone ({path})") from None
-    return _Log(pid, f"{edge.printable(name)}[{pid}]" if name else str(pid), reader, ended)
+    return _Log(pid, f"{edge.escaped(name)}[{pid}]" if name else str(pid), reader, ended)
 
 
 def _find(client: Client | None, word: str) -> tuple[int, str, str, bool]:

@@ -103,7 +103,7 @@ def history(path: str, of: str) -> int:
 def diff(path: str, old: int, new: int | None, of: str) -> int:
     """Show what changed from version OLD to NEW (the newest), as `diff -u` does."""
     for line in sto.diff(path, old, new, of).splitlines():
-        print(edge.printable(line))
+        print(edge.escaped(line))
     return 0
 
 
@@ -114,7 +114,7 @@ def search(words: tuple[str, ...], k: int, of: str) -> int:
     """Find files that have WORDS in their path or text, the best first."""
     for one in sto.search(" ".join(words), k, of=of):
         excerpt = f": {one.excerpt}" if one.excerpt else ""
-        print(edge.printable(f"{one.file.path}{excerpt}"))
+        print(edge.escaped(f"{one.file.path}{excerpt}"))
     return 0
 
 
@@ -139,7 +139,7 @@ def put(file: str, path: str | None, of: str) -> int:
         raise click.UsageError("what comes from stdin needs a PATH")
     path = path or Path(file).name
     kept = sto.upload(path, sys.stdin.buffer if file == "-" else Path(file), of)
-    print(edge.printable(f"{kept.path}: version {kept.version}, {format_size(kept.size)}"))
+    print(edge.escaped(f"{kept.path}: version {kept.version}, {format_size(kept.size)}"))
     return 0
 
 
@@ -166,7 +166,7 @@ def rollback(path: str, version: int | None, when: str | None, of: str) -> int:
     if (version is None) == (when is None):
         raise click.UsageError("either a version or --time is needed")
     kept = sto.rollback(path, version, None if when is None else _seconds(when), of)
-    print(edge.printable(f"{kept.path}: version {kept.version}"))
+    print(edge.escaped(f"{kept.path}: version {kept.version}"))
     return 0
 
 
@@ -196,7 +196,7 @@ def trash(of: str) -> int:
 @click.argument("numbers", nargs=-1, required=True, type=edge.Whole(1), metavar="NUMBER...")
 def restore(numbers: tuple[int, ...], of: str) -> int:
     """Take files out of the trash."""
-    return _each(numbers, lambda number: print(edge.printable(sto.restore(number, of).path)))
+    return _each(numbers, lambda number: print(edge.escaped(sto.restore(number, of).path)))
 
 
 @_command("empty-trash", "Remove for good what lies in the trash.")
@@ -278,7 +278,7 @@ def _each(items: Iterable[Any], act: Callable[[Any], object]) -> int:
 
 def _table(headers: Cells, rows: Iterable[Cells], right: int) -> None:
     """The first `right` columns are figures; the last is not padded."""
-    lines = [headers, *([edge.printable(cell) for cell in row] for row in rows)]
+    lines = [headers, *([edge.escaped(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     for line in lines:
         cells = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from aiosd.commands.edge import printable
+from aiosd.commands.edge import escaped
 from aiosd.units import format_duration, format_size
 
 LINE = 80  # characters in a line of the short form
@@ -28,7 +28,7 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     rows["sandbox"] = _sandbox(found.get("sandbox") or {})
     rows["access"] = _access(found.get("access") or {})
     rows["machine"] = machine
-    shown = {printable(name): printable(text) for name, text in rows.items() if text}
+    shown = {escaped(name): escaped(text) for name, text in rows.items() if text}
     width = max((len(name) for name in shown if len(name) <= LABEL), default=0)
     lines = [_head(found)]
     for name, text in shown.items():
@@ -175,7 +175,7 @@ def _notes(found: dict[str, Any]) -> str:
 def _checked(problems: list[str] | None) -> list[str]:
     if problems is None:
         return []
-    return [f"check: {printable(problem)}" for problem in problems] or ["check: all books balance"]
+    return [f"check: {escaped(problem)}" for problem in problems] or ["check: all books balance"]
 
 
 # ── all of it ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -118,7 +118,7 @@ def _lines(tokens: list[TokenInfo]) -> list[str]:
     for one in tokens:
         limit = "-" if one.limit is None else str(one.limit)
         others = [f"{name} {kind['used']} of {kind['limit']}" for name, kind in one.budgets.items() if name != "tokens"]
-        row = (edge.printable(one.name), str(one.pid), edge.printable(one.group), str(one.used), limit)
+        row = (edge.escaped(one.name), str(one.pid), edge.escaped(one.group), str(one.used), limit)
         rows.append((*row, ", ".join(others) or "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -120,4 +120,4 @@ def _lines(tools: list[ToolInfo]) -> list[str]:
     rows = [("NAME", "SOURCE", "WHAT IT DOES")]
     rows += [(tool.name, os.path.basename(tool.source), tool.description.partition("\n")[0]) for tool in tools]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return [edge.printable(f"{a:{widths[0]}} {b:{widths[1]}} {c}".rstrip()) for a, b, c in rows]
+    return [edge.escaped(f"{a:{widths[0]}} {b:{widths[1]}} {c}".rstrip()) for a, b, c in rows]

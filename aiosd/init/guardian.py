@@ -166,7 +166,7 @@ def _is_refused(info: signal.struct_siginfo, supervisor: int) -> bool:
     no longer knows its parent, and a user's `kill` or `pkill` has always ended by now. So an agent's `kill` can stop
     the system. (An agent runs as the same user, and could send KILL just as well.)"""
     number, sender = info.si_signo, info.si_pid
-    what = f"{signals.name(number)} {signals.describe_sender(sender)}"
+    what = f"{signals.signal_name(number)} {signals.describe_sender(sender)}"
     if not sender:  # Linux itself (Ctrl-C, a closed terminal), or a sender outside of the container
         return False
     if procfs.descends(sender, supervisor):

@@ -53,7 +53,7 @@ def read_signals(fd: int) -> list[SignalInfo]:
     return received
 
 
-def name(number: int) -> str:
+def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal

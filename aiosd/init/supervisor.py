@@ -41,8 +41,7 @@ from aiosd.init.orphans import Orphans
 from aiosd.init.pids import PidCounter
 from aiosd.init.records import BACKOFF_S, Agent, Inheritance, SystemProcess
 from aiosd.init.servers import McpServerPool, ServerProcess
-from aiosd.init.signals import SignalInfo, describe_sender, open_signals, read_signals
-from aiosd.init.signals import name as signal_name
+from aiosd.init.signals import SignalInfo, describe_sender, open_signals, read_signals, signal_name
 from aiosd.init.sweep import sweep
 from aiosd.init.templates import TemplatePool, TemplateProcess
 from aiosd.ipc import link

@@ -449,7 +449,7 @@ class Server:
         if not isinstance(err, OSError):
             logger.error("a call cannot be served", exc_info=err)
             err = OSError(errno.EIO, "the service made a mistake; aiosd's log has the details")
-        self._finish(key, failure(key, err), 0)
+        self._finish(key, as_failed(key, err), 0)
 
     def _turn_back(self, key: link.Key, deed: Deed) -> None:
         """The kernel decides on it; here it was never begun."""
@@ -493,5 +493,5 @@ class Server:
             generator.close()
 
 
-def failure(key: link.Key, err: OSError) -> link.Failed:
+def as_failed(key: link.Key, err: OSError) -> link.Failed:
     return link.Failed(key, err.errno or errno.EIO, err.strerror or str(err))

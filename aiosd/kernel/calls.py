@@ -16,7 +16,7 @@ from typing import Any, Final
 from msgspec import Raw
 
 from aiosd.kernel.events import Events
-from aiosd.kernel.peer import OUTBOX_MAX, UNKNOWN, AgentPeer, Assembly, Call, ClientPeer, Peer
+from aiosd.kernel.peer import OUTBOX_MAX, UNKNOWN, AgentPeer, Assembly, Call, ClientPeer, Peer, failure, reply
 from aiosd.kernel.peers import Peers
 from aiosd.timers import Timers
 from libaios import wire
@@ -30,15 +30,6 @@ PENDING: Final = object()
 MAX_OPEN_CALLS = 1024  # of one peer
 OPEN_BYTES = 64 << 20  # of the requests of one peer's open calls,
 OPEN_BYTES_ALL = 1 << 30  # … and of all peers'; a call by itself always finds room
-
-
-def reply(call_id: int, body: object) -> bytes:
-    """A `wire.Reply` with its body not yet encoded: one pass instead of two."""
-    return wire.encode((call_id, 0, False, 0, body))
-
-
-def failure(call_id: int, errno: int, message: str) -> bytes:
-    return wire.encode(wire.Reply(call_id, errno, body=wire.raw(wire.Failure(message))))
 
 
 class CallTable:

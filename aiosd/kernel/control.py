@@ -26,10 +26,10 @@ import msgspec
 
 from aiosd import __version__
 from aiosd.kernel.ancestry import Unproven, Unsettled, agent_above, is_child, peer_of
-from aiosd.kernel.calls import CallTable, failure
+from aiosd.kernel.calls import CallTable
 from aiosd.kernel.dispatch import Dispatcher
 from aiosd.kernel.events import Events, EventSource, Turn
-from aiosd.kernel.peer import OUTBOX_PAUSE, ClientPeer, Peer
+from aiosd.kernel.peer import OUTBOX_PAUSE, ClientPeer, Peer, failure
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.system import FdLimit
 from aiosd.sandbox.doors import Question

@@ -18,8 +18,8 @@ from msgspec import MsgspecError, Raw
 from aiosd.ipc.link import Key
 from aiosd.kernel import ledger
 from aiosd.kernel.access import Access, Clearance
-from aiosd.kernel.calls import PENDING, CallTable, reply
-from aiosd.kernel.peer import UNKNOWN, Call, ClientPeer, Peer, no_request, read_args
+from aiosd.kernel.calls import PENDING, CallTable
+from aiosd.kernel.peer import UNKNOWN, Call, ClientPeer, Peer, no_request, read_args, reply
 from aiosd.kernel.service import Asker
 from libaios import wire
 from libaios.wire import Again, Sys

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from msgspec import Raw
 
 from aiosd.ipc import link
-from aiosd.kernel.calls import failure
 from aiosd.kernel.measure import Measure
-from aiosd.kernel.peer import Call, Peer
+from aiosd.kernel.peer import Call, Peer, failure
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.service import Service, ServiceCall
 from libaios import wire

@@ -6,7 +6,8 @@ Files, from the bottom up:
     modelfile.py   what a GGUF says about itself, read before llama.cpp touches it
     ggml.py        llama.cpp's library in this process: handle, log, last words, which build it is
     attention.py   attention of our own in llama.cpp's graphs; native/ is its part in C
-    llama.py       owners of llama.cpp's objects: Model, Context, Batch, Grammar
+    llama.py       owners of llama.cpp's objects: Model, LlamaContext, BatchBuffer, Grammar
+    arrays.py      arrays by what is in them
     sampling.py    one token from each row of logits, in numpy and (native/sampling.c) for all rows at once
     penalties.py   what changes a row before: bias, penalties, DRY, the least number of tokens
     mirostat.py    draws that keep a text's surprise near a target

@@ -13,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from aiosd.llm.arrays import Tokens
 from aiosd.llm.attention import Attention
 from aiosd.llm.blob import StatePiece
 from aiosd.llm.contexts import Store
-from aiosd.llm.prefix import Node, Tokens, path_to
+from aiosd.llm.prefix import Node, path_to
 
 #: A base has at least LEAST tokens, and LEAST_PIECE per piece on average: smaller ones cost more than a copy.
 LEAST, LEAST_PIECE = 32, 16

@@ -28,11 +28,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from aiosd.llm import llama
+from aiosd.llm.arrays import Tokens
 from aiosd.llm.bases import Bases
 from aiosd.llm.blob import Bytes, StateLayout, StatePiece
 from aiosd.llm.cells import Cells
 from aiosd.llm.contexts import Store, Swap
-from aiosd.llm.prefix import Node, Tokens, common_prefix, most_shared
+from aiosd.llm.prefix import Node, common_prefix, most_shared
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import SlotContent, Slots
 

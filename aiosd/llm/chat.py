@@ -25,7 +25,6 @@ ends with the model's end token, the one mark that such a model knows, and that 
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import re
@@ -42,6 +41,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from aiosd.errors import refuse
 from aiosd.llm.dialects import FENCED, Tool, ToolDialect, dialect_of, nine_characters
 from aiosd.llm.document import Later
 from aiosd.llm.text import HIDDEN, REASONING, TEXT
@@ -89,11 +89,6 @@ PLAIN_TEMPLATE = """\
 """
 #: Where such a model continues with another role, its turn is over.
 PLAIN_STOPS = ("\nUser:", "\nSystem:", "\nAssistant:")
-
-
-def refuse(sentence: str, code: int = errno.EINVAL) -> OSError:
-    """The error for an argument that cannot be served."""
-    return OSError(code, sentence)
 
 
 # ── messages and tools as templates expect them ───────────────────────────────────────────────────────────

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from aiosd.errors import Bug
+from aiosd.llm.arrays import Tokens
 from aiosd.llm.blob import Bytes, StateLayout, StatePiece
-from aiosd.llm.prefix import K, Node, Tokens, Tree, path_to
+from aiosd.llm.prefix import K, Node, Tree, path_to
 
 #: A piece with fewer than K uses counts as if its K-th last use were this many seconds before its oldest one.
 ONCE = 600.0

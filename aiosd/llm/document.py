@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
+from aiosd.errors import refuse
 from aiosd.llm import numbers
 from aiosd.llm.pattern import FORMATS
 
@@ -39,10 +40,6 @@ KEYWORDS = frozenset(
     ["type", "enum", "const", "anyOf", "oneOf", "allOf", "not", "$ref", "discriminator", "then", "else",
      "unevaluatedProperties", "unevaluatedItems", *REFUSED, *(word for words in IMPLIES.values() for word in words)]
 )  # fmt: skip
-
-
-def refuse(sentence: str) -> OSError:
-    return OSError(errno.EINVAL, sentence)
 
 
 class Later(Exception):

@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from aiosd.errors import Bug
+from aiosd.errors import Bug, refuse
 from aiosd.llm import llama
-from aiosd.llm.chat import refuse
-from aiosd.llm.structured import Draw, Guide, Row
+from aiosd.llm.arrays import Row
+from aiosd.llm.structured import Draw, Guide
 from aiosd.llm.text import TextStream
 
 MOST_RULES = 1024

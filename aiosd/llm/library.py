@@ -19,8 +19,8 @@ import numpy as np
 from aiosd.errors import as_oserror
 from aiosd.ipc import link
 from aiosd.llm import adapters, ggml, modelfile
+from aiosd.llm.arrays import Tokens
 from aiosd.llm.cache import Cache
-from aiosd.llm.prefix import Tokens
 from aiosd.llm.saved import Opened, Saved, file_sha256
 from aiosd.llm.spec import ModelSpec
 from libaios import wire

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from aiosd.llm.arrays import Row
 from libaios.wire import Alternative, Logprob
-
-Row = npt.NDArray[np.float32]
 
 
 class Raw:

@@ -13,10 +13,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from aiosd.llm.arrays import Doubles, Row
 from aiosd.llm.sampling import NOTHING, uniform
-
-Row = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 
 #: Version 1 estimates from this number of the likeliest tokens how fast the probabilities fall.
 _LOOKED_AT = 100

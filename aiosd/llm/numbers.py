@@ -7,11 +7,12 @@ keeps decimals of that length apart, so none is rounded onto an excluded limit.
 
 from __future__ import annotations
 
-import errno
 import math
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple
+
+from aiosd.errors import refuse
 
 LOWEST, HIGHEST = -(2**63), 2**64 - 1
 
@@ -21,10 +22,6 @@ _SIGNIFICANT = 15
 class Limit(NamedTuple):
     value: Decimal
     excluded: bool
-
-
-def refuse(sentence: str) -> OSError:
-    return OSError(errno.EINVAL, sentence)
 
 
 def limits(schema: dict[str, Any]) -> tuple[Limit | None, Limit | None]:

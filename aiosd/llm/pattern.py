@@ -15,7 +15,6 @@ agree are written here, both inside and outside of such a class.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import re
 import warnings
@@ -23,6 +22,8 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
+
+from aiosd.errors import refuse
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -34,10 +35,6 @@ MAX_NODES = 40_000
 MAX_PARTS = 500_000  # looked at while an automaton is built: one state can be a choice of thousands. About 0.3 s
 _TOP = 0x10FFFF
 _ANY: Ranges = ((0, _TOP),)
-
-
-def refuse(sentence: str) -> OSError:
-    return OSError(errno.EINVAL, sentence)
 
 
 # ── sets of characters ────────────────────────────────────────────────────────────────────────────────────

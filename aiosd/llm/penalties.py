@@ -12,11 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-Row = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
-Tokens = npt.NDArray[np.int32]
+from aiosd.llm.arrays import Ids, Row, Tokens
 
 #: How many tokens back the repeat penalty looks.
 PENALTY_WINDOW = 64

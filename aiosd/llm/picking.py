@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
+from aiosd.llm.arrays import Row
 from aiosd.llm.logprobs import Raw
 from aiosd.llm.sampling import Drawer, Draws, draws
 
 if TYPE_CHECKING:
     from aiosd.llm.sequence import Sequence
-
-Row = npt.NDArray[np.float32]
 
 
 class Rows:

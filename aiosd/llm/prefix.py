@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-Tokens = npt.NDArray[np.int32]
+from aiosd.llm.arrays import Tokens
+
 P = TypeVar("P")
 
 #: How many last uses a node remembers (the K of LRU-K).

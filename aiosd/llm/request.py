@@ -15,9 +15,10 @@ import numpy as np
 from msgspec import Struct, msgpack
 
 from aiosd.budgets.price import FREE
+from aiosd.errors import refuse
 from aiosd.ipc.link import Submit
 from aiosd.llm import adapters, llama
-from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, loose_tools, normal_messages, normal_tools, refuse
+from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, loose_tools, normal_messages, normal_tools
 from aiosd.llm.dialects import CallStream, Tool, ToolCallReader
 from aiosd.llm.gbnf import GrammarConstraint, check
 from aiosd.llm.options import SamplerFactory

@@ -21,9 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Row = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
+from aiosd.llm.arrays import Doubles, Ids, Row
 
 #: The result for a row in which no token can be drawn.
 NOTHING = -1

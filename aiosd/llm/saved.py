@@ -28,8 +28,8 @@ import msgspec
 import numpy as np
 
 from aiosd.llm import modelfile
+from aiosd.llm.arrays import Tokens
 from aiosd.llm.blob import StateLayout, StatePiece
-from aiosd.llm.prefix import Tokens
 from libaios import wire
 
 MAGIC = b"AIOSCTX1"

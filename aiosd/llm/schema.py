@@ -29,6 +29,7 @@ from contextlib import contextmanager, nullcontext
 from decimal import Decimal
 from typing import Any
 
+from aiosd.errors import refuse
 from aiosd.llm import numbers
 from aiosd.llm.document import (
     IMPLIES,
@@ -42,7 +43,6 @@ from aiosd.llm.document import (
     essential,
     is_type,
     possible_types,
-    refuse,
     same,
     strings,
     types,

@@ -15,7 +15,8 @@ from itertools import accumulate
 import numpy as np
 
 from aiosd.errors import Bug
-from aiosd.llm.prefix import Tokens, common_prefix
+from aiosd.llm.arrays import Tokens
+from aiosd.llm.prefix import common_prefix
 from aiosd.llm.sequence import Sequence
 
 _NOTHING = np.zeros(0, np.int32)

@@ -19,8 +19,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from aiosd.errors import refuse
 from aiosd.llm import llama
-from aiosd.llm.chat import refuse
+from aiosd.llm.arrays import Row
 from aiosd.llm.dialects import Tool, ToolDialect, call_rules
 from aiosd.llm.schema import Converter, Schema, grammar_of, literal
 from aiosd.llm.text import TextStream
@@ -31,7 +32,6 @@ END = -1
 #: How many of the likeliest tokens are tried before the whole vocabulary is.
 _LIKELIEST = 256
 
-Row = npt.NDArray[np.float32]
 Draw = Callable[[Row], int]  # takes the logits of candidates, returns the index of one
 
 

@@ -110,7 +110,7 @@ def _groups(space: Space) -> list[tuple[str, str]]:
 
 
 def _shown(caller: link.Caller, space: Space) -> str:
-    return spaces.shown(caller, space.name) or "its own"
+    return spaces.name_for(caller, space.name) or "its own"
 
 
 def _given(args: wire.MemAdd | wire.MemUpdate) -> list[tuple[str, object]]:

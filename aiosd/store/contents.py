@@ -25,11 +25,10 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Iterable
-from hashlib import blake2b
 from pathlib import Path
 
 from aiosd.store.database import Database
-from aiosd.store.tables import CONTENTS
+from aiosd.store.tables import CONTENTS, content_hash
 from libaios import wire
 from libaios.wire import PIECE
 
@@ -38,10 +37,6 @@ _WRITE = 2  # SYNC_FILE_RANGE_WRITE
 _SYNC_FILE_RANGE = ctypes.CDLL(None).sync_file_range
 _SYNC_FILE_RANGE.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 CLEAN_AT_ONCE = 200  # files
-
-
-def hash_of(data: bytes) -> bytes:
-    return blake2b(data, digest_size=32).digest()
 
 
 class Contents:
@@ -63,7 +58,7 @@ class Contents:
         """Keep these bytes (at most PIECE) for an owner. Returns the number of the content. Without `sync` its file may
         still be lost with the power, until `sync` was called for it. Raises OSError."""
         assert len(data) <= PIECE
-        name = hash_of(data)
+        name = content_hash(data)
         row = self._db.row("SELECT id FROM contents WHERE hash = ?", name)
         in_file = len(data) > SMALL
         if in_file and not self._path(name).exists():
@@ -160,7 +155,7 @@ class Contents:
                 data = file.read(size + 1)
         except FileNotFoundError:
             raise wire.error(errno.EIO, f"a part of this file is missing on the disk ({name.hex()})") from None
-        if hash_of(data) != name:
+        if content_hash(data) != name:
             raise wire.error(errno.EIO, f"a part of this file is damaged on the disk ({name.hex()})")
         return data
 

@@ -18,7 +18,7 @@ from aiosd.store.files import FileRow, Files
 from aiosd.store.filewords import FILES, as_text
 from aiosd.store.meaning import Meaning
 from aiosd.store.search import AMONG, LEAST, MOST_WORDS, with_meaning
-from aiosd.store.spaces import Space, below, shown
+from aiosd.store.spaces import Space, below, name_for
 from libaios import wire
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class FileSearch:
             space = None if row is None else spaces.get(row.owner)
             if row is not None and space is not None and space.may_see(row.path):
                 excerpt = self._excerpt(file, query) if len(found) < EXCERPTS else ""
-                of = shown(caller, space.name)
+                of = name_for(caller, space.name)
                 found.append(wire.FoundFile(row.shown(), of, excerpt, scores[file]))
         return found
 

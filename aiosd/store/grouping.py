@@ -14,7 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from aiosd.ipc import link
-from aiosd.ipc.service import Server, failure
+from aiosd.ipc.service import Server, as_failed
 
 logger = logging.getLogger("store")
 
@@ -89,7 +89,7 @@ class GroupServer(Server):
             self.group.commit()
         except OSError as err:
             self._held = [
-                (failure(message.key, err) if isinstance(message, link.Answered) else message, 0)
+                (as_failed(message.key, err) if isinstance(message, link.Answered) else message, 0)
                 for message, _ in self._held
             ]
         self._release()

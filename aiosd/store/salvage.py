@@ -17,7 +17,7 @@ from aiosd.errors import UsageError
 from aiosd.store import roots
 from aiosd.store.database import VERSION
 from aiosd.store.pages import LostRows, Pages, Row
-from aiosd.store.tables import KEPT, KeptTable, content_path, hash_of
+from aiosd.store.tables import KEPT, KeptTable, content_path, file_hash
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ def problem_of(folder: Path, name: str) -> str:
     """What is wrong with a content file; "" if nothing is."""
     path = content_path(folder, name)
     try:
-        return "" if hash_of(path) == name else "is damaged"
+        return "" if file_hash(path) == name else "is damaged"
     except FileNotFoundError:
         return "is missing"
     except OSError as err:

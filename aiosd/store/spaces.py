@@ -161,7 +161,9 @@ class Spaces:
             "WHERE o.name IN (?1, ?2) OR g.grantee IN (?1, ?2) ORDER BY o.name, g.path, g.grantee"
         )
         rows = self._db.rows(sql, *mine)
-        return [wire.Share(path, shown(caller, of), shown(caller, to), bool(write)) for path, of, to, write in rows]
+        return [
+            wire.Share(path, name_for(caller, of), name_for(caller, to), bool(write)) for path, of, to, write in rows
+        ]
 
     def forget(self, name: str) -> None:
         """This owner has ended. In a transaction."""
@@ -194,7 +196,7 @@ def named(caller: link.Caller, of: str) -> str:
     raise wire.error(errno.EINVAL, f"{of!r}: neither group, group:NAME, agent:NAME, agent:GROUP/NAME, pid:N nor person")
 
 
-def shown(caller: link.Caller, name: str) -> str:
+def name_for(caller: link.Caller, name: str) -> str:
     """The other way round: how the caller names this owner."""
     kind, _, rest = name.partition("/")
     if name == owners.own(caller):

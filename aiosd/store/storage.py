@@ -415,7 +415,7 @@ class Storage:
         }
         if not ask.caller.pid:
             sql = "SELECT o.name, b.bytes FROM file_bytes b JOIN owners o ON o.id = b.owner ORDER BY o.name LIMIT 1000"
-            found["spaces"] = {spaces.shown(ask.caller, name): size for name, size in self._db.rows(sql)}
+            found["spaces"] = {spaces.name_for(ask.caller, name): size for name, size in self._db.rows(sql)}
         return found
 
     def stats(self) -> dict[str, Any]:

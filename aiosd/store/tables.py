@@ -33,7 +33,9 @@ KEPT: tuple[KeptTable, ...] = (
     KeptTable("owners"),
     KeptTable("notes", whole=lambda row: row["bytes"] > 0),
     KeptTable("note_authors", whole=lambda row: bool(row["author"])),
-    KeptTable("contents", contents="file", whole=lambda row: row["data"] is None or _blake(row["data"]) == row["hash"]),
+    KeptTable(
+        "contents", contents="file", whole=lambda row: row["data"] is None or content_hash(row["data"]) == row["hash"]
+    ),
     KeptTable("files", whole=lambda row: bool(row["path"]) and bool(row["updated"])),
     KeptTable("versions", whole=lambda row: row["contents"][-1:] == "]"),
     KeptTable("grants", whole=lambda row: bool(row["grantee"])),
@@ -108,7 +110,7 @@ REBUILD: tuple[tuple[str, str], ...] = (
 )
 
 
-def _blake(data: bytes) -> bytes:
+def content_hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=32).digest()
 
 
@@ -117,7 +119,7 @@ def content_path(folder: Path, name: str) -> Path:
     return folder / CONTENTS / name
 
 
-def hash_of(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """The name that a content should have. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()

@@ -286,9 +286,9 @@ def sentence(found: Any) -> str:
     """The message in an error of the endpoint."""
     error = found.get("error", found) if isinstance(found, dict) else found
     message = error.get("message", error) if isinstance(error, dict) else error
-    return printable(str(message) if isinstance(message, str | int | float) else f"{message!r:.300}")
+    return safe_line(str(message) if isinstance(message, str | int | float) else f"{message!r:.300}")
 
 
-def printable(text: str) -> str:
+def safe_line(text: str) -> str:
     """For logs and terminals, which an endpoint must not command."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[:2000].split()))[:300]

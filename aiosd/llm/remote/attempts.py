@@ -30,7 +30,7 @@ from aiosd.llm.line import Line
 from aiosd.llm.purse import Purses
 from aiosd.llm.remote import bill
 from aiosd.llm.remote import body as bodies
-from aiosd.llm.remote.answer import BadAnswer, StreamedAnswer, check_text, printable
+from aiosd.llm.remote.answer import BadAnswer, StreamedAnswer, check_text, safe_line
 from aiosd.llm.remote.bell import Bell
 from aiosd.llm.remote.call import OutputText, RemoteCall
 from aiosd.llm.remote.connections import Connections, RemoteEndpoint
@@ -226,7 +226,7 @@ class Attempts:
                 case BadStatus():
                     self._refused(call, event)
         except BadAnswer as wrong:
-            self._again(call, printable(str(wrong)))
+            self._again(call, safe_line(str(wrong)))
         except Exception:  # whatever an endpoint sends, it ends one call and not this process
             logger.exception("call %d of %d: an answer that was not understood", call.key[1], call.key[0])
             self.fail(call, errno.EPROTO, f"{self.endpoint.url}: an answer that was not understood")
@@ -271,7 +271,7 @@ class Attempts:
         try:
             calls = self._checked(call)
         except BadAnswer as wrong:
-            why = printable(str(wrong))
+            why = safe_line(str(wrong))
             if call.kept:  # another attempt would have to begin with it
                 self.fail(call, errno.EPROTO, f"the model's answer does not keep to what was asked: {why}")
             else:

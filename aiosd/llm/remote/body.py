@@ -6,14 +6,13 @@ no part of OpenAI's API: their defaults are left out, other values are refused. 
 
 from __future__ import annotations
 
-import errno
 import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
-from libaios import wire
+from aiosd.errors import refuse
 from libaios.wire import Generate, Sampling
 
 _DEFAULTS = Sampling()
@@ -50,10 +49,6 @@ class Dialect:
             return replace(self, limit="max_completion_tokens")
         named = {name for name in _FIXED if code in _UNSUPPORTED and f"'{name}'" in why}
         return replace(self, without=self.without | named) if named - self.without else None
-
-
-def refuse(text: str) -> OSError:
-    return wire.error(errno.EINVAL, text)
 
 
 def path(request: Generate) -> str:

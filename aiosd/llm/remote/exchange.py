@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import AnyStr
 
-from aiosd.llm.remote.answer import BadAnswer, loosely, printable, sentence
+from aiosd.llm.remote.answer import BadAnswer, loosely, safe_line, sentence
 from aiosd.llm.remote.connections import Connections
 
 FIRST_S = 300.0  # without a byte before the first event: endpoints have queues, and long prompts
@@ -124,7 +124,7 @@ class Exchange:
                 connection = None
         except Exception as error:  # of any kind: a call whose thread has ended in silence would wait for ever
             why = str(error) or type(error).__name__
-            self._post(self, ConnectionLost(printable(_without(key, why))))
+            self._post(self, ConnectionLost(safe_line(_without(key, why))))
         finally:
             if connection is not None:
                 connection.close()
@@ -235,8 +235,8 @@ def _refusal(response: http.client.HTTPResponse, key: str) -> BadStatus:
     error = found.get("error") if isinstance(found, dict) else None
     words = [error.get("code"), error.get("type")] if isinstance(error, dict) else []
     code = next((word[:100] for word in words if word and isinstance(word, str)), "")  # some give the status as code
-    why = sentence(found) or printable(_without(key, response.reason))
-    return BadStatus(response.status, why, printable(code), seconds(response.headers.get("Retry-After", "")))
+    why = sentence(found) or safe_line(_without(key, response.reason))
+    return BadStatus(response.status, why, safe_line(code), seconds(response.headers.get("Retry-After", "")))
 
 
 def seconds(text: str) -> float:
