@@ -21,7 +21,7 @@ NAMES = {
 }
 
 
-def resolve(host: str, port: int) -> list[dialing.Found]:
+def resolve(host: str, port: int) -> list[dialing.Resolved]:
     if host not in NAMES:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     address = NAMES[host]

@@ -43,11 +43,11 @@ class Bench:
         self.endpoint = endpoint
         self.number = 0
 
-    def submit(self, peer: int = 1, budget: int | None = None, **args: Any) -> link.Key:
+    def submit(self, peer: int = 1, budget: int | None = None, **args: Any) -> link.CallKey:
         self.number += 1
         return self.again((peer, self.number), budget, **args)
 
-    def again(self, key: link.Key, budget: int | None = None, **args: Any) -> link.Key:
+    def again(self, key: link.CallKey, budget: int | None = None, **args: Any) -> link.CallKey:
         made = Generate(**{"messages": USER, "stream": True, **args})
         self.remote.table[link.Submit](link.Submit(key, made, budget=budget))
         return key
@@ -64,16 +64,16 @@ class Bench:
                 select.select(self.remote.fds(), [], [], 0.2)
         return found
 
-    def end(self, key: link.Key) -> Any:
+    def end(self, key: link.CallKey) -> Any:
         """The final word on a call."""
         kinds = (link.GenerationDone, link.Failed)
         return self.until(lambda: next((m for m in self.channel.sent if isinstance(m, kinds) and m.key == key), None))
 
-    def deltas(self, key: link.Key) -> list[link.Delta]:
+    def deltas(self, key: link.CallKey) -> list[link.Delta]:
         steps = [message for message in self.channel.sent if isinstance(message, link.Step)]
         return [delta for step in steps for delta in step.deltas if delta.key == key]
 
-    def text(self, key: link.Key) -> str:
+    def text(self, key: link.CallKey) -> str:
         """What the kernel has, joined as it joins it."""
         text, end = "", self.end(key)
         for message in [*self.deltas(key), end]:
@@ -82,16 +82,16 @@ class Bench:
                 text += message.text
         return text
 
-    def logprobs(self, key: link.Key) -> list[Any]:
+    def logprobs(self, key: link.CallKey) -> list[Any]:
         ends = [*self.deltas(key), self.end(key)]
         return [one for message in ends for one in message.logprobs or ()]
 
-    def charged(self, key: link.Key) -> int:
+    def charged(self, key: link.CallKey) -> int:
         """Tokens of answers."""
         end = self.end(key)
         return sum(message.charged for message in [*self.deltas(key), end] if not isinstance(message, link.Failed))
 
-    def prompts(self, key: link.Key) -> int:
+    def prompts(self, key: link.CallKey) -> int:
         """Tokens of prompts that have been charged so far."""
         spent = [one for message in self.channel.sent if isinstance(message, link.Step) for one in message.spent]
         spent += [

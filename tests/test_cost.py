@@ -79,7 +79,7 @@ def test_a_price_stands_with_its_model(tmp_path: Path) -> None:
 # ── what a core does with it ──────────────────────────────────────────────────────────────────────────────
 
 
-def submit(bench: Any, money: int | None, **args: Any) -> link.Key:
+def submit(bench: Any, money: int | None, **args: Any) -> link.CallKey:
     key = bench.submit()
     made = bench.remote._queue.calls.pop(key).submit
     bench.tell(link.Submit(key, made.request, money=money, **args))

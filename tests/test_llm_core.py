@@ -149,7 +149,7 @@ def test_threads_are_measured_again_when_the_neighbours_are_gone(path: Path, mon
     channel.close()
 
 
-def generate(kernel: Kernel, key: link.Key, **sampling: Any) -> None:
+def generate(kernel: Kernel, key: link.CallKey, **sampling: Any) -> None:
     options = Sampling(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **sampling})
     kernel.send(link.Submit(key, Generate(prompt="hello", sampling=options)))
 

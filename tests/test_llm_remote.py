@@ -246,14 +246,14 @@ def test_other_calls_are_refused_and_closing_a_context_is_nothing(make: Make) ->
 # ── vectors ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def embed(bench: Bench, *texts: str) -> link.Key:
+def embed(bench: Bench, *texts: str) -> link.CallKey:
     bench.number += 1
     args = Raw(msgspec.msgpack.encode(wire.Embed(list(texts))))
     bench.tell(link.Ask((1, bench.number), link.Caller(1, 0, "x", False, ""), Sys.EMBED, args))
     return 1, bench.number
 
 
-def answered(bench: Bench, key: link.Key) -> Any:
+def answered(bench: Bench, key: link.CallKey) -> Any:
     kinds = (link.Answered, link.Failed)
     return bench.until(lambda: next((m for m in bench.channel.sent if isinstance(m, kinds) and m.key == key), None))
 
@@ -528,7 +528,7 @@ def test_a_budget_is_passed_on_and_held(make: Make) -> None:
     assert len(bench.endpoint.asked) == 2, "nothing was asked that could not be paid for"
 
 
-def paid(bench: Bench, key: link.Key) -> tuple[int, int]:
+def paid(bench: Bench, key: link.CallKey) -> tuple[int, int]:
     """Tokens of prompts and of answers, whatever the end was."""
     return bench.prompts(key), sum(delta.charged or 0 for delta in bench.deltas(key))
 
@@ -586,7 +586,7 @@ def test_calls_side_by_side_go_beyond_no_budget_together(make: Make) -> None:
     bench.end(bench.submit())
     estimated = bench.prompts((1, 1))
 
-    def submit(key: int, left: int, context: int | None = None, owner: int = 1) -> link.Key:
+    def submit(key: int, left: int, context: int | None = None, owner: int = 1) -> link.CallKey:
         share = link.PurseShare(owner, left, context)
         made = wire.Generate(messages=USER, stream=True)
         bench.tell(link.Submit((1, key), made, budget=left, shares=[share]))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiosd.llm import llama
-from aiosd.llm.arrays import Row
+from aiosd.llm.arrays import LogitRow
 from aiosd.llm.mirostat import Mirostat
 from aiosd.llm.options import SamplerFactory
 from aiosd.llm.penalties import Dry, Edits, penalise, repeats
@@ -31,7 +31,7 @@ def sampler(**changes: float) -> Sampler:
     return Sampler(**{**plain, **changes})  # type: ignore[arg-type]
 
 
-def row(seed: int, n: int = 300) -> Row:
+def row(seed: int, n: int = 300) -> LogitRow:
     return np.random.default_rng(seed).normal(0, 3, n).astype(np.float32)
 
 
@@ -146,9 +146,9 @@ def test_draws_follow_the_probabilities() -> None:
 # ── in C, for all rows at once ────────────────────────────────────────────────────────────────────────────
 
 
-def hostile_rows(kind: int, rng: np.random.Generator, rows: int, n: int) -> Row:
+def hostile_rows(kind: int, rng: np.random.Generator, rows: int, n: int) -> LogitRow:
     """Logits as a model gives them; many that are equal; holes; next to nothing usable."""
-    logits: Row = rng.normal(0, 3, (rows, n)).astype(np.float32)
+    logits: LogitRow = rng.normal(0, 3, (rows, n)).astype(np.float32)
     if kind == 1:
         logits = np.round(logits)
     if kind == 2:
@@ -281,7 +281,7 @@ class Theirs:
         for token in tokens or []:
             llama.C.llama_sampler_accept(sampler, token)
 
-    def apply(self, logits: Row) -> dict[int, float]:
+    def apply(self, logits: LogitRow) -> dict[int, float]:
         """What is left: logits by token."""
         data = np.zeros(len(logits), np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)]))
         data["id"], data["logit"] = np.arange(len(logits)), logits

@@ -19,7 +19,7 @@ def test_all_that_was_sent_arrives_and_then_the_end_is_read_once(
     first, second = (socket.socket(fileno=fd) for fd in passage._pair())
     (tmp_path / "x").write_bytes(b"handed over")
     given = os.open(tmp_path / "x", os.O_RDONLY)
-    got: list[tuple[passage.Message, list[bytes]]] = []
+    got: list[tuple[passage.PassageMessage, list[bytes]]] = []
     many = 2 * passage.AT_ONCE + 1
 
     async def scene() -> list[dict[str, object]]:
@@ -30,7 +30,7 @@ def test_all_that_was_sent_arrives_and_then_the_end_is_read_once(
         monkeypatch.setattr(loop, "remove_reader", lambda sock: (remove(sock), unwatched.set()))
         loop.set_exception_handler(lambda _, context: wrong.append(context))
 
-        def handle(message: passage.Message, fds: list[int]) -> None:
+        def handle(message: passage.PassageMessage, fds: list[int]) -> None:
             got.append((message, [os.pread(fd, 100, 0) for fd in fds]))
             for fd in fds:
                 os.close(fd)

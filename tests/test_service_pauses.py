@@ -31,7 +31,7 @@ class Running:
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
         self.arrived: set[str] = set()
         self.turns = self.rounds = 0
-        self.worked_on: list[link.Key | None] = []  # by what the channel says, at each turn
+        self.worked_on: list[link.CallKey | None] = []  # by what the channel says, at each turn
         self.messages: list[Any] = []
         self.server = Server(
             Channel(memfd, service_bell, Side.KERNEL),

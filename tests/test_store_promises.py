@@ -57,7 +57,7 @@ class Kernel:
         promises.take_back = self.server.take_back
         self.copies = Copies()
         self.peers = {pid: Peer(pid, None) for pid in CALLERS}
-        self.asked: dict[link.Key, link.Ask] = {}
+        self.asked: dict[link.CallKey, link.Ask] = {}
         self.number = 0
         self.given = 0
         self.work = FakeChannel().work

@@ -39,7 +39,7 @@ class Toy:
     def __init__(self, spec: ModelSpec, line: Line) -> None:
         self.line = line
         self.info: dict[str, Any] = {"description": "a toy", "chat": True}
-        self.calls: dict[link.Key, Writing] = {}
+        self.calls: dict[link.CallKey, Writing] = {}
         self.parked: set[int] = set()
         ignored = dict.fromkeys((link.ParkCall, link.PeerGone, link.Renice, link.Schedule), lambda message: None)
         self.table: dict[type, Any] = {

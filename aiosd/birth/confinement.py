@@ -27,12 +27,12 @@ FILES = 4096  # that a process in a sandbox may have open at most
 
 _native: confine.Native | None = None
 _ground: plan.Ground | None = None
-_gates: list[gates.Address] = []
+_gates: list[gates.HostPort] = []
 #: How this process is confined, for the words that explain an error.
 box: Box | None = None
 
 
-def prepare(addresses: list[gates.Address]) -> Offer:
+def prepare(addresses: list[gates.HostPort]) -> Offer:
     """In the supervisor, before the first fork: what this machine can do. `addresses`: of the gates."""
     global _native, _ground, _gates
     _native, _gates = confine.load(), addresses

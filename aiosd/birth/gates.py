@@ -18,22 +18,22 @@ import socket
 from aiosd.ipc.endpoint import Endpoint
 from aiosd.sandbox import hosts
 
-Address = tuple[str, int]
+HostPort = tuple[str, int]
 
 #: Of vLLM, llama.cpp's server, Ollama and LM Studio.
 FIXED = (8000, 8080, 11434, 1234)
 BACKLOG = 64
 
 
-def of(gateway: Endpoint | None) -> list[Address]:
+def of(gateway: Endpoint | None) -> list[HostPort]:
     """Where they listen."""
-    found: list[Address] = [(hosts.PROXY_HOST, hosts.PROXY_PORT)]
+    found: list[HostPort] = [(hosts.PROXY_HOST, hosts.PROXY_PORT)]
     if gateway is not None:
         found += [(gateway.host, gateway.port), *(("127.0.0.1", port) for port in FIXED)]
     return list(dict.fromkeys(found))
 
 
-def made(addresses: list[Address]) -> list[int]:
+def made(addresses: list[HostPort]) -> list[int]:
     """In the agent's process: descriptors of sockets that listen there. Raises OSError where the first cannot be made;
     of the others an address may be refused (ports below 1024)."""
     found = [_listening(addresses[0])]
@@ -43,7 +43,7 @@ def made(addresses: list[Address]) -> list[int]:
     return found
 
 
-def _listening(address: Address) -> int:
+def _listening(address: HostPort) -> int:
     sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.bind(address)

@@ -16,7 +16,7 @@ from libaios.wire import Limits
 Command = Callable[..., int]
 
 
-class Duration(edge.Seconds):
+class Duration(edge.SecondsType):
     """A number of seconds, or a length of time with units."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
@@ -26,7 +26,7 @@ class Duration(edge.Seconds):
         return super().convert(value, param, ctx)
 
 
-class Amount(click.ParamType[float]):
+class AmountType(click.ParamType[float]):
     """How much of a budget: read as in aiosd.toml."""
 
     def __init__(self, kind: limits.Kind) -> None:
@@ -52,7 +52,7 @@ def options(kinds: Sequence[limits.Kind], soft: bool = False) -> Callable[[Comma
                 command
             )
         for kind in reversed(kinds):
-            amount = Duration(min=0) if kind.metavar == "S" else Amount(kind)
+            amount = Duration(min=0) if kind.metavar == "S" else AmountType(kind)
             option = click.option(
                 kind.flag, f"budget_{kind.name}", type=amount, metavar=kind.metavar, help=f"Budget: {kind.help}"
             )

@@ -326,7 +326,7 @@ def change(name: str, value: str) -> int:
 
 
 @command.command("stop", context_settings=edge.SETTINGS, short_help="End the system and everything in it.")
-@click.option("--timeout", type=edge.Seconds(min=0), default=60.0, metavar="S", help="How long to wait (60).")
+@click.option("--timeout", type=edge.SecondsType(min=0), default=60.0, metavar="S", help="How long to wait (60).")
 def stop(timeout: float) -> int:
     """End the system and everything in it; return when it has ended.
 
@@ -369,7 +369,7 @@ def _stop_or_ended(timeout: float) -> None:
 
 
 @command.command("restart", context_settings=edge.SETTINGS, short_help="Stop the system and start it as it was.")
-@click.option("--timeout", type=edge.Seconds(min=0), default=60.0, metavar="S", help="How long to wait (60).")
+@click.option("--timeout", type=edge.SecondsType(min=0), default=60.0, metavar="S", help="How long to wait (60).")
 def restart(timeout: float) -> int:
     """Stop the system, and start it again in the background as `aiosd -d` started it last: with the same options, in
     the same folder, with the same AIOSD_ variables. Files such as aiosd.toml are read anew, and what is wrong with
@@ -400,7 +400,7 @@ def restart(timeout: float) -> int:
 
 
 @command.command("reload", context_settings=edge.SETTINGS, short_help="Read the settings again.")
-@click.option("--timeout", type=edge.Seconds(min=0), default=10.0, metavar="S", help="How long to wait (10).")
+@click.option("--timeout", type=edge.SecondsType(min=0), default=10.0, metavar="S", help="How long to wait (10).")
 def reload(timeout: float) -> int:
     """Read the settings again (aiosd.toml, and the options of the start), as SIGHUP does, and print what changed.
 

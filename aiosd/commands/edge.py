@@ -111,7 +111,7 @@ def completions(words: Mapping[str, str], incomplete: str, listed: bool = False)
     return [CompletionItem(known + comma + word, help=text) for word, text in words.items() if word.startswith(last)]
 
 
-class Seconds(click.FloatRange):
+class SecondsType(click.FloatRange):
     """A number of seconds; error messages use its name."""
 
     name = "number of seconds"

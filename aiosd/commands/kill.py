@@ -100,7 +100,7 @@ def _next(rest: Any) -> list[str]:
     help="By name or number; 0 only probes.",
     shell_complete=_complete_signal,
 )
-@click.option("--timeout", type=edge.Seconds(min=0), metavar="S", help="KILL after S seconds; returns when dead.")
+@click.option("--timeout", type=edge.SecondsType(min=0), metavar="S", help="KILL after S seconds; returns when dead.")
 @click.option("-l", "listing", is_flag=True, help="List the signals, or translate those given.")
 @click.argument("targets", nargs=-1, metavar="PID|NAME...", type=click.UNPROCESSED, shell_complete=agents.complete)
 def command(word: str, timeout: float | None, listing: bool, targets: tuple[str, ...]) -> int:

@@ -20,8 +20,8 @@ from libaios.wire import Limits, Sys
 
 MOST_LOG = 1 << 18  # bytes of a log that one call returns
 
-Pid = Annotated[int, Meta(ge=1)]
-Signal = Literal["TERM", "KILL", "INT", "HUP", "STOP", "CONT", "USR1", "USR2"]
+AgentPid = Annotated[int, Meta(ge=1)]
+SignalName = Literal["TERM", "KILL", "INT", "HUP", "STOP", "CONT", "USR1", "USR2"]
 
 
 @define
@@ -68,7 +68,7 @@ async def ps(all: bool = False) -> list[dict[str, Any]]:
 
 
 @define
-async def wait(pid: Pid, seconds: Annotated[float, Meta(ge=0, le=3600)] = 60) -> dict[str, Any]:
+async def wait(pid: AgentPid, seconds: Annotated[float, Meta(ge=0, le=3600)] = 60) -> dict[str, Any]:
     """Waits for an agent to end and returns its exit status: its code, or -n for signal n.
 
     Args:
@@ -83,7 +83,7 @@ async def wait(pid: Pid, seconds: Annotated[float, Meta(ge=0, le=3600)] = 60) ->
 
 
 @define
-async def kill(pid: Pid, sig: Signal = "TERM") -> str:
+async def kill(pid: AgentPid, sig: SignalName = "TERM") -> str:
     """Sends a signal to an agent. STOP parks it with all it has started, CONT lets it go on.
 
     Args:
@@ -95,7 +95,7 @@ async def kill(pid: Pid, sig: Signal = "TERM") -> str:
 
 
 @define
-async def logs(pid: Pid, lines: Annotated[int, Meta(ge=1, le=10_000)] = 100) -> str:
+async def logs(pid: AgentPid, lines: Annotated[int, Meta(ge=1, le=10_000)] = 100) -> str:
     """Returns the end of what an agent in the background has written.
 
     Args:

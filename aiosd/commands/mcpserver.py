@@ -33,7 +33,7 @@ from libaios import agent, aio
 from libaios.tool import result_text
 from libaios.wire import ToolInfo
 
-Context = ServerRequestContext[Any]
+McpContext = ServerRequestContext[Any]
 
 #: What changes nothing, for programs that ask a person before the others.
 READING = frozenset((
@@ -47,14 +47,14 @@ def serve(only: frozenset[str] | None) -> int:
     """Serve on stdin and stdout until stdin ends. `only`: the names that are offered; None: all."""
     functions = functions_of(vars(mcpcalls))
 
-    async def on_list(context: Context, params: PaginatedRequestParams | None) -> ListToolsResult:
+    async def on_list(context: McpContext, params: PaginatedRequestParams | None) -> ListToolsResult:
         found = [_described(one.tool.name, one.tool.description, one.tool.parameters) for one in functions.values()]
         for tool in await _tools():
             if tool.name not in functions:
                 found.append(_described(tool.name, tool.description, tool.parameters))
         return ListToolsResult(tools=[one for one in found if only is None or one.name in only])
 
-    async def on_call(context: Context, params: CallToolRequestParams) -> CallToolResult:
+    async def on_call(context: McpContext, params: CallToolRequestParams) -> CallToolResult:
         if only is not None and params.name not in only:
             return _result(f"no such tool: {params.name}", failed=True)
         try:

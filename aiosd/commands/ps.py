@@ -116,7 +116,7 @@ def _complete_columns(context: click.Context, parameter: click.Parameter, incomp
 @click.option("--forest", is_flag=True, help="Children below their parents.")
 @click.option(
     "--watch",
-    type=edge.Seconds(0.1, 86400),
+    type=edge.SecondsType(0.1, 86400),
     is_flag=False,
     flag_value=2.0,
     metavar="[S]",

@@ -33,7 +33,7 @@ EXAMPLES = """
 """
 
 F = TypeVar("F", bound=Callable[..., Any])
-Cells = Sequence[str]
+TableRow = Sequence[str]
 
 
 @edge.new(
@@ -70,7 +70,7 @@ def ls(folder: str, of: str) -> int:
     return 0
 
 
-def _row(file: File) -> Cells:
+def _row(file: File) -> TableRow:
     if file.damaged:
         return ("-", "-", "-", "damaged", file.path)
     by = "mounted" if file.mounted else file.by
@@ -183,7 +183,7 @@ def rm(paths: tuple[str, ...], of: str) -> int:
 @_command("trash", "List what was removed.")
 def trash(of: str) -> int:
     """List what was removed, with the numbers that `restore` and `empty-trash` take."""
-    rows: list[Cells] = []
+    rows: list[TableRow] = []
     after = 0
     while some := sto.trash(of, after=after):
         rows += [(str(one.id), format_size(one.size), _when(one.removed), one.path) for one in some]
@@ -276,7 +276,7 @@ def _each(items: Iterable[Any], act: Callable[[Any], object]) -> int:
     return 1 if failed else 0
 
 
-def _table(headers: Cells, rows: Iterable[Cells], right: int) -> None:
+def _table(headers: TableRow, rows: Iterable[TableRow], right: int) -> None:
     """The first `right` columns are figures; the last is not padded."""
     lines = [headers, *([edge.escaped(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]

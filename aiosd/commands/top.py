@@ -46,7 +46,7 @@ EXAMPLES = """
 )
 @click.option("-b", "--batch", is_flag=True, help="Plain pictures on stdout, one unless -n says more.")
 @click.option("-n", "--iterations", type=edge.Whole(min=1), metavar="N", help="End after N pictures.")
-@click.option("-d", "--delay", type=edge.Seconds(0.1, 3600), default=2.0, metavar="S", help="Between two (2).")
+@click.option("-d", "--delay", type=edge.SecondsType(0.1, 3600), default=2.0, metavar="S", help="Between two (2).")
 @click.option("-e", "-A", "--all", "system", is_flag=True, help="aiosd's own processes too.")
 @click.option("--sort", type=click.Choice(picture.ORDER), default="rate", metavar="COL", help="By which column (rate).")
 @click.option(

@@ -44,7 +44,7 @@ def exit_code(waited: Waited) -> int:
     "[--timeout S]",
     EXAMPLES,
 )
-@click.option("--timeout", type=edge.Seconds(min=0), metavar="S", help="Give up after S seconds.")
+@click.option("--timeout", type=edge.SecondsType(min=0), metavar="S", help="Give up after S seconds.")
 @click.argument("words", nargs=-1, required=True, metavar="PID|NAME...", shell_complete=agents.complete)
 def command(timeout: float | None, words: tuple[str, ...]) -> int:
     try:

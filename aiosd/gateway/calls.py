@@ -1,7 +1,7 @@
 """System calls for coroutines, over the connection of one agent.
 
-The event loop has one thread, so a reply only has to wake the task that waits. Several calls can share one `Bell`, for
-example the choices of one request.
+The event loop has one thread, so a reply only has to wake the task that waits. Several calls can share one `ReplyBell`,
+for example the choices of one request.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from libaios.connection import Connection, Pending, decode_body
 
-Bell = asyncio.Event
+ReplyBell = asyncio.Event
 
 
 class RequestCalls:
@@ -21,7 +21,7 @@ class RequestCalls:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.bell = Bell()  # rings at every reply
+        self.bell = ReplyBell()  # rings at every reply
         self._open: list[Pending] = []
 
     async def __aenter__(self) -> RequestCalls:

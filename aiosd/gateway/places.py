@@ -2,7 +2,7 @@
 
 The kernel and its models name a place with the names of their own arguments, at the beginning of the sentence:
 `tools[0].parameters must be …`, `schema: …`. Each API has other names for some of them, so each handler provides its
-own translation (`Request.names`).
+own translation (`HttpRequest.names`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from libaios import wire
 
 #: Translates a place from the kernel's names to the API's.
-Names = Callable[[str], str]
+PlaceNames = Callable[[str], str]
 
 _ROOTS = {
     name
@@ -47,7 +47,7 @@ def same(place: str) -> str:
     return place
 
 
-def by_root(roots: Mapping[str, str]) -> Names:
+def by_root(roots: Mapping[str, str]) -> PlaceNames:
     """A translation for APIs in which only the argument itself has another name."""
 
     def names(place: str) -> str:

@@ -6,18 +6,18 @@ from dataclasses import replace
 
 from aiosd.gateway import cerebrum, health, ollama, submitted
 from aiosd.gateway.openai import chat, completions, embeddings, kept, listing, responses, tokens
-from aiosd.gateway.web import Handler, Route, route
+from aiosd.gateway.web import Route, RouteHandler, route
 
 #: What may precede a path of OpenAI's API: nothing, a version, or an engine (older clients send that).
 PREFIX = r"(?:/v1)?(?:/(?:engines|openai/deployments)/{engine})?"
 VERSION = r"(?:/v1)?"
 
 
-def _openai(method: str, path: str, handler: Handler) -> Route:
+def _openai(method: str, path: str, handler: RouteHandler) -> Route:
     return replace(route(method, path, handler, before=PREFIX), name=f"/v1{path.replace(':path', '')}")
 
 
-def _ollama(method: str, path: str, handler: Handler, open: bool = False) -> Route:
+def _ollama(method: str, path: str, handler: RouteHandler, open: bool = False) -> Route:
     return route(method, "/api" + path, handler, open, ollama.error)
 
 

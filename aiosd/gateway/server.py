@@ -108,7 +108,7 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
     return 0
 
 
-def _take_guest(connection_of: Callable[[int], Guarded], message: passage.Message, fds: list[int]) -> None:
+def _take_guest(connection_of: Callable[[int], Guarded], message: passage.PassageMessage, fds: list[int]) -> None:
     """Serve a connection that the proxy has accepted at the gate of an agent."""
     loop = asyncio.get_running_loop()
     for sock in [socket.socket(fileno=fd) for fd in fds]:

@@ -56,7 +56,7 @@ class Problem(Exception):
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
         self.headers = dict(headers or {})
 
-    def renamed(self, names: places.Names) -> Problem:
+    def renamed(self, names: places.PlaceNames) -> Problem:
         """The same error with the names of another API."""
         new = self.param and names(self.param)
         if self.param and new:
@@ -65,7 +65,7 @@ class Problem(Exception):
 
 
 @contextlib.contextmanager
-def renaming(names: places.Names) -> Iterator[None]:
+def renaming(names: places.PlaceNames) -> Iterator[None]:
     """Around code shared with another API: translates the names in its errors."""
     try:
         yield
@@ -81,7 +81,7 @@ NO_RETRY = {"x-should-retry": "false"}
 _SOON = {"retry-after": "1"}
 
 
-def problem_of(err: OSError, names: places.Names = places.same) -> Problem:
+def problem_of(err: OSError, names: places.PlaceNames = places.same) -> Problem:
     """The HTTP error for an error from the kernel. `names`: translates places in it into this API's names."""
     message = err.strerror or str(err)
     match err.errno:
@@ -143,7 +143,7 @@ class HttpRequest:
         self.account: Account
         self.words: dict[str, str] = {}  # parts of the path
         self.error_form: Callable[[Problem], dict[str, Any]] = openai_error
-        self.names: places.Names = places.same  # translates places into the names of the handler's API
+        self.names: places.PlaceNames = places.same  # translates places into the names of the handler's API
         self.extra: list[tuple[bytes, bytes]] = []  # headers of the reply
         self.begun = False  # the head of the reply is sent
         self._received = False  # its whole body has come
@@ -274,7 +274,7 @@ class HttpRequest:
         await self.reply(self.error_form(problem), problem.status)
 
 
-Handler = Callable[[HttpRequest], Awaitable[None]]
+RouteHandler = Callable[[HttpRequest], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +284,7 @@ class Route:
     method: str
     name: str
     path: re.Pattern[str]
-    handler: Handler
+    handler: RouteHandler
     open: bool = False
     error_form: Callable[[Problem], dict[str, Any]] = openai_error
 
@@ -292,7 +292,7 @@ class Route:
 def route(
     method: str,
     path: str,
-    handler: Handler,
+    handler: RouteHandler,
     open: bool = False,
     error_form: Callable[[Problem], dict[str, Any]] = openai_error,
     before: str = "",

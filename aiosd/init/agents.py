@@ -28,7 +28,7 @@ from aiosd.init.records import BACKOFF_S, Agent, Memo
 from aiosd.init.signals import signal_tree
 from aiosd.init.templates import Order, TemplatePool
 from aiosd.ipc import link
-from aiosd.ipc.link import Key
+from aiosd.ipc.link import CallKey
 from aiosd.timers import Timers
 from libaios import wire
 from libaios.channel import make_channel
@@ -67,11 +67,11 @@ class AgentSupervisor:
         self.records: dict[int, Agent] = {}  # by pid, live and dead until forgotten
         self.stopping = False
         self._births = Births(epoll, timers, self._born)
-        self._orders: dict[Key, int] = {}  # spawns that wait for a template, with the epoch of their kernel
+        self._orders: dict[CallKey, int] = {}  # spawns that wait for a template, with the epoch of their kernel
         # results of calls that take effect once
-        self._spawned: Memo[Key, int] = Memo()
-        self._signalled: Memo[tuple[Key, int], None] = Memo()  # KILL calls, and the agents that they meant
-        self.replies: Memo[Key, bytes] = Memo()
+        self._spawned: Memo[CallKey, int] = Memo()
+        self._signalled: Memo[tuple[CallKey, int], None] = Memo()  # KILL calls, and the agents that they meant
+        self.replies: Memo[CallKey, bytes] = Memo()
 
     def live(self) -> list[Agent]:
         return [child for child in self._children.values() if isinstance(child, Agent)]
@@ -104,7 +104,7 @@ class AgentSupervisor:
         except OSError as err:
             self._fork_failed(message.key, err.errno or 5, err.strerror or str(err))
 
-    def _fork_failed(self, key: Key, number: int, words: str) -> None:
+    def _fork_failed(self, key: CallKey, number: int, words: str) -> None:
         self._link.send(link.ForkFailed(key, number, words))
 
     def _order(self, spec: link.Fork, fds: list[int]) -> None:
@@ -445,7 +445,7 @@ class AgentSupervisor:
         return len(live)
 
 
-def _forked(key: Key, agent: Agent) -> link.Forked:
+def _forked(key: CallKey, agent: Agent) -> link.Forked:
     return link.Forked(key, agent.pid, agent.ospid, agent.pgid, agent.started, agent.since, agent.log)
 
 

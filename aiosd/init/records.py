@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from aiosd.init.restart import Restarts
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import Heart
-from aiosd.ipc.link import Key, ServerShown, TemplateShown
+from aiosd.ipc.link import CallKey, ServerShown, TemplateShown
 from aiosd.ipc.service import ServiceSpec
 from aiosd.sandbox.probe import Offer
 from aiosd.timers import Cancellable
@@ -124,7 +124,7 @@ class Inheritance:
     since: float
     journal: tuple[int, int]  # two memfds, see kernel.journal
     ledger: int  # a memfd, see kernel.ledger
-    memo: Memo[Key, bytes]  # replies of calls that take effect once
+    memo: Memo[CallKey, bytes]  # replies of calls that take effect once
     ready: bool = False  # the system has been ready before
     offer: Offer = field(default_factory=lambda: Offer("none"))  # which sandbox this machine can do
     agents: list[Agent] = field(default_factory=list)

@@ -52,8 +52,10 @@ SAID_BYTES = 65536
 #: Pools of threads in C libraries: with more than one thread a process cannot be forked.
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
 
-Done = Callable[[int, socket.socket], None]  # the Linux pid of a process that waits in `spares.become`, and its socket
-Failed = Callable[[int, str], None]  # errno and a sentence
+OnForked = Callable[
+    [int, socket.socket], None
+]  # the Linux pid of a process that waits in `spares.become`, and its socket
+OnFailed = Callable[[int, str], None]  # errno and a sentence
 
 
 @dataclass(slots=True, eq=False)
@@ -61,8 +63,8 @@ class Order:
     """One agent's process, wanted from a template."""
 
     of: wire.Template
-    done: Done
-    failed: Failed
+    done: OnForked
+    failed: OnFailed
     tries: int = 0
     template: TemplateProcess | None = None
     sock: socket.socket | None = None  # our end, once the template has been sent the other
@@ -119,7 +121,7 @@ class TemplatePool:
 
     # ── orders ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def order(self, of: wire.Template, done: Done, failed: Failed) -> Order:
+    def order(self, of: wire.Template, done: OnForked, failed: OnFailed) -> Order:
         """Want a process. Raises OSError when its template cannot be started."""
         order = Order(of, done, failed)
         self._place(order)

@@ -7,7 +7,7 @@ checks types, because a bug is found where it enters.
 Every service gets its calls as `Ask`, answers each with one `Answered` or `Failed`, and may send `Part`s of a long
 answer before that. An llm core gets its generations as `Submit`, because much of them changes while they run.
 
-A call is known on the way kernel → service → kernel by its `Key`: the peer that made it and its call id. The
+A call is known on the way kernel → service → kernel by its `CallKey`: the peer that made it and its call id. The
 key is stable over a restart of kernel and service, so a call that is submitted twice is run once.
 """
 
@@ -22,7 +22,7 @@ from aiosd.access.rules import AccessPolicy
 from aiosd.budgets.price import Price
 from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
-Key = tuple[int, int]  # (peer: agent pid, or -client id; call id)
+CallKey = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 
 
 # ── kernel → service ──────────────────────────────────────────────────────────────────────────────────────
@@ -63,7 +63,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
     again; its call ids begin anew each time. `approved`: the digest of the deed that the call may do. `moved`: another
     process of this service had it, and had not begun it."""
 
-    key: Key
+    key: CallKey
     caller: Caller
     sys: int
     args: Raw
@@ -79,7 +79,7 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     of `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited). `mu`: mirostat's state
     after `request.given`, where it is known. `shares`: the budgets, so that calls do not go beyond one together."""
 
-    key: Key
+    key: CallKey
     request: Generate
     nice: int = 0
     group: str = ""
@@ -94,7 +94,7 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
     """Free whatever the call holds before the next step. No answer: the kernel has already replied."""
 
-    key: Key
+    key: CallKey
 
 
 class Park(Struct, array_like=True, frozen=True, tag=True):
@@ -109,7 +109,7 @@ class Park(Struct, array_like=True, frozen=True, tag=True):
 class ParkCall(Struct, array_like=True, frozen=True, tag=True):
     """The same for one call: its reader is slow."""
 
-    key: Key
+    key: CallKey
     parked: bool
 
 
@@ -197,20 +197,20 @@ class Working(Struct, array_like=True, frozen=True, tag=True):
     """From now on a core works on this call alone; None: not any more. A death in between is this call's fault. (Other
     services, whose calls are shorter than this message takes, write it into their channel.)"""
 
-    key: Key | None
+    key: CallKey | None
 
 
 class Begun(Struct, array_like=True, frozen=True, tag=True):
     """A call that had waited in the service begins now, beside others."""
 
-    key: Key
+    key: CallKey
 
 
 class Needs(Struct, array_like=True, frozen=True, tag=True):
     """This call amounts to a deed that the kernel has to decide on. The service keeps nothing of the call: it is
     denied, or comes again with `Ask.approved`."""
 
-    key: Key
+    key: CallKey
     deed: Deed
 
 
@@ -228,7 +228,7 @@ class Delta(Struct, array_like=True, frozen=True):
     after a death. A core whose model is elsewhere sends text alone. `charged`: how many tokens it costs; None: as many
     as there are in `tokens`. `mu`: mirostat's state after them, where the call uses it."""
 
-    key: Key
+    key: CallKey
     offset: int
     tokens: list[int]
     text: str
@@ -240,7 +240,7 @@ class Delta(Struct, array_like=True, frozen=True):
 class Started(Struct, array_like=True, frozen=True):
     """A call got its slot, with what its prompt cost; 0 tokens: that is known at its end."""
 
-    key: Key
+    key: CallKey
     prompt_tokens: int
     cached_tokens: int
 
@@ -249,7 +249,7 @@ class Spent(Struct, array_like=True, frozen=True):
     """Prompt tokens that a core charges when it knows them, in place of `Started` and of what `GenerationDone.usage`
     says: of an attempt at an endpoint when it is sent. Negative: an attempt that cost nothing is given back."""
 
-    key: Key
+    key: CallKey
     prompt_tokens: int
     cached_tokens: int = 0
 
@@ -260,7 +260,7 @@ class Step(Struct, array_like=True, frozen=True, tag=True):
 
     deltas: list[Delta] = []
     started: list[Started] = []  # they have a slot: the first time, or again
-    preempted: list[Key] = []  # they have none any more, and wait
+    preempted: list[CallKey] = []  # they have none any more, and wait
     spent: list[Spent] = []
 
 
@@ -269,7 +269,7 @@ class GenerationDone(Struct, array_like=True, frozen=True, tag=True):
     negative where the deltas had charged too many, so that in the end `usage` is what was charged. `short`: the kind of
     budget that has ended it, where the core knows."""
 
-    key: Key
+    key: CallKey
     offset: int
     tokens: list[int]
     text: str
@@ -287,7 +287,7 @@ class Answered(Struct, array_like=True, frozen=True, tag=True):
     `promise`: a number, not 0: until the service names it in `Stale` the caller would get this answer again for the
     same call, so the kernel may give it from memory."""
 
-    key: Key
+    key: CallKey
     body: bytes
     prompt_tokens: int = 0
     promise: int = 0
@@ -303,7 +303,7 @@ class Stale(Struct, array_like=True, frozen=True, tag=True):
 class Part(Struct, array_like=True, frozen=True, tag=True):
     """Part of the answer to an `Ask`: the body of a partial reply, already encoded."""
 
-    key: Key
+    key: CallKey
     offset: int
     body: bytes
 
@@ -313,7 +313,7 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
     `ErrandDone`, unless that call ends before. `number`: no two errands of a service have the same, and a later one has
     a higher one; `again`: it was sent before, to a kernel that has died since."""
 
-    key: Key
+    key: CallKey
     number: int
     sys: int
     args: Raw
@@ -333,7 +333,7 @@ class Failed(Struct, array_like=True, frozen=True, tag=True):
     """Final word on any call that could not be served. `elsewhere`: another model may be able to. `short`: the kind of
     budget of which it would need more than is left."""
 
-    key: Key
+    key: CallKey
     errno: int
     message: str
     elsewhere: bool = False
@@ -433,7 +433,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     agent `ppid`, or gets /dev/null and its log.
     """
 
-    key: Key
+    key: CallKey
     ppid: int
     pgid: int  # 0: a group of its own
     uid: int
@@ -476,7 +476,7 @@ class SendSignal(Struct, array_like=True, frozen=True, tag=True):
 
     pid: int
     signal: int
-    key: Key | None = None
+    key: CallKey | None = None
 
 
 class Mark(Struct, array_like=True, frozen=True, tag=True):
@@ -490,7 +490,7 @@ class Mark(Struct, array_like=True, frozen=True, tag=True):
     budget: str | None = None
     reason: str | None = None
     reaped: bool = False
-    by: Key | None = None
+    by: CallKey | None = None
     answer: bytes = b""
 
 
@@ -527,7 +527,7 @@ class Forked(Struct, array_like=True, frozen=True, tag=True):
     """It runs, or it has no process. Not sent when it has rung for itself and nothing comes with it. Descriptors with
     the frame: of a confined agent its door, and of one in a network of its own its gates."""
 
-    key: Key
+    key: CallKey
     pid: int
     ospid: int
     pgid: int
@@ -548,7 +548,7 @@ class ForkFailed(Struct, array_like=True, frozen=True, tag=True):
     """With a descriptor: the message is in there (`letter.read_text`), from the process that could not become the
     agent."""
 
-    key: Key
+    key: CallKey
     errno: int
     message: str
 

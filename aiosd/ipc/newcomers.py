@@ -32,7 +32,7 @@ class Newcomers:
             if known is not None:
                 self._dropped.pop(peer, None)  # of an earlier life, whose numbers mean nothing now
 
-    def drop(self, key: link.Key) -> None:
+    def drop(self, key: link.CallKey) -> None:
         """This call was here, and is not remembered from now on."""
         peer, number = key
         self._dropped[peer] = max(number, self._dropped.get(peer, 0))

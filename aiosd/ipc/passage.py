@@ -51,10 +51,10 @@ class Guest(Struct, array_like=True, frozen=True, tag=True):
     pid: int
 
 
-Message = Gate | Closed | GatesKept | Guest
+PassageMessage = Gate | Closed | GatesKept | Guest
 
 _encode = msgpack.Encoder().encode
-_decode = msgpack.Decoder(Message).decode
+_decode = msgpack.Decoder(PassageMessage).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,13 @@ def _pair() -> tuple[int, int]:
     return first.detach(), second.detach()
 
 
-def send(sock: socket.socket, message: Message, fds: list[int] | tuple[int, ...] = ()) -> None:
+def send(sock: socket.socket, message: PassageMessage, fds: list[int] | tuple[int, ...] = ()) -> None:
     """Raises OSError when it cannot be sent now: BlockingIOError, or too many descriptors are on their way."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sock.sendmsg([_encode(message)], rights, socket.MSG_DONTWAIT)
 
 
-def receive(sock: socket.socket) -> tuple[Message, list[int]]:
+def receive(sock: socket.socket) -> tuple[PassageMessage, list[int]]:
     """Raises BlockingIOError when there is none, EOFError when the other end is gone."""
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     payload, ancillary, _, _ = sock.recvmsg(BYTES, socket.CMSG_SPACE(MOST_FDS * 4), flags)
@@ -92,7 +92,9 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]]:
     return _decode(payload), fds
 
 
-def watch(loop: asyncio.AbstractEventLoop, sock: socket.socket, handle: Callable[[Message, list[int]], None]) -> None:
+def watch(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, handle: Callable[[PassageMessage, list[int]], None]
+) -> None:
     """Call `handle` with each message until the supervisor, who keeps both ends, is gone: then there are no more."""
 
     def take() -> None:

@@ -154,31 +154,31 @@ class Server:
     stats: Callable[[], dict[str, Any]] = dict
     on_gone: Callable[[int], None] = lambda peer: None  # this peer is dead
     on_keep: Callable[[list[int]], None] = lambda peers: None  # all peers but these are
-    on_cancel: Callable[[link.Key], None] = lambda key: None  # of a call whose answer was to come later
-    on_again: Callable[[link.Key], None] = lambda key: None  # such a call is open in a new kernel, too
+    on_cancel: Callable[[link.CallKey], None] = lambda key: None  # of a call whose answer was to come later
+    on_again: Callable[[link.CallKey], None] = lambda key: None  # such a call is open in a new kernel, too
     queued: frozenset[int] = frozenset()
     rest: Callable[[], None] = lambda: None  # there is a pause: time for what can wait
     timers: Timers = field(default_factory=Timers)
     _watched: dict[int, Callable[[], None]] = field(default_factory=dict)
-    _later: set[link.Key] = field(default_factory=set)
+    _later: set[link.CallKey] = field(default_factory=set)
     info: Mapping[str, Any] = field(default_factory=dict)  # for `link.Loaded`
     others: Callable[[link.ToService], link.FromService | None] = lambda message: None  # any other message, its answer
     charge: Callable[[Any], int] = lambda body: 0  # tokens that the caller pays for this answer
     on_used: Callable[[dict[int, int]], None] = lambda counts: None  # promised answers that the kernel has given again
     on_begin: Callable[[], None] = lambda: None  # a kernel begins, for which no promise was made
     background: Callable[[], float] = lambda: SLEEP_S  # called in each round; for how many seconds it can wait then
-    _answers: OrderedDict[link.Key, _KeptAnswer] = field(default_factory=OrderedDict)
+    _answers: OrderedDict[link.CallKey, _KeptAnswer] = field(default_factory=OrderedDict)
     _bytes: int = 0
-    _under_way: dict[link.Key, Generator[Any, None, Any]] = field(default_factory=dict)
-    _offsets: dict[link.Key, int] = field(default_factory=dict)
+    _under_way: dict[link.CallKey, Generator[Any, None, Any]] = field(default_factory=dict)
+    _offsets: dict[link.CallKey, int] = field(default_factory=dict)
     policy: AccessPolicy = field(default_factory=AccessPolicy)
     _newcomers: Newcomers = field(default_factory=Newcomers)
-    _turned_back: OrderedDict[link.Key, int] = field(default_factory=OrderedDict)  # with their lives
-    _lives: dict[link.Key, _Begun] = field(default_factory=dict)  # the calls that were begun and have no answer yet
+    _turned_back: OrderedDict[link.CallKey, int] = field(default_factory=OrderedDict)  # with their lives
+    _lives: dict[link.CallKey, _Begun] = field(default_factory=dict)  # the calls that were begun and have no answer yet
     _rested: bool = False  # since the last message
     _asleep: bool = False
     _looked_at: float = 0.0
-    _paused: dict[link.Key, float] = field(default_factory=dict)
+    _paused: dict[link.CallKey, float] = field(default_factory=dict)
     _quit: bool = False
 
     def run(self, rounds: Rounds) -> int:
@@ -233,7 +233,7 @@ class Server:
         for message in messages:
             self._handle(message)
 
-    def _step(self, key: link.Key) -> None:
+    def _step(self, key: link.CallKey) -> None:
         """Of a call whose function is a generator."""
         self._go_on(key)
 
@@ -388,7 +388,7 @@ class Server:
         if self._lives.get(ask.key) is _SHORT:
             self._lives[ask.key] = _Begun(ask.life, True)
 
-    def _go_on(self, key: link.Key) -> None:
+    def _go_on(self, key: link.CallKey) -> None:
         """One more part of a long answer, so that no call waits for all of another's."""
         self.channel.work.begin(*key)
         try:
@@ -406,7 +406,7 @@ class Server:
                 self.send(link.Part(key, self._offsets[key], wire.encode(part)))
                 self._offsets[key] += 1
 
-    def begun(self, key: link.Key) -> None:
+    def begun(self, key: link.CallKey) -> None:
         """A queued call begins now. From here on one that is made NEVER again is lost with this process."""
         self.channel.send_silently(link.encode(link.Begun(key)))  # read with what comes next, or at our death
 
@@ -414,25 +414,25 @@ class Server:
         """Of `Lasting` answers. To be called before the answer to the call that has changed what they said."""
         self.send(link.Stale(promises))
 
-    def part(self, key: link.Key, body: object) -> None:
+    def part(self, key: link.CallKey, body: object) -> None:
         """A part of an answer that comes later."""
         if key in self._later:
             self.send(link.Part(key, self._offsets[key], wire.encode(body)))
             self._offsets[key] += 1
 
-    def answer(self, key: link.Key, body: object) -> None:
+    def answer(self, key: link.CallKey, body: object) -> None:
         """The answer that was to come later. Without effect for a call that was cancelled."""
         if key in self._later:
             self._later.remove(key)
             self._answered(key, body)
 
-    def fail(self, key: link.Key, err: Exception) -> None:
+    def fail(self, key: link.CallKey, err: Exception) -> None:
         """The same with an error."""
         if key in self._later:
             self._later.remove(key)
             self._failed(key, err)
 
-    def _answered(self, key: link.Key, body: object) -> None:
+    def _answered(self, key: link.CallKey, body: object) -> None:
         promise = 0
         if isinstance(body, Lasting):
             body, promise = body
@@ -442,7 +442,7 @@ class Server:
         else:
             self._finish(key, link.Answered(key, encoded, self.charge(body), promise), len(encoded))
 
-    def _failed(self, key: link.Key, err: Exception) -> None:
+    def _failed(self, key: link.CallKey, err: Exception) -> None:
         if isinstance(err, Unapproved):
             self._turn_back(key, err.deed)
             return
@@ -451,7 +451,7 @@ class Server:
             err = OSError(errno.EIO, "the service made a mistake; aiosd's log has the details")
         self._finish(key, as_failed(key, err), 0)
 
-    def _turn_back(self, key: link.Key, deed: Deed) -> None:
+    def _turn_back(self, key: link.CallKey, deed: Deed) -> None:
         """The kernel decides on it; here it was never begun."""
         life = self._lives.pop(key, _NOT_BEGUN).life
         self._end(key)
@@ -460,7 +460,7 @@ class Server:
             self._turned_back.popitem(last=False)
         self.send(link.Needs(key, deed))
 
-    def _finish(self, key: link.Key, message: link.Answered | link.Failed, size: int) -> None:
+    def _finish(self, key: link.CallKey, message: link.Answered | link.Failed, size: int) -> None:
         if key in self._offsets:  # it was to come later
             self._end(key)
         self._out(message, size)
@@ -481,7 +481,7 @@ class Server:
             self._newcomers.drop(dropped)
             self._bytes -= answer.size
 
-    def _end(self, key: link.Key) -> None:
+    def _end(self, key: link.CallKey) -> None:
         """Of a call that goes on: it is over, or not wanted any more."""
         if key in self._later:
             self._later.remove(key)
@@ -493,5 +493,5 @@ class Server:
             generator.close()
 
 
-def as_failed(key: link.Key, err: OSError) -> link.Failed:
+def as_failed(key: link.CallKey, err: OSError) -> link.Failed:
     return link.Failed(key, err.errno or errno.EIO, err.strerror or str(err))

@@ -109,8 +109,8 @@ class Lifecycle:
         self.logs = logs
         self.sandboxes = sandboxes
         self.by_ospid: dict[int, Proc] = {}  # live ones
-        self.forks: dict[link.Key, UnderWay] = {}
-        self._adopted: set[link.Key] = set()  # the calls that a dead kernel has started agents for
+        self.forks: dict[link.CallKey, UnderWay] = {}
+        self._adopted: set[link.CallKey] = set()  # the calls that a dead kernel has started agents for
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.listed = Listed(table, timers)
         tokens.agent = table.get
@@ -178,7 +178,7 @@ class Lifecycle:
                 self._reap(proc)
 
     def shares(
-        self, args: wire.Spawn, parent: Proc | None, key: link.Key, allowed: bool = False
+        self, args: wire.Spawn, parent: Proc | None, key: link.CallKey, allowed: bool = False
     ) -> list[link.BudgetShare]:
         """The budgets that a new agent will share. `allowed`: as for `spawning.fork`. Raises OSError (EDQUOT, EAGAIN):
         one has no room for it."""
@@ -460,13 +460,13 @@ class Lifecycle:
 
     # ── signals ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def renice(self, proc: Proc, nice: int, by: link.Key, answer: bytes) -> None:
+    def renice(self, proc: Proc, nice: int, by: link.CallKey, answer: bytes) -> None:
         """Its open calls get the new value too, and those of clients that descend from it."""
         proc.nice = nice
         self.uplink.send(link.Mark(proc.pid, nice=nice, by=by, answer=answer))
         self.generations.renice(proc, nice)
 
-    def deliver(self, proc: Proc, number: int, key: link.Key | None = None) -> None:
+    def deliver(self, proc: Proc, number: int, key: link.CallKey | None = None) -> None:
         """Deliver a signal. STOP and CONT act on the running generations as well, before and after."""
         if number == signal.SIGSTOP:
             self.generations.park(proc, True)
@@ -569,7 +569,7 @@ class Lifecycle:
         if child.state is ProcState.ZOMBIE:
             self._reap(child)
 
-    def _reap(self, proc: Proc, by: link.Key | None = None, answer: bytes = b"") -> None:
+    def _reap(self, proc: Proc, by: link.CallKey | None = None, answer: bytes = b"") -> None:
         forgotten = self.table.reap(proc)
         self.uplink.send(link.Mark(proc.pid, reaped=True, by=by, answer=answer))
         for pid in forgotten:
@@ -577,7 +577,7 @@ class Lifecycle:
             self.budgets.forget(pid)
         self.logs.forget(forgotten, len(self.table.history))
 
-    def collect(self, proc: Proc, by: link.Key, result: wire.Waited) -> None:
+    def collect(self, proc: Proc, by: link.CallKey, result: wire.Waited) -> None:
         """The parent gets the exit status with this call."""
         if proc.state is ProcState.ZOMBIE:
             self._reap(proc, by, wire.encode(result))

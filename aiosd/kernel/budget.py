@@ -35,7 +35,7 @@ from aiosd.kernel.ledger import (
     TOLD,
     TOOL_CALLS,
     Ledger,
-    Row,
+    LedgerRow,
     loose_row,
 )
 from aiosd.timers import Timer, Timers
@@ -73,7 +73,7 @@ class Budget:
     group: str = ""  # whose it is; "": the owner is an agent
     reached: str = ""  # the first kind that was
     stage: Stage = Stage.OPEN
-    row: Row = field(default_factory=loose_row)  # its owner's, in the ledger
+    row: LedgerRow = field(default_factory=loose_row)  # its owner's, in the ledger
     timers: list[Timer] = field(default_factory=list)  # of its seconds
     sharers: set[int] = field(default_factory=set)  # pids of live agents
     coming: int = 0  # agents that are being forked and will share it
@@ -187,7 +187,7 @@ class Budgets:
             joined.append(budget)
         return joined
 
-    def born(self, pid: int, row: Row, budgets: Sequence[Budget]) -> None:
+    def born(self, pid: int, row: LedgerRow, budgets: Sequence[Budget]) -> None:
         """Count a new agent as a child, once, whichever kernel counts it. `row`: its own in the ledger."""
         if not row[COUNTED]:
             for budget in budgets:

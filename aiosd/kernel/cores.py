@@ -155,7 +155,7 @@ class Core(Service):
             case _:
                 Service.handle(self, message)
 
-    def generation(self, key: link.Key) -> Call | None:
+    def generation(self, key: link.CallKey) -> Call | None:
         """The generation that a message is about. None: it was cancelled, before the core knew of that; an agent
         that uses an id again may have a call of another kind under it by now."""
         opened = self.calls.get(key)

@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec import MsgspecError, Raw
 
-from aiosd.ipc.link import Key
+from aiosd.ipc.link import CallKey
 from aiosd.kernel import ledger
 from aiosd.kernel.access import Access, Clearance
 from aiosd.kernel.calls import PENDING, CallTable
@@ -26,7 +26,7 @@ from libaios.wire import Again, Sys
 
 logger = logging.getLogger("kernel")
 
-Handler = Callable[[Call, Any], Any]
+CallHandler = Callable[[Call, Any], Any]
 
 NO_ARGS = wire.raw(wire.NoArgs())
 _decode, _encode = wire.decode_request, wire.encode
@@ -91,8 +91,8 @@ class Dispatcher:
         calls: CallTable,
         rights: Access,
         asker: Asker,
-        handlers: Mapping[int, Handler],
-        memo: Callable[[Key], bytes | None],
+        handlers: Mapping[int, CallHandler],
+        memo: Callable[[CallKey], bytes | None],
     ) -> None:
         self._calls = calls
         self._rights = rights

@@ -56,7 +56,7 @@ class Errander(Service):
     dispatch: Callable[[Peer, bytes], None]
     measure: Measure
     errands: dict[int, Call] = field(default_factory=dict)  # the open ones, by number
-    of: dict[link.Key, set[int]] = field(default_factory=dict)  # by the call that they are for
+    of: dict[link.CallKey, set[int]] = field(default_factory=dict)  # by the call that they are for
 
     def handle(self, message: link.FromService) -> None:
         if isinstance(message, link.Errand):
@@ -86,7 +86,7 @@ class Errander(Service):
         Service.cancel(self, call)
         self._drop(call.key)
 
-    def _take(self, key: link.Key) -> ServiceCall | None:
+    def _take(self, key: link.CallKey) -> ServiceCall | None:
         self._drop(key)
         return Service._take(self, key)
 
@@ -94,7 +94,7 @@ class Errander(Service):
         self._drop(opened.call.key)
         Service._lost(self, opened, message)
 
-    def _drop(self, key: link.Key) -> None:
+    def _drop(self, key: link.CallKey) -> None:
         """The call of these errands is over."""
         for number in self.of.pop(key, ()):
             call = self.errands.get(number)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from msgspec import Raw, Struct, msgpack
 
 from aiosd.errors import WorldError
-from aiosd.ipc.link import Key
+from aiosd.ipc.link import CallKey
 from libaios import wire
 
 COMPACT_BYTES = 2 << 20  # a new kernel reads that in about 0.1 s
@@ -44,7 +44,7 @@ _LENGTH = struct.Struct("=I")
 class Sent(Struct, array_like=True, frozen=True, tag=True):
     """A message was accepted from call `key` for the mailbox of `to`."""
 
-    key: Key
+    key: CallKey
     seq: int
     to: int
     sender: int
@@ -54,7 +54,7 @@ class Sent(Struct, array_like=True, frozen=True, tag=True):
 class Taken(Struct, array_like=True, frozen=True, tag=True):
     """Message `seq` was given to call `key`."""
 
-    key: Key
+    key: CallKey
     seq: int
 
 
@@ -80,9 +80,9 @@ class Journal:
         self._compact_at = self._limit = compact_at
         self._next_seq = 1
         self._waiting: OrderedDict[int, Sent] = OrderedDict()  # by seq: accepted, not taken
-        self._recent: deque[tuple[Sent, Key]] = deque()  # recently taken messages, each with the call that took it
+        self._recent: deque[tuple[Sent, CallKey]] = deque()  # recently taken messages, each with the call that took it
         self._recent_bytes = 0
-        self.served: dict[Key, wire.Received | None] = {}
+        self.served: dict[CallKey, wire.Received | None] = {}
         edition = max(self._edition(fd) for fd in fds)
         self._at = 0 if self._edition(fds[0]) == edition else 1
         self._edition_now = edition
@@ -91,7 +91,7 @@ class Journal:
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def sent(self, key: Key, to: int, sender: int, obj: Raw) -> int:
+    def sent(self, key: CallKey, to: int, sender: int, obj: Raw) -> int:
         """Record that a message was accepted; returns its number."""
         message = Sent(key, self._next_seq, to, sender, obj)
         self._next_seq += 1
@@ -100,14 +100,14 @@ class Journal:
         self._keep_small()
         return message.seq
 
-    def taken(self, key: Key, seq: int) -> None:
+    def taken(self, key: CallKey, seq: int) -> None:
         """Record that a message goes to the RECV call `key`."""
         message = self._waiting.pop(seq)
         self._remember(message, key)
         self._append(Taken(key, seq))
         self._keep_small()
 
-    def _remember(self, message: Sent, key: Key) -> None:
+    def _remember(self, message: Sent, key: CallKey) -> None:
         size = _size(message)
         self._recent.append((message, key))
         self._recent_bytes += size

@@ -32,10 +32,10 @@ NUMBERS_BYTES = ROWS * ITEMS * 8
 COMMAND_BYTES = 1024  # of a command line, with a NUL at its end
 BYTES = NUMBERS_BYTES + ROWS * COMMAND_BYTES
 
-Row = memoryview  # of ITEMS unsigned 8-byte numbers
+LedgerRow = memoryview  # of ITEMS unsigned 8-byte numbers
 
 
-def loose_row() -> Row:
+def loose_row() -> LedgerRow:
     """One that no later kernel finds."""
     return memoryview(bytearray(ITEMS * 8)).cast("Q")
 
@@ -54,7 +54,7 @@ class Ledger:
             else:
                 self._free.append(number)
 
-    def row(self, pid: int) -> Row:
+    def row(self, pid: int) -> LedgerRow:
         """The agent's row, new or as a dead kernel left it; beyond `ROWS` agents a row that does not survive."""
         number = self._rows.get(pid)
         if number is None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiosd.init.restart import exit_in_words
-from aiosd.ipc.link import Key
+from aiosd.ipc.link import CallKey
 from aiosd.kernel.proc import Proc, ProcState, ProcTable
 from aiosd.timers import Timer, Timers
 
@@ -21,7 +21,7 @@ OWNER = 0  # of the keys of their spawns, which the system makes itself; no agen
 PATIENCE_S = 1.0  # how long "ready" waits for them
 
 
-def key_of(number: int) -> Key:
+def key_of(number: int) -> CallKey:
     """The key of the spawn of the agent at this place of the list (from 1)."""
     return OWNER, number
 
@@ -39,13 +39,13 @@ class Listed:
     def expect(self, specs: Sequence[AgentSpec]) -> None:
         self._names = {number: spec.name or spec.target for number, spec in enumerate(specs, 1)}
 
-    def started(self, key: Key, pid: int) -> None:
+    def started(self, key: CallKey, pid: int) -> None:
         """To be called with every agent; those of other owners are not listed."""
         if key[0] == OWNER:
             self._pids[key[1]] = pid
             self._look()
 
-    def refused(self, key: Key, why: str) -> None:
+    def refused(self, key: CallKey, why: str) -> None:
         if key[0] == OWNER:
             self._refused[key[1]] = why
             self._look()

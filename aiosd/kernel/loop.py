@@ -37,7 +37,7 @@ from aiosd.kernel.calls import CallTable
 from aiosd.kernel.charges import Charges
 from aiosd.kernel.control import Control
 from aiosd.kernel.cores import Core, Cores
-from aiosd.kernel.dispatch import Dispatcher, Handler
+from aiosd.kernel.dispatch import CallHandler, Dispatcher
 from aiosd.kernel.enforce import Enforcer
 from aiosd.kernel.errands import Errander, ErrandPeer
 from aiosd.kernel.events import Events, EventSource, Turn
@@ -146,7 +146,7 @@ class Kernel:
             self.logs,
             sandboxes.folder(settings.home.data),
         )
-        self.handlers: dict[int, Handler] = {}
+        self.handlers: dict[int, CallHandler] = {}
         charges = Charges(self.services, self.enforcer.refused)
         choose = {LLM: self.generations.choose, "toolbox": charges.tool, "store": charges.store}
         asker = Asker(self.services, self.calls, self.generations.caller_of, choose)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from msgspec import Raw
 
-from aiosd.ipc.link import Key
+from aiosd.ipc.link import CallKey
 from aiosd.kernel.calls import CallTable
 from aiosd.kernel.journal import Journal, Sent
 from aiosd.kernel.peer import Call
@@ -82,7 +82,7 @@ class Mail:
         sender = call.peer.proc.pid if call.peer.proc is not None else 0
         self._accept(call.key, to, sender, bytes(obj))
 
-    def _accept(self, key: Key, to: Proc, sender: int, data: bytes) -> None:
+    def _accept(self, key: CallKey, to: Proc, sender: int, data: bytes) -> None:
         size = len(data)
         self._check_room(to.pid, sender, size)
         obj = Raw(data)

@@ -106,7 +106,7 @@ class Outside:
             tokens.append(wire.TokenInfo(proc.pid, proc.name, proc.group, own.tokens_used, own.limits.tokens, shown))
         return wire.TokenList(self._agents.tokens.url, tokens)
 
-    def _enrol(self, call: Call | None, key: link.Key, kept: OutsideRecord) -> None:
+    def _enrol(self, call: Call | None, key: link.CallKey, kept: OutsideRecord) -> None:
         spawn = wire.Spawn("exec", kept.name, name=kept.name, group=kept.group, nice=kept.nice)
         box = self._sandboxes.decide(spawn, None)
         if box is not None:  # its tools work there; no process of its own makes the folder

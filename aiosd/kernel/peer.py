@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Raw
 
-from aiosd.ipc.link import Key
+from aiosd.ipc.link import CallKey
 from aiosd.ipc.service import GATEWAY
 from aiosd.kernel.events import EventSource
 from aiosd.kernel.explain import explain
@@ -56,7 +56,7 @@ class Call:
     allowed: bool = False  # it was decided that it may do what it does, though it raises rights
 
     @property
-    def key(self) -> Key:
+    def key(self) -> CallKey:
         return (self.peer.id, self.id)
 
 

@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 from aiosd.errors import Bug
 from aiosd.ipc import link
 from aiosd.kernel.budget import Budget
-from aiosd.kernel.ledger import TOOLS_CPU_US, Row, loose_row
+from aiosd.kernel.ledger import TOOLS_CPU_US, LedgerRow, loose_row
 from aiosd.sandbox.box import Box
 from libaios import wire
 
@@ -107,7 +107,7 @@ class Proc:
     template: wire.Template | None = None  # from which its process is forked
     program: bytes = b""  # which one a person has started, see `access.deed.Subject`,
     sha256: bytes = b""  # … and with which content
-    row: Row = field(default_factory=loose_row)  # in the ledger
+    row: LedgerRow = field(default_factory=loose_row)  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own
     caller: tuple[link.Caller, Box | None] | None = None  # as services know it, while it has no budgets; its box
 

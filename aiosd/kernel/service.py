@@ -97,8 +97,8 @@ class Service:
     source: EventSource | None = None  # while the kernel listens to its channel
     asked: Callable[[], None] = lambda: None  # it was given a call, whose answer may come soon
     stats: dict[str, Any] = field(default_factory=dict)
-    calls: dict[link.Key, ServiceCall] = field(default_factory=dict)
-    working: link.Key | None = None  # the one call that a core has announced to work on
+    calls: dict[link.CallKey, ServiceCall] = field(default_factory=dict)
+    working: link.CallKey | None = None  # the one call that a core has announced to work on
     copies: Copies = field(default_factory=Copies)  # of its answers
 
     @property
@@ -292,7 +292,7 @@ class Service:
             case _:
                 self.handle(message)
 
-    def _begun(self, key: link.Key | None) -> None:
+    def _begun(self, key: link.CallKey | None) -> None:
         opened = self.calls.get(key) if key is not None else None
         if opened is not None:
             opened.begun = True
@@ -320,7 +320,7 @@ class Service:
             key = opened.message.sys, bytes(opened.message.args)
             self.copies.keep(opened.call.peer, key, answer.promise, answer.body)
 
-    def _take(self, key: link.Key) -> ServiceCall | None:
+    def _take(self, key: link.CallKey) -> ServiceCall | None:
         """The call that a reply is for. None: it was cancelled, and the service had not received that yet. (The agent
         may already have a generation with the same id.)"""
         opened = self.calls.get(key)

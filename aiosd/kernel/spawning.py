@@ -23,7 +23,7 @@ SPAWN_CHARS = 1 << 20
 
 def fork(
     args: wire.Spawn,
-    key: link.Key,
+    key: link.CallKey,
     parent: Proc | None,
     box: Box | None,
     attached: bool = False,

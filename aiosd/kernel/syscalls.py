@@ -23,7 +23,7 @@ from aiosd.kernel.agents import Lifecycle
 from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.calls import PENDING, CallTable
 from aiosd.kernel.cores import Cores
-from aiosd.kernel.dispatch import KNOWN, Handler
+from aiosd.kernel.dispatch import KNOWN, CallHandler
 from aiosd.kernel.generations import Generations
 from aiosd.kernel.inspection import inspect
 from aiosd.kernel.jobs import Jobs
@@ -349,7 +349,7 @@ FAMILIES = (ProcessCalls, MessageCalls, ModelCalls, SystemCalls, AccessCalls, To
 Handlers = ProcessCalls | MessageCalls | ModelCalls | SystemCalls | AccessCalls | TokenCalls
 
 
-def bound(*families: Handlers) -> dict[int, Handler]:
+def bound(*families: Handlers) -> dict[int, CallHandler]:
     """The handlers of these, by number."""
     return {sys: handler.__get__(family) for family in families for sys, handler in family.HANDLERS.items()}
 

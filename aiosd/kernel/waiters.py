@@ -44,7 +44,7 @@ class Waiters:
         self._for_exit: dict[int, dict[Call, None]] = {}  # WAIT calls for the end of this pid
         self._for_child: dict[int, dict[Call, None]] = {}  # … of any child of this pid, oldest first
         self._conditions: dict[int, dict[Call, _Condition]] = {}  # KILL calls, by each pid that they depend on
-        self.collect: Callable[[Proc, link.Key, wire.Waited], None]
+        self.collect: Callable[[Proc, link.CallKey, wire.Waited], None]
 
     def calls(self) -> list[Call]:
         lists: list[Iterable[Call]] = [*self._for_exit.values(), *self._for_child.values(), *self._conditions.values()]

@@ -2,8 +2,8 @@
 
     kernel ══channel══ Line ── CoreProcess ── Backend ── llama.cpp in this process (`local.py`), or anything else
 
-A backend is named in its `ModelSpec` as `module:function`, and that function is an `Open`. Nothing on this side of the
-seam imports llama.cpp, so a backend decides alone what is loaded into its process.
+A backend is named in its `ModelSpec` as `module:function`, and that function is an `OpenBackend`. Nothing on this side
+of the seam imports llama.cpp, so a backend decides alone what is loaded into its process.
 
 What a backend owes the kernel, message by message (`link` has their fields):
 
@@ -50,7 +50,7 @@ MESSAGES = frozenset(
     }
 )
 
-Table = Mapping[type, Callable[[Any], None]]
+MessageTable = Mapping[type, Callable[[Any], None]]
 
 
 class Backend(Protocol):
@@ -59,7 +59,7 @@ class Backend(Protocol):
         """The fields of `wire.ModelInfo` without name and default."""
 
     @property
-    def table(self) -> Table:
+    def table(self) -> MessageTable:
         """One function for each of MESSAGES. None of them waits."""
 
     @property
@@ -81,13 +81,13 @@ class Backend(Protocol):
 
 
 #: Makes the backend of a model, and reports by `Line.progress` where that takes long. Raises AiosdError with one line.
-Open = Callable[[ModelSpec, Line], Backend]
+OpenBackend = Callable[[ModelSpec, Line], Backend]
 
 
 def opened(spec: ModelSpec, line: Line) -> Backend:
     """The backend that the spec names."""
     module, _, function = spec.backend.partition(":")
-    make: Open = getattr(importlib.import_module(module), function)
+    make: OpenBackend = getattr(importlib.import_module(module), function)
     backend = make(spec, line)
     missing = MESSAGES - set(backend.table)
     if missing:

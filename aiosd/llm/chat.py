@@ -42,11 +42,11 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from aiosd.errors import refuse
-from aiosd.llm.dialects import FENCED, Tool, ToolDialect, dialect_of, nine_characters
+from aiosd.llm.dialects import FENCED, ToolDialect, ToolDict, dialect_of, nine_characters
 from aiosd.llm.document import Later
 from aiosd.llm.text import HIDDEN, REASONING, TEXT
 
-Message = dict[str, Any]
+ChatMessage = dict[str, Any]
 
 DEFAULT_TEMPLATE = """\
 {%- if tools %}
@@ -132,7 +132,7 @@ def _call(value: Any, where: str) -> dict[str, Any]:
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
-def normal_messages(messages: list[Message]) -> list[Message]:
+def normal_messages(messages: list[ChatMessage]) -> list[ChatMessage]:
     if not messages:
         raise refuse("messages: the list is empty")
     normal = []
@@ -161,8 +161,8 @@ def normal_messages(messages: list[Message]) -> list[Message]:
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 
 
-def normal_tools(tools: list[Tool] | None) -> list[Tool]:
-    normal: list[Tool] = []
+def normal_tools(tools: list[ToolDict] | None) -> list[ToolDict]:
+    normal: list[ToolDict] = []
     for i, tool in enumerate(tools or []):
         function = tool.get("function", tool)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -187,7 +187,7 @@ def normal_tools(tools: list[Tool] | None) -> list[Tool]:
 _NOT_SHOWN = ("inputSchema", "input_schema", "type", "strict")
 
 
-def loose_tools(tools: list[Tool] | None) -> frozenset[str]:
+def loose_tools(tools: list[ToolDict] | None) -> frozenset[str]:
     """The names of those with `"strict": false`: their arguments are checked by what makes the calls."""
     functions = [tool.get("function", tool) for tool in tools or []]
     return frozenset(str(function["name"]) for function in functions if function.get("strict") is False)
@@ -380,7 +380,7 @@ class Abilities:
     dialect: ToolDialect = FENCED
     several: bool = True  # several calls in one message
     objects: bool = True  # takes arguments as an object; else as JSON text
-    no_tools: list[Tool] | None = None  # the value of `tools` that means a conversation without tools
+    no_tools: list[ToolDict] | None = None  # the value of `tools` that means a conversation without tools
 
 
 #: Names that a caller's `template_args` must not have: the prompt itself is made of these.
@@ -421,7 +421,7 @@ class ChatTemplate:
         self._nine = "[TOOL_CALLS]" in self.source
         self._for_tools = ChatTemplate(for_tools, bos, eos) if for_tools else None
 
-    def suited(self, tools: list[Tool]) -> ChatTemplate:
+    def suited(self, tools: list[ToolDict]) -> ChatTemplate:
         """The template for a conversation with these tools."""
         return self._for_tools if tools and self._for_tools is not None and not self._for_tools.broken else self
 
@@ -440,8 +440,8 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: list[Message],
-        tools: list[Tool] | None,
+        messages: list[ChatMessage],
+        tools: list[ToolDict] | None,
         *,
         thinking: bool = True,
         args: dict[str, Any] | None = None,
@@ -464,7 +464,7 @@ class ChatTemplate:
             text += f"\n{think[1]}\n\n"
         return text
 
-    def _continued(self, messages: list[Message], tools: list[Tool] | None, args: dict[str, Any]) -> str:
+    def _continued(self, messages: list[ChatMessage], tools: list[ToolDict] | None, args: dict[str, Any]) -> str:
         """The prompt up to the end of the last message, which the model then continues."""
         *before, last = messages
         said = last["content"]
@@ -474,7 +474,12 @@ class ChatTemplate:
         return text[: text.index(_HERE)]
 
     def raw(
-        self, messages: list[Message], tools: list[Tool] | None, *, add_generation_prompt: bool = True, **args: Any
+        self,
+        messages: list[ChatMessage],
+        tools: list[ToolDict] | None,
+        *,
+        add_generation_prompt: bool = True,
+        **args: Any,
     ) -> str:
         """The template's own output for these messages, nothing adapted."""
         if self._template is None:
@@ -556,22 +561,22 @@ _TOOL = {
 
 
 def _tried(template: ChatTemplate) -> Abilities:
-    def attempt(messages: list[Message], tools: list[Tool] | None, refused: str = "") -> str:
+    def attempt(messages: list[ChatMessage], tools: list[ToolDict] | None, refused: str = "") -> str:
         try:
             return template.raw(messages, tools)
         except OSError:
             return refused
 
-    none: list[Tool] | None = None if "probe-user" in attempt([_USER], None) else []
+    none: list[ToolDict] | None = None if "probe-user" in attempt([_USER], None) else []
     if "probe-user" not in attempt([_USER], none):
         return Abilities()
     # A template that silently drops the system message in some place (Mistral v0.3, after a tool's result) has none.
-    longer: tuple[list[Message], ...] = ([], [_USER, _ANSWER, _USER], [_USER, *_exchange(1, True)])
+    longer: tuple[list[ChatMessage], ...] = ([], [_USER, _ANSWER, _USER], [_USER, *_exchange(1, True)])
     system = "probe-system" in attempt([_SYSTEM, _USER], none) and all(
         "probe-system" in attempt([_SYSTEM, *rest], [_TOOL] if rest else none, "probe-system") for rest in longer
     )
 
-    def kept(*messages: Message) -> bool:
+    def kept(*messages: ChatMessage) -> bool:
         text = attempt(list(messages), none)
         return all(text.count(message["content"]) == 1 for message in messages)
 
@@ -604,7 +609,7 @@ def _tried(template: ChatTemplate) -> Abilities:
     return can
 
 
-def _exchange(count: int, objects: bool) -> list[Message]:
+def _exchange(count: int, objects: bool) -> list[ChatMessage]:
     """`count` calls in one message, and their results."""
     arguments: Any = {"probe": "x"} if objects else '{"probe": "x"}'
     ids = [f"00000000{i}" for i in range(count)]
@@ -623,7 +628,7 @@ def _exchange(count: int, objects: bool) -> list[Message]:
 # ── and how messages are adapted to it ───────────────────────────────────────────────────────────────────────
 
 
-def _fitted(messages: list[Message], tools: list[Tool], can: Abilities, nine: bool) -> list[Message]:
+def _fitted(messages: list[ChatMessage], tools: list[ToolDict], can: Abilities, nine: bool) -> list[ChatMessage]:
     """The same conversation in a form that the template takes."""
     messages = _identified([_known(message, can) for message in messages], nine)
     if not can.tools:
@@ -639,7 +644,7 @@ def _fitted(messages: list[Message], tools: list[Tool], can: Abilities, nine: bo
     return _joined(messages, can)
 
 
-def _known(message: Message, can: Abilities) -> Message:
+def _known(message: ChatMessage, can: Abilities) -> ChatMessage:
     """The message with a role that the template knows."""
     role = message["role"]
     if role in can.roles:
@@ -647,9 +652,9 @@ def _known(message: Message, can: Abilities) -> Message:
     return {**message, "role": {"developer": "system", "function": "tool", "ipython": "tool"}.get(role, role)}
 
 
-def _system_first(messages: list[Message]) -> list[Message]:
+def _system_first(messages: list[ChatMessage]) -> list[ChatMessage]:
     """Later system messages go into the next user message; several at the beginning become one."""
-    out: list[Message] = []
+    out: list[ChatMessage] = []
     said: list[str] = []
     for message in messages:
         if message["role"] == "system":
@@ -669,9 +674,9 @@ def _system_first(messages: list[Message]) -> list[Message]:
     return out
 
 
-def _joined(messages: list[Message], can: Abilities) -> list[Message]:
+def _joined(messages: list[ChatMessage], can: Abilities) -> list[ChatMessage]:
     """Messages of one role in a row become one, where the template takes only one."""
-    out: list[Message] = []
+    out: list[ChatMessage] = []
     for message in messages:
         role, last = message["role"], out[-1] if out else None
         plain = (
@@ -684,7 +689,7 @@ def _joined(messages: list[Message], can: Abilities) -> list[Message]:
     return out
 
 
-def _with_calls(message: Message, change: Any) -> Message:
+def _with_calls(message: ChatMessage, change: Any) -> ChatMessage:
     if not message.get("tool_calls"):
         return message
     return {**message, "tool_calls": [change(call) for call in message["tool_calls"]]}
@@ -695,9 +700,9 @@ def _as_text(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": _tojson(function["arguments"])}}
 
 
-def _identified(messages: list[Message], nine: bool) -> list[Message]:
+def _identified(messages: list[ChatMessage], nine: bool) -> list[ChatMessage]:
     """Give every call an id, and every result the id of its call: its `tool_call_id`, else by the order of calls."""
-    out: list[Message] = []
+    out: list[ChatMessage] = []
     open_: dict[str, str] = {}  # calls without a result so far: id → name
     for i, message in enumerate(messages):
         calls = []
@@ -720,7 +725,7 @@ def _identified(messages: list[Message], nine: bool) -> list[Message]:
     return out
 
 
-def _one_by_one(messages: list[Message]) -> Iterator[Message]:
+def _one_by_one(messages: list[ChatMessage]) -> Iterator[ChatMessage]:
     """Several calls of one message as messages of their own, each followed by its results."""
     at = 0
     while at < len(messages):
@@ -749,9 +754,9 @@ _HOW = (
 )
 
 
-def _described(messages: list[Message], tools: list[Tool]) -> list[Message]:
+def _described(messages: list[ChatMessage], tools: list[ToolDict]) -> list[ChatMessage]:
     """Tools in the system message; calls and results as text."""
-    out: list[Message] = []
+    out: list[ChatMessage] = []
     ours = False  # is the last of `out` a user message made of results? The next user message is appended to it
     for message in messages:
         if message.get("tool_calls"):
@@ -783,7 +788,7 @@ def _call_as_text(function: dict[str, Any]) -> str:
     return _CALL % (_tojson(function["name"]), _tojson(function["arguments"]))
 
 
-def _without_system(messages: list[Message]) -> list[Message]:
+def _without_system(messages: list[ChatMessage]) -> list[ChatMessage]:
     """The system message at the beginning goes into the first user message."""
     if messages[0]["role"] != "system":
         return messages

@@ -27,14 +27,14 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aiosd.ipc.link import Key
+from aiosd.ipc.link import CallKey
 from aiosd.llm.document import Document
 from aiosd.llm.schema import Converter, literal, written_raw
 from aiosd.llm.text import Head
 from libaios import parts
 from libaios.wire import ToolCall
 
-Tool = dict[str, Any]
+ToolDict = dict[str, Any]
 
 _OBJECT = '"{" ws "\\"name\\"" ":" ws <name> "," ws "\\"<key>\\"" ":" ws <arguments> <more> ws "}"'
 _ID = '("," ws "\\"id\\"" ":" ws "\\"" [0-9A-Za-z]{9} "\\"")?'
@@ -70,7 +70,7 @@ class ToolDialect:
         trigger = "" if begun or not self.trigger or self.at_start else literal(self.trigger)
         return f"root ::= {trigger} {self.one} {self.more if several else ''} {self.last}"
 
-    def read(self, text: str, key: Key) -> list[ToolCall]:
+    def read(self, text: str, key: CallKey) -> list[ToolCall]:
         """The calls in the text after the trigger; an incomplete call is none."""
         return ToolCallReader(self, []).read(text, key)
 
@@ -80,7 +80,7 @@ class ToolCallReader:
     """A dialect and the tools of one generation: finds the calls in its text."""
 
     dialect: ToolDialect
-    tools: list[Tool]
+    tools: list[ToolDict]
 
     @property
     def trigger(self) -> str:
@@ -93,7 +93,7 @@ class ToolCallReader:
         names = (json.dumps(tool["function"]["name"]) for tool in self.tools)
         return Head(f'{{"name":{name},"{self.dialect.arguments_key}":' for name in names)
 
-    def read(self, text: str, key: Key) -> list[ToolCall]:
+    def read(self, text: str, key: CallKey) -> list[ToolCall]:
         text = _plain(text)
         if self.dialect.tags is not None:
             return self._read_tags(text, key)
@@ -119,14 +119,14 @@ class ToolCallReader:
             raise ValueError("a call without a name")
         return match["name"], value
 
-    def _id(self, value: dict[str, Any], before: list[ToolCall], key: Key) -> str:
+    def _id(self, value: dict[str, Any], before: list[ToolCall], key: CallKey) -> str:
         """The id that the model wrote, so that the next prompt repeats the generated text; else a new one."""
         own = value.get("id") if self.dialect.arguments_key else None
         if isinstance(own, str) and NINE.match(own) and all(call.id != own for call in before):
             return own
         return call_id(key, len(before))
 
-    def _read_tags(self, text: str, key: Key) -> list[ToolCall]:
+    def _read_tags(self, text: str, key: CallKey) -> list[ToolCall]:
         assert self.dialect.tags is not None
         opens, middle, _, shut = map(re.escape, self.dialect.tags)
         parameter = re.compile(rf"\s*{opens}(.*?){middle}(.*?){shut}", re.S)
@@ -162,7 +162,7 @@ _TAG_END = re.compile(r"\s*(?:</function>)?\s*</tool_call>")
 class CallStream:
     """Shows the calls of a generation while they are written: id and name once, then arguments as they come."""
 
-    def __init__(self, dialect: ToolDialect, key: Key) -> None:
+    def __init__(self, dialect: ToolDialect, key: CallKey) -> None:
         self._key = key
         self._count = 0
         named = _NAMED.replace("<key>", dialect.arguments_key)
@@ -208,7 +208,7 @@ def _plain(text: str) -> str:
     return text.replace(parts.CONTROL, "").replace(parts.CONTROL_END, "")
 
 
-def call_id(key: Key, index: int) -> str:
+def call_id(key: CallKey, index: int) -> str:
     """An id for a call that has none: always the same for the same call, also after a restart."""
     return "call_" + hashlib.blake2s(f"{key[0]}:{key[1]}:{index}".encode(), digest_size=9).hexdigest()
 
@@ -354,7 +354,7 @@ _WRITTEN = (
 
 
 def call_rules(
-    dialect: ToolDialect, tools: Iterable[Tool], converter: Converter, loose: Collection[str] = frozenset()
+    dialect: ToolDialect, tools: Iterable[ToolDict], converter: Converter, loose: Collection[str] = frozenset()
 ) -> str:
     """The rule `call`: the name of any of the tools, with arguments that fit its schema; those of the tools `loose`
     only as far as a grammar can ensure it."""

@@ -16,15 +16,15 @@ from aiosd.llm import policy
 from aiosd.llm.policy.contract import ANY_TURN, PROMPT_WEIGHT, Quantum
 from libaios.wire import Embedded, Ranked
 
-Steps = Iterator[Embedded | Ranked | None]
+EmbedSteps = Iterator[Embedded | Ranked | None]
 
 
 @dataclass(slots=True, eq=False)
 class EmbedJob:
     """One call; for the policy an `Entry`."""
 
-    key: link.Key
-    steps: Steps
+    key: link.CallKey
+    steps: EmbedSteps
     peer: int
     nice: int
     group: str
@@ -43,26 +43,26 @@ class EmbedQueue:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._policy: policy.SchedulingPolicy = policy.Fifo()
-        self._jobs: dict[link.Key, EmbedJob] = {}
+        self._jobs: dict[link.CallKey, EmbedJob] = {}
         self._parked: set[int] = set()  # peers
         self._running: EmbedJob | None = None
         self._arrivals = 0
 
-    def __contains__(self, key: link.Key) -> bool:
+    def __contains__(self, key: link.CallKey) -> bool:
         return key in self._jobs
 
     @property
     def has_work(self) -> bool:
         return any(job.peer not in self._parked for job in self._jobs.values())
 
-    def add(self, key: link.Key, caller: link.Caller, steps: Steps) -> None:
+    def add(self, key: link.CallKey, caller: link.Caller, steps: EmbedSteps) -> None:
         self._arrivals += 1
         now = self._clock()
         job = self._jobs[key] = EmbedJob(key, steps, key[0], caller.nice, caller.group, self._arrivals, now)
         if job.peer not in self._parked:
             self._policy.arrive(job, now)
 
-    def remove(self, key: link.Key) -> None:
+    def remove(self, key: link.CallKey) -> None:
         job = self._jobs.pop(key, None)
         if job is not None:
             self._leave(job)

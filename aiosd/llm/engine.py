@@ -36,7 +36,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from aiosd.errors import Bug
-from aiosd.ipc.link import Delta, Failed, GenerationDone, Key, Started, Step, Submit
+from aiosd.ipc.link import CallKey, Delta, Failed, GenerationDone, Started, Step, Submit
 from aiosd.llm import adapters, llama
 from aiosd.llm.cache import Cache
 from aiosd.llm.picking import Picker, Rows
@@ -100,7 +100,7 @@ class Engine:
         ram: int = 0,
         disk: int = 0,
         folder: str = "",
-        cancelled: Callable[[], set[Key]] = set,
+        cancelled: Callable[[], set[CallKey]] = set,
     ) -> None:
         self.model = model
         self.requests = Requests(model, ctx)
@@ -120,9 +120,9 @@ class Engine:
         self._pieces = model.pieces
         self._picker = Picker(Drawer())
 
-        self._calls: dict[Key, Sequence] = {}
-        self.waiting: dict[Key, Sequence] = {}
-        self._past: OrderedDict[Key, _Past] = OrderedDict()
+        self._calls: dict[CallKey, Sequence] = {}
+        self.waiting: dict[CallKey, Sequence] = {}
+        self._past: OrderedDict[CallKey, _Past] = OrderedDict()
         self.purses = Purses()
         self._paying = 0  # calls with an account
         self._parked_peers: set[int] = set()
@@ -139,14 +139,14 @@ class Engine:
         self._stale = False  # the rows must be made again: calls came, left or changed
         self._num_pieces = 0  # runs of consecutive slots in it
         self._pieces_for = 0  # steps for which there has been more than one
-        self._streams: dict[Key, Sequence] = {}  # calls that report in every step
+        self._streams: dict[CallKey, Sequence] = {}  # calls that report in every step
         self._started: list[Started] = []
-        self._preempted: list[Key] = []
+        self._preempted: list[CallKey] = []
         self._reported = 0.0
 
     # ── requests of the process around it ─────────────────────────────────────────────────────────────────
 
-    def knows(self, key: Key) -> bool:
+    def knows(self, key: CallKey) -> bool:
         """Is this call in the engine, or did it end so lately that its result is still remembered?"""
         return key in self._calls or key in self._past
 
@@ -179,7 +179,7 @@ class Engine:
         if reason:
             self._finish_unbegun(sequence, reason)
 
-    def cancel(self, key: Key) -> None:
+    def cancel(self, key: CallKey) -> None:
         """Free everything that the call holds. It is not reported any more."""
         sequence = self._calls.get(key)
         if sequence is not None:
@@ -199,7 +199,7 @@ class Engine:
         if deltas:
             self._emit(Step(deltas, *self._moves()))
 
-    def park_call(self, key: Key, parked: bool) -> None:
+    def park_call(self, key: CallKey, parked: bool) -> None:
         sequence = self._calls.get(key)
         if sequence is not None:
             self._park(sequence, sequence.parked_peer, parked)
@@ -761,7 +761,7 @@ class Engine:
         if self._started:
             self._emit(Step([], *self._moves()))
 
-    def _moves(self) -> tuple[list[Started], list[Key]]:
+    def _moves(self) -> tuple[list[Started], list[CallKey]]:
         """The calls that got a slot and those that lost one since the last report; they count as reported now."""
         moves = self._started, self._preempted
         self._started, self._preempted = [], []

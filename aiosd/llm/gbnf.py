@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from aiosd.errors import Bug, refuse
 from aiosd.llm import llama
-from aiosd.llm.arrays import Row
+from aiosd.llm.arrays import LogitRow
 from aiosd.llm.structured import Draw, Guide
 from aiosd.llm.text import TextStream
 
@@ -271,7 +271,7 @@ class GrammarConstraint:
         except Bug as error:  # accepted here but not by llama.cpp, mostly because of left recursion
             raise refuse(f"grammar: {error}") from None
 
-    def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
+    def settle(self, text: TextStream, row: LogitRow, token: int, draw: Draw) -> int:
         return self._guide.choose(row, token, draw)
 
     def replay(self, text: TextStream, token: int) -> None:

@@ -26,8 +26,8 @@ from aiosd.llm.spec import ModelSpec
 from libaios import wire
 from libaios.wire import Sys
 
-Answer = Callable[[link.Key, object], None]
-Refuse = Callable[[link.Key, OSError], None]
+Answer = Callable[[link.CallKey, object], None]
+Refuse = Callable[[link.CallKey, OSError], None]
 
 
 def _identity(spec: ModelSpec) -> list[tuple[int, int, int, int]]:
@@ -47,7 +47,7 @@ class Library:
         self._answer, self._fail = answer, fail
         self._thread = ThreadPoolExecutor(1, "saved-contexts")
         self._saved: Saved | None = None
-        self._pending: list[tuple[Future[Any], Callable[[Any], object], link.Key]] = []
+        self._pending: list[tuple[Future[Any], Callable[[Any], object], link.CallKey]] = []
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # rung by the thread when it has done something
 
     @property
@@ -91,7 +91,7 @@ class Library:
         self._thread.shutdown(wait=True)
         os.close(self._bell)
 
-    def _later(self, key: link.Key, work: Callable[[], Any], finish: Callable[[Any], object]) -> None:
+    def _later(self, key: link.CallKey, work: Callable[[], Any], finish: Callable[[Any], object]) -> None:
         future = self._thread.submit(work)
         future.add_done_callback(lambda _: os.eventfd_write(self._bell, 1))
         self._pending.append((future, finish, key))

@@ -45,14 +45,14 @@ class Line:
         self.channel = channel
         self._name = name
         self._early: list[link.ToService] = []  # messages that `cancelled` took
-        self._cancelled: set[link.Key] = set()  # calls that are cancelled by these
+        self._cancelled: set[link.CallKey] = set()  # calls that are cancelled by these
 
     # ── for backends ──────────────────────────────────────────────────────────────────────────────────────
 
     def send(self, message: link.FromService) -> None:
         self.channel.send(link.encode(message))
 
-    def answer(self, key: link.Key, body: object, prompt_tokens: int = 0) -> None:
+    def answer(self, key: link.CallKey, body: object, prompt_tokens: int = 0) -> None:
         """The reply to an `Ask`. `prompt_tokens` are charged."""
         encoded = wire.encode(body)
         if len(encoded) > MAX_ANSWER:
@@ -60,7 +60,7 @@ class Line:
         else:
             self.send(link.Answered(key, encoded, prompt_tokens))
 
-    def refuse(self, key: link.Key, error: OSError, elsewhere: bool = False, short: str = "") -> None:
+    def refuse(self, key: link.CallKey, error: OSError, elsewhere: bool = False, short: str = "") -> None:
         """The end of any call that cannot be served. `elsewhere` and `short`: see `link.Failed`."""
         self.send(link.Failed(key, error.errno or errno.EINVAL, error.strerror or str(error), elsewhere, short))
 
@@ -72,7 +72,7 @@ class Line:
         """Does the kernel read too slowly? Then reports can wait."""
         return self.channel.outbox_bytes > CONGESTED
 
-    def cancelled(self) -> set[link.Key]:
+    def cancelled(self) -> set[link.CallKey]:
         """For a backend in the middle of a long step: the calls that have been cancelled meanwhile. The messages
         themselves are handled after the step."""
         if self.channel.ready() and len(self._early) < _MESSAGES_AT_ONCE:

@@ -42,7 +42,7 @@ FEW_SLOTS, SHORT_CTX, WIDE_KEYS = 8, 512, 64
 #: Bytes of a chat template that are read; the longest of known models has 20,000.
 MOST_TEMPLATE = 1 << 20
 
-Report = Callable[[str, float], None]
+ReportProgress = Callable[[str, float], None]
 
 
 @dataclass
@@ -118,7 +118,7 @@ class LoadedModel:
         self.model.close()
 
 
-def load(spec: ModelSpec, report: Report) -> LoadedModel:
+def load(spec: ModelSpec, report: ReportProgress) -> LoadedModel:
     """Raises UsageError (not possible as asked) or WorldError (the machine refuses), each with one line."""
     file = modelfile.read(spec.path)
     file.kv_bytes = KV_BYTES[spec.kv_type]
@@ -241,7 +241,7 @@ def _offloaded(spec: ModelSpec, model: llama.Model) -> int:
 # ── llama.cpp ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _weights(spec: ModelSpec, report: Report) -> llama.Model:
+def _weights(spec: ModelSpec, report: ReportProgress) -> llama.Model:
     layers = spec.gpu_layers if spec.gpu_layers >= 0 else 1 << 20
     try:
         model = llama.Model(
@@ -311,7 +311,7 @@ def _not_own(spec: ModelSpec, model: llama.Model, chosen: CacheSize) -> str:
     return "llama.cpp was built for a GPU" if llama.supports_gpu() else ""
 
 
-def _threads(spec: ModelSpec, context: llama.LlamaContext, slots: int, report: Report) -> Threads:
+def _threads(spec: ModelSpec, context: llama.LlamaContext, slots: int, report: ReportProgress) -> Threads:
     if spec.threads is not None:
         return Threads(spec.threads, "asked for")
     most = context.cells // threads.MOST_STEPS or slots

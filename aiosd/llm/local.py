@@ -236,7 +236,7 @@ class Local:
             self._line.refuse(ask.key, as_oserror(error))
         self._line.send(link.Working(None))
 
-    def _aside(self, key: link.Key, kind: str, request: object, result: Any, then: Callable[[Any], None]) -> None:
+    def _aside(self, key: link.CallKey, kind: str, request: object, result: Any, then: Callable[[Any], None]) -> None:
         """The work on its text takes long: the front process does it, and this process works on other calls. `then`
         gets what comes of it."""
 
@@ -259,7 +259,7 @@ class Local:
         else:
             answer(self._loaded.model.tokenize(request.text, bos=request.bos, special=request.special))
 
-    def _tokens_of_call(self, key: link.Key, call: wire.Generate, answer: Callable[[list[int]], None]) -> None:
+    def _tokens_of_call(self, key: link.CallKey, call: wire.Generate, answer: Callable[[list[int]], None]) -> None:
         from aiosd.llm.request import Prepared
 
         try:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aiosd.llm.arrays import Row
+from aiosd.llm.arrays import LogitRow
 from libaios.wire import Alternative, Logprob
 
 
 class Raw:
     """The distribution as the model gave it. Log probabilities are taken from it when the token has been chosen."""
 
-    def __init__(self, row: Row, count: int) -> None:
+    def __init__(self, row: LogitRow, count: int) -> None:
         self._row = row.copy()  # penalties may change it in place
         usable = np.where(np.isnan(row), -np.inf, row).astype(np.float64)
         most = usable.max()

@@ -13,7 +13,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from aiosd.llm.arrays import Doubles, Row
+from aiosd.llm.arrays import Doubles, LogitRow
 from aiosd.llm.sampling import NOTHING, uniform
 
 #: Version 1 estimates from this number of the likeliest tokens how fast the probabilities fall.
@@ -29,7 +29,7 @@ class Mirostat:
         self.mu = 2 * tau
         self._surprise = tau
 
-    def draw(self, row: Row, index: int) -> int:
+    def draw(self, row: LogitRow, index: int) -> int:
         """The token for place `index`, or NOTHING. If it is called again for the same place, the last result counts."""
         ids, probabilities = _sorted(row, self._temperature)
         if not len(ids):
@@ -66,7 +66,7 @@ class Mirostat:
         return len(probabilities) if not count < len(probabilities) else max(int(count), 1)
 
 
-def _sorted(row: Row, temperature: float) -> tuple[npt.NDArray[np.int64], Doubles]:
+def _sorted(row: LogitRow, temperature: float) -> tuple[npt.NDArray[np.int64], Doubles]:
     """The tokens that can be drawn, the likeliest first, and their probabilities."""
     ids = np.flatnonzero(row > -np.inf)
     if not len(ids):

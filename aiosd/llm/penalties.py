@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from aiosd.llm.arrays import Ids, Row, Tokens
+from aiosd.llm.arrays import Ids, LogitRow, Tokens
 
 #: How many tokens back the repeat penalty looks.
 PENALTY_WINDOW = 64
@@ -23,7 +23,7 @@ SMALLEST_PENALTY = 1e-6  # this makes a recent token nearly certain; with a smal
 _LARGEST_LOG = 88.7228391  # the logarithm of the largest float
 
 _NO_IDS: Ids = np.zeros(0, np.int64)
-_NO_BIAS: Row = np.zeros(0, np.float32)
+_NO_BIAS: LogitRow = np.zeros(0, np.float32)
 
 #: For each token that begins a breaker: all sequences of tokens that complete it (mostly the empty one).
 Breakers = dict[int, list[tuple[int, ...]]]
@@ -41,7 +41,7 @@ class Dry:
     last_n: int
     breakers: Breakers = field(default_factory=dict)
 
-    def apply(self, row: Row, tokens: Sequence[int]) -> None:
+    def apply(self, row: LogitRow, tokens: Sequence[int]) -> None:
         """`tokens`: prompt and output so far; the last `last_n` of them are looked at."""
         backwards = list(reversed(tokens[-self.last_n :]))
         limit = self._limit(backwards)
@@ -87,7 +87,7 @@ def repeats(tokens: Sequence[int]) -> list[int]:
     return found
 
 
-def penalise(row: Row, recent: Sequence[int], penalty: float) -> None:
+def penalise(row: LogitRow, recent: Sequence[int], penalty: float) -> None:
     """Make every token of `recent` less likely (penalty > 1), or more (penalty < 1)."""
     penalty = max(penalty, SMALLEST_PENALTY)
     ids = np.unique(np.asarray(recent, dtype=np.int64))
@@ -100,7 +100,7 @@ class Edits:
     """The changes that one call wants in every row. `ends`: tokens that are forbidden before `min_tokens` are there."""
 
     bias_ids: Ids = field(default_factory=lambda: _NO_IDS)
-    bias: Row = field(default_factory=lambda: _NO_BIAS)
+    bias: LogitRow = field(default_factory=lambda: _NO_BIAS)
     min_tokens: int = 0
     ends: Ids = field(default_factory=lambda: _NO_IDS)
     repeat_penalty: float = 1.0
@@ -113,7 +113,7 @@ class Edits:
         plain = self.repeat_penalty == 1 and not self.presence_penalty and not self.frequency_penalty
         return plain and not len(self.bias_ids) and not self.min_tokens and self.dry is None
 
-    def apply(self, row: Row, prompt: Tokens, out: list[int]) -> None:
+    def apply(self, row: LogitRow, prompt: Tokens, out: list[int]) -> None:
         """Change the row, in place, from which the token after `out` will be drawn."""
         if len(self.bias_ids):
             row[self.bias_ids] += self.bias

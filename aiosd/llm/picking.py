@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiosd.llm.arrays import Row
+from aiosd.llm.arrays import LogitRow
 from aiosd.llm.logprobs import Raw
 from aiosd.llm.sampling import Drawer, Draws, draws
 
@@ -34,7 +34,7 @@ class Picker:
     def __init__(self, drawer: Drawer) -> None:
         self._drawer = drawer
 
-    def pick(self, rows: Rows, logits: Row) -> list[int]:
+    def pick(self, rows: Rows, logits: LogitRow) -> list[int]:
         """A token for each row, or NOTHING where no token can be drawn. May change `logits`."""
         special = [(row, sequence) for row, sequence in rows.special if not sequence.replaying]
         for row, sequence in special:
@@ -46,21 +46,21 @@ class Picker:
                 tokens[row] = sequence.choice.mirostat.draw(logits[row], len(sequence.out))
         return tokens
 
-    def pick_one(self, sequence: Sequence, row: Row) -> int:
+    def pick_one(self, sequence: Sequence, row: LogitRow) -> int:
         """The token that `pick` would give for this row of this call."""
         self._prepare(sequence, row)
         if sequence.choice.mirostat is not None:
             return sequence.choice.mirostat.draw(row, len(sequence.out))
         return self._drawer.one(row, sequence.choice.sampler, len(sequence.out))
 
-    def _prepare(self, sequence: Sequence, row: Row) -> None:
+    def _prepare(self, sequence: Sequence, row: LogitRow) -> None:
         choice = sequence.choice
         if choice.top_logprobs is not None:
             sequence.raw = Raw(row, choice.top_logprobs)
         if choice.edits is not None:
             choice.edits.apply(row, sequence.prompt, sequence.out)
 
-    def again(self, sequence: Sequence, row: Row) -> int:
+    def again(self, sequence: Sequence, row: LogitRow) -> int:
         """Draw again for the same place, from a changed row or a part of it (then the result is a place in that)."""
         index = len(sequence.out)
         if sequence.choice.mirostat is not None:

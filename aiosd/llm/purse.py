@@ -14,7 +14,7 @@ import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from aiosd.ipc.link import Key, PurseShare
+from aiosd.ipc.link import CallKey, PurseShare
 
 #: An unused purse is kept that long (s): the kernel may not have read yet what was used last.
 KEEP_S = 5.0
@@ -26,7 +26,7 @@ class Purse:
 
     left: int | None
     room: int | None
-    users: set[Key] = field(default_factory=set)
+    users: set[CallKey] = field(default_factory=set)
     unused_since: float = 0.0
 
 
@@ -34,7 +34,7 @@ class Purse:
 class CallAccount:
     """What one call has paid, and what it holds."""
 
-    key: Key
+    key: CallKey
     purses: Sequence[Purse]
     paid: int = 0
     held: int = 0
@@ -75,7 +75,7 @@ class Purses:
     def __init__(self) -> None:
         self._by_owner: dict[int, Purse] = {}
 
-    def open(self, key: Key, shares: Iterable[PurseShare], now: float) -> CallAccount | None:
+    def open(self, key: CallKey, shares: Iterable[PurseShare], now: float) -> CallAccount | None:
         """For a call that has a part in these budgets; None: in none."""
         found = [self._purse(share, now) for share in shares]
         for purse in found:
@@ -89,7 +89,7 @@ class Purses:
             if not purse.users:
                 purse.unused_since = now
 
-    def spend(self, key: Key, shares: Iterable[PurseShare], tokens: int, now: float) -> None:
+    def spend(self, key: CallKey, shares: Iterable[PurseShare], tokens: int, now: float) -> None:
         """Pay for what is computed in one go. Raises OSError (EDQUOT) when too little is left."""
         account = self.open(key, shares, now)
         if account is not None:

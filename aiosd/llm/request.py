@@ -18,8 +18,8 @@ from aiosd.budgets.price import FREE
 from aiosd.errors import refuse
 from aiosd.ipc.link import Submit
 from aiosd.llm import adapters, llama
-from aiosd.llm.chat import PLAIN_STOPS, ChatTemplate, Message, loose_tools, normal_messages, normal_tools
-from aiosd.llm.dialects import CallStream, Tool, ToolCallReader
+from aiosd.llm.chat import PLAIN_STOPS, ChatMessage, ChatTemplate, loose_tools, normal_messages, normal_tools
+from aiosd.llm.dialects import CallStream, ToolCallReader, ToolDict
 from aiosd.llm.gbnf import GrammarConstraint, check
 from aiosd.llm.options import SamplerFactory
 from aiosd.llm.sequence import Sequence
@@ -50,7 +50,7 @@ class Prepared(Struct):
 
     prompt: list[int]
     inside: bool  # the prompt ends inside the model's thoughts
-    tools: list[Tool]
+    tools: list[ToolDict]
     choice: str  # "auto", "none" or "required"
     second: bool  # made with the model's second template, the one for tools
     stops: list[str]
@@ -207,7 +207,7 @@ class Requests:
             trim=prepared.trim,
         )
 
-    def _tools(self, request: Generate) -> tuple[list[Tool], str]:
+    def _tools(self, request: Generate) -> tuple[list[ToolDict], str]:
         """The tools that a call may use, and whether it must call one: "auto", "none" or "required"."""
         tools, choice = normal_tools(request.tools), request.tool_choice or "auto"
         if isinstance(choice, dict):
@@ -234,7 +234,7 @@ class Requests:
         self._quick = template.quick = quick
         return self._chat_tokens(self._rendered(messages, listed, template))
 
-    def _prompt(self, request: Generate, tools: list[Tool], template: ChatTemplate) -> tuple[list[int], bool, bool]:
+    def _prompt(self, request: Generate, tools: list[ToolDict], template: ChatTemplate) -> tuple[list[int], bool, bool]:
         """The tokens, whether they end inside the model's thoughts, and whether the model cannot think after them."""
         if (request.messages is None) == (request.prompt is None):
             raise refuse("give either messages or a prompt")
@@ -261,8 +261,8 @@ class Requests:
 
     def _rendered(
         self,
-        messages: list[Message],
-        tools: list[Tool],
+        messages: list[ChatMessage],
+        tools: list[ToolDict],
         template: ChatTemplate,
         *,
         thinking: bool = True,

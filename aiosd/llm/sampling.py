@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aiosd.llm.arrays import Doubles, Ids, Row
+from aiosd.llm.arrays import Doubles, Ids, LogitRow
 
 #: The result for a row in which no token can be drawn.
 NOTHING = -1
@@ -85,7 +85,7 @@ class Sampler:
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
 
-    def draw(self, row: Row, index: int) -> int:
+    def draw(self, row: LogitRow, index: int) -> int:
         """The token for place `index` of the generation, or NOTHING."""
         if self.temperature == 0:
             usable = np.where(np.isnan(row), -np.inf, row)
@@ -98,7 +98,7 @@ class Sampler:
         place = int(np.searchsorted(cumulative, uniform(self.seed, index) * cumulative[-1], side="right"))
         return int(ids[min(place, len(ids) - 1)])
 
-    def candidates(self, row: Row, index: int = 0) -> tuple[Ids, Doubles]:
+    def candidates(self, row: LogitRow, index: int = 0) -> tuple[Ids, Doubles]:
         """The tokens that may be drawn, the likeliest first, and weights proportional to their probabilities."""
         ids, logits = self._by_logit(row)
         if not len(ids):
@@ -118,7 +118,7 @@ class Sampler:
         with np.errstate(over="ignore"):  # at a tiny temperature all but the likeliest become impossible
             return ids, exponential((logits - logits[0]) / self.temperature)
 
-    def _by_logit(self, row: Row) -> tuple[Ids, Doubles]:
+    def _by_logit(self, row: LogitRow) -> tuple[Ids, Doubles]:
         """The tokens that can be drawn and that top-k leaves, the likeliest first, equal ones in order of their ids."""
         usable = np.where(np.isnan(row), -np.inf, row) if np.isnan(row.max()) else row
         least = -np.inf
@@ -182,7 +182,7 @@ class Drawer:
     def native(self) -> bool:
         return self._call is not None
 
-    def draw(self, logits: Row, wanted: Draws) -> list[int]:
+    def draw(self, logits: LogitRow, wanted: Draws) -> list[int]:
         """A token (or NOTHING) for each of `wanted`. `logits`: a contiguous array, one row for each call."""
         if self._call is None:
             return [_sampler_of(draw).draw(logits[draw["row"]], int(draw["index"])) for draw in wanted]
@@ -194,7 +194,7 @@ class Drawer:
         result: list[int] = tokens.tolist()
         return result
 
-    def one(self, row: Row, sampler: Sampler, index: int) -> int:
+    def one(self, row: LogitRow, sampler: Sampler, index: int) -> int:
         """Draw from one row, which may hold only a part of the vocabulary. Returns the place in the row, or NOTHING."""
         return self.draw(np.ascontiguousarray(row)[np.newaxis], draws([(sampler, index, 0)]))[0]
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from aiosd.ipc.link import Key
+from aiosd.ipc.link import CallKey
 from aiosd.llm.policy import SchedulingPolicy
 from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Slots
@@ -54,7 +54,7 @@ class Desk(Protocol):
     @property
     def cache(self) -> Any: ...
     @property
-    def waiting(self) -> dict[Key, Sequence]: ...
+    def waiting(self) -> dict[CallKey, Sequence]: ...
     @property
     def num_decoding(self) -> int: ...  # calls of the last step's token batch
 
@@ -63,7 +63,7 @@ class Desk(Protocol):
     def take_off(self, call: Sequence) -> None: ...  # take its slot away, and store its state
     def make_room(self, least: int, most: int) -> int: ...  # cells to use; for `least` calls are taken off, if need be
     def ready(self) -> list[Sequence]: ...  # calls in slots whose prompt is complete, except parked ones
-    def cancelled(self) -> set[Key]: ...  # since the step began
+    def cancelled(self) -> set[CallKey]: ...  # since the step began
 
 
 def schedule(desk: Desk) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aiosd.budgets.price import FREE, Price
-from aiosd.ipc.link import Key
+from aiosd.ipc.link import CallKey
 from aiosd.llm.policy.contract import ANY_TURN, Quantum
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Phase(Enum):
 @dataclass(slots=True, eq=False)
 class Sequence:
     # fixed at arrival
-    key: Key
+    key: CallKey
     group: str
     scope: str  # whose computed prompts it shares: those of its group, or of all where it is marked public
     nice: int

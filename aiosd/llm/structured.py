@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from aiosd.errors import refuse
 from aiosd.llm import llama
-from aiosd.llm.arrays import Row
-from aiosd.llm.dialects import Tool, ToolDialect, call_rules
+from aiosd.llm.arrays import LogitRow
+from aiosd.llm.dialects import ToolDialect, ToolDict, call_rules
 from aiosd.llm.schema import Converter, Schema, grammar_of, literal
 from aiosd.llm.text import TextStream
 
@@ -32,11 +32,11 @@ END = -1
 #: How many of the likeliest tokens are tried before the whole vocabulary is.
 _LIKELIEST = 256
 
-Draw = Callable[[Row], int]  # takes the logits of candidates, returns the index of one
+Draw = Callable[[LogitRow], int]  # takes the logits of candidates, returns the index of one
 
 
 class Constraint(Protocol):
-    def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
+    def settle(self, text: TextStream, row: LogitRow, token: int, draw: Draw) -> int:
         """The next token: `token` if it fits, else another one, or END."""
         ...
 
@@ -99,7 +99,7 @@ class Guide:
             self._utf8.setstate(state)
         return True
 
-    def choose(self, row: Row, token: int, draw: Draw) -> int:
+    def choose(self, row: LogitRow, token: int, draw: Draw) -> int:
         """`token` if it fits, else END if the text may end here, else the draw among those that fit."""
         if self.allows(token):
             self.accept(token)
@@ -111,7 +111,7 @@ class Guide:
             self.accept(chosen)
         return chosen
 
-    def _constrained(self, row: Row, draw: Draw) -> int:
+    def _constrained(self, row: LogitRow, draw: Draw) -> int:
         for count in (_LIKELIEST, len(row)):
             if count < len(row):
                 ids = np.argpartition(row, -count)[-count:]
@@ -147,7 +147,7 @@ def schema_grammar(schema: Schema, quick: bool = False) -> str:
 def tools_grammar(
     model: llama.Model,
     dialect: ToolDialect,
-    tools: list[Tool],
+    tools: list[ToolDict],
     choice: str = "auto",
     several: bool = True,
     quick: bool = False,
@@ -167,7 +167,7 @@ class SchemaConstraint:
     def __init__(self, model: llama.Model, gbnf: str) -> None:
         self._guide = Guide(model, gbnf)
 
-    def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
+    def settle(self, text: TextStream, row: LogitRow, token: int, draw: Draw) -> int:
         return self._guide.choose(row, token, draw)
 
     def replay(self, text: TextStream, token: int) -> None:
@@ -199,7 +199,7 @@ class ToolConstraint:
         if choice == "required":
             self._enter()
 
-    def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
+    def settle(self, text: TextStream, row: LogitRow, token: int, draw: Draw) -> int:
         if self._guide is not None:
             return self._guide.choose(row, token, draw)
         refused: list[int] = []
@@ -262,7 +262,7 @@ class AfterThoughts:
         self._inner = inner
         self._open = open_
 
-    def settle(self, text: TextStream, row: Row, token: int, draw: Draw) -> int:
+    def settle(self, text: TextStream, row: LogitRow, token: int, draw: Draw) -> int:
         refused: list[int] = []
         while self._thinks(text, token):
             if self._fits(text, token):
@@ -317,7 +317,7 @@ _LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"')
 _LONGEST_HEAD = 256
 
 
-def _other(row: Row, refused: list[int], draw: Draw) -> int:
+def _other(row: LogitRow, refused: list[int], draw: Draw) -> int:
     rest = row.copy()
     rest[refused] = -np.inf
     return draw(rest)

@@ -20,7 +20,7 @@ from typing import Any
 
 from aiosd.nano import phrases as ph
 from aiosd.nano.tokenizer import load
-from libaios.agents.react import SYSTEM, TOOLS, Message, ToolError, Toolkit
+from libaios.agents.react import SYSTEM, TOOLS, ChatMessage, ToolError, Toolkit
 
 TRAIN, HELD, FRESH = "train", "held", "fresh"
 KEEP_BACK = 12  # one of this many phrases is never trained on
@@ -93,9 +93,9 @@ class Task:
     def world(self) -> World:
         return World(self.files, self.notes)
 
-    def solve(self, world: World) -> tuple[list[Message], list[str]]:
+    def solve(self, world: World) -> tuple[list[ChatMessage], list[str]]:
         """Solves the task in a world. The dialogue from the prompt to the answer, and what the answer must contain."""
-        dialogue: list[Message] = [{"role": "user", "content": self.prompt}]
+        dialogue: list[ChatMessage] = [{"role": "user", "content": self.prompt}]
 
         def do(tool: str, **arguments: str) -> str:
             call = {"name": tool, "arguments": arguments}
@@ -168,7 +168,7 @@ def make(seed: int, split: str = TRAIN, family: str | None = None) -> Task:
     return FAMILIES[name][0](source)
 
 
-def conversation(seed: int, split: str = TRAIN) -> tuple[list[Message], list[dict[str, Any]] | None]:
+def conversation(seed: int, split: str = TRAIN) -> tuple[list[ChatMessage], list[dict[str, Any]] | None]:
     """A dialogue to train on: some tasks one after the other, in one world, and the tools that are listed."""
     rng = random.Random(f"nano conversation {split} {seed}")
     tasks = [make(rng.getrandbits(48), split) for _ in range(rng.choices([1, 2, 3], [90, 8, 2])[0])]
@@ -181,7 +181,7 @@ def conversation(seed: int, split: str = TRAIN) -> tuple[list[Message], list[dic
         assert tools is not None
         rng.shuffle(tools)
     system = rng.choices([SYSTEM, "You are a helpful agent.", None, "You are nano."], [70, 14, 10, 6])[0]
-    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages: list[ChatMessage] = [] if system is None else [{"role": "system", "content": system}]
     world = World({}, [])
     for task in tasks:
         world.files |= task.files

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Message = dict[str, Any]
+ChatMessage = dict[str, Any]
 
 SYSTEM = "You are a helpful agent."
 
@@ -76,7 +76,7 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=Tru
 _TEMPLATE = _ENVIRONMENT.from_string(CHAT_TEMPLATE)
 
 
-def render(messages: list[Message], tools: list[dict[str, Any]] | None, generate: bool = False) -> str:
+def render(messages: list[ChatMessage], tools: list[dict[str, Any]] | None, generate: bool = False) -> str:
     """The text of a conversation, ready for the assistant's next turn if `generate`."""
     return _TEMPLATE.render(
         messages=messages,

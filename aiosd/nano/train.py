@@ -48,10 +48,10 @@ KEEP = 0.08  # share of the others that is learnt from all the same
 
 #: What all conversations of a batch begin with, the rest of each, the places there that count, and the tokens after
 #: those places.
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+TrainBatch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 #: What comes after the beginning of a conversation: its tokens, and whether the token after each is the assistant's.
-Row = tuple[list[int], list[bool]]
+TrainRow = tuple[list[int], list[bool]]
 Beginning = tuple[int, ...]
 
 
@@ -81,7 +81,7 @@ def plain_twins(tokenizer: Tokenizer) -> Tensor:
     return torch.tensor([ids.get(t[1:], i) if len(t) > 1 and t[:1] == b" " else i for t, i in ids.items()])
 
 
-def examples(tokenizer: Tokenizer, first_seed: int) -> Iterator[Row]:
+def examples(tokenizer: Tokenizer, first_seed: int) -> Iterator[TrainRow]:
     """Ids of conversations, and whether the token after each is the assistant's."""
     start, end = tokenizer.special[IM_START], tokenizer.special[IM_END]
     assistant = tokenizer.encode("assistant\n")
@@ -99,24 +99,24 @@ def examples(tokenizer: Tokenizer, first_seed: int) -> Iterator[Row]:
         yield ids[:-1], wanted[:-1]
 
 
-def groups(tokenizer: Tokenizer, first_seed: int) -> Iterator[tuple[Beginning, list[Row]]]:
+def groups(tokenizer: Tokenizer, first_seed: int) -> Iterator[tuple[Beginning, list[TrainRow]]]:
     """Conversations of the same beginning and about the same length, as many as a batch takes."""
     source = examples(tokenizer, first_seed)
     start = tokenizer.special[IM_START]
     order = torch.Generator().manual_seed(first_seed)
     while True:
-        alike: dict[Beginning, list[Row]] = {}
+        alike: dict[Beginning, list[TrainRow]] = {}
         for ids, flags in islice(source, 800):
             shared = ids.index(start, 1)  # the system's turn
             alike.setdefault(tuple(ids[:shared]), []).append((ids[shared:], flags[shared:]))
         yield from cut(alike, order)
 
 
-def cut(alike: dict[Beginning, list[Row]], order: torch.Generator) -> list[tuple[Beginning, list[Row]]]:
+def cut(alike: dict[Beginning, list[TrainRow]], order: torch.Generator) -> list[tuple[Beginning, list[TrainRow]]]:
     """Rows of the same beginning in groups of about the same length, each as large as a batch may be."""
-    groups: list[tuple[Beginning, list[Row]]] = []
+    groups: list[tuple[Beginning, list[TrainRow]]] = []
     for beginning, rows in alike.items():
-        group: list[Row] = []
+        group: list[TrainRow] = []
         for row in sorted(rows, key=lambda r: len(r[0])):
             if group and (len(group) + 1) * len(row[0]) > BATCH_TOKENS:
                 groups.append((beginning, group))
@@ -126,7 +126,7 @@ def cut(alike: dict[Beginning, list[Row]], order: torch.Generator) -> list[tuple
     return [groups[g] for g in torch.randperm(len(groups), generator=order).tolist()]
 
 
-def batch(beginning: Beginning, rows: list[Row]) -> Batch:
+def batch(beginning: Beginning, rows: list[TrainRow]) -> TrainBatch:
     longest = max(len(tokens) for tokens, _ in rows)
     inputs = torch.zeros(len(rows), longest + 1, dtype=torch.long)
     wanted = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -136,12 +136,14 @@ def batch(beginning: Beginning, rows: list[Row]) -> Batch:
     return torch.tensor(beginning), inputs[:, :-1], wanted, inputs[:, 1:][wanted]
 
 
-def hard(model: Nano, found: Iterator[tuple[Beginning, list[Row]]], order: torch.Generator) -> Iterator[Batch]:
+def hard(
+    model: Nano, found: Iterator[tuple[Beginning, list[TrainRow]]], order: torch.Generator
+) -> Iterator[TrainBatch]:
     """Batches of those rows in which a token is still a surprise, and of a few others. All processes look at the same
     time and then learn from equally many batches, so that none waits for another."""
-    left: list[tuple[Beginning, list[Row]]] = []
+    left: list[tuple[Beginning, list[TrainRow]]] = []
     while True:
-        pool: dict[Beginning, list[Row]] = {}
+        pool: dict[Beginning, list[TrainRow]] = {}
         for beginning, rows in left:
             pool.setdefault(beginning, []).extend(rows)
         for beginning, rows in islice(found, LOOK_AT):
@@ -157,7 +159,7 @@ def hard(model: Nano, found: Iterator[tuple[Beginning, list[Row]]], order: torch
 
 
 @torch.no_grad()
-def surprise(model: Nano, taught: Batch) -> Tensor:
+def surprise(model: Nano, taught: TrainBatch) -> Tensor:
     """The greatest loss of a token in each row."""
     shared, ids, wanted, targets = taught
     with torch.autocast("cpu", torch.bfloat16):
@@ -166,7 +168,7 @@ def surprise(model: Nano, taught: Batch) -> Tensor:
     return torch.zeros(len(ids)).scatter_reduce(0, wanted.nonzero()[:, 0], losses, "amax")
 
 
-def drills(vocab: int, seed: int) -> Iterator[Batch]:
+def drills(vocab: int, seed: int) -> Iterator[TrainBatch]:
     """Pure copying: noise, a mark, random tokens, the mark's end, noise, the mark again, and the same tokens to be
     said. Some rows use few kinds of tokens, so that more than one token back must be looked at, as in numbers."""
     order = torch.Generator().manual_seed(seed)
@@ -191,7 +193,7 @@ def drills(vocab: int, seed: int) -> Iterator[Batch]:
         yield ids[0, :0], ids[:, :-1], wanted, ids[:, 1:][wanted]
 
 
-def lessons(model: Nano, tokenizer: Tokenizer, recipe: Recipe, rank: int, first: int) -> Iterator[Batch]:
+def lessons(model: Nano, tokenizer: Tokenizer, recipe: Recipe, rank: int, first: int) -> Iterator[TrainBatch]:
     """What one of the processes teaches in turn: copying, then conversations with a drill now and then."""
     drill = drills(len(tokenizer.tokens), SEED + rank + first)
     found = groups(tokenizer, recipe.first_seed + rank * SEEDS_APART + first * 1000)

@@ -18,7 +18,7 @@ CONNECT_S = 8.0  # for one address of a host,
 ADDRESSES = 4  # of a host that are tried, at most
 
 Address = tuple[str, int] | tuple[str, int, int, int]
-Found = tuple[socket.AddressFamily, Address]
+Resolved = tuple[socket.AddressFamily, Address]
 
 
 class Unreachable(Exception):
@@ -68,13 +68,13 @@ class Dialer:
                 reason = err.strerror or str(err)
         raise Unreachable(f"{host}:{port} cannot be reached: {reason}")
 
-    async def _look_up(self, host: str, port: int, lookups: asyncio.Semaphore) -> list[Found]:
+    async def _look_up(self, host: str, port: int, lookups: asyncio.Semaphore) -> list[Resolved]:
         """An agent that waits no longer still has its thread until that is through: Linux's resolver cannot be
         interrupted."""
         loop = asyncio.get_running_loop()
         await lookups.acquire()
 
-        def over(_: Future[list[Found]]) -> None:
+        def over(_: Future[list[Resolved]]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(lookups.release)
 
@@ -86,7 +86,7 @@ class Dialer:
             raise Unreachable(f"{host} is not known: {getattr(err, 'strerror', None) or err}") from None
 
 
-def _resolve(host: str, port: int) -> list[Found]:
+def _resolve(host: str, port: int) -> list[Resolved]:
     entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
     return list(dict.fromkeys((entry[0], entry[4]) for entry in entries))  # type: ignore[misc]
 

@@ -44,7 +44,7 @@ DENIED_KNOWN = 256  # of one agent,
 DENIED_PER_S = 20  # new denials of one agent that are reported in a second, at most
 
 #: Agent, host, port, and why.
-Denied = Callable[[int, str, int, str], None]
+OnDenied = Callable[[int, str, int, str], None]
 _PHRASES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large", 504: "Gateway Timeout"}
 
 
@@ -81,7 +81,7 @@ class Proxy:
     """`denied` gets what was refused, `shares` what is done and for which agent; `guests`: the passage to the gateway,
     None: there is none."""
 
-    def __init__(self, dialer: Dialer, denied: Denied, shares: Shares, guests: socket.socket | None = None) -> None:
+    def __init__(self, dialer: Dialer, denied: OnDenied, shares: Shares, guests: socket.socket | None = None) -> None:
         self._dialer = dialer
         self._denied = denied
         self._shares = shares
@@ -97,7 +97,7 @@ class Proxy:
 
     # ── gates ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def handle(self, message: passage.Message, fds: list[int]) -> None:
+    def handle(self, message: passage.PassageMessage, fds: list[int]) -> None:
         """Of the kernel."""
         match message:
             case passage.Gate():

@@ -18,7 +18,7 @@ from aiosd.sandbox.box import Box
 from aiosd.sandbox.confine import Native
 from aiosd.sandbox.plan import Ground, plan
 
-Fork = Callable[[Callable[[], int]], int]
+ForkFunction = Callable[[Callable[[], int]], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Offer:
     open: tuple[str, ...] = ()  # what a confined agent can still do, for people
 
 
-def offer(native: Native | None, ground: Ground | None, fork: Fork) -> tuple[Offer, Ground | None]:
+def offer(native: Native | None, ground: Ground | None, fork: ForkFunction) -> tuple[Offer, Ground | None]:
     """What is possible here, and the ground with its cage, if there can be one. `fork`: runs a function in a child, and
     returns its Linux pid."""
     why = _missing(native)
@@ -89,7 +89,7 @@ def _reads(setting: str) -> str:
         return ""
 
 
-def _tried(native: Native, ground: Ground, level: str, fork: Fork) -> str:
+def _tried(native: Native, ground: Ground, level: str, fork: ForkFunction) -> str:
     """Confine a child; what went wrong, or nothing."""
     reading, writing = os.pipe()
     box = Box(level, "none", "/usr")

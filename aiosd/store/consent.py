@@ -22,7 +22,7 @@ from aiosd.access.deed import Deed, detail
 from aiosd.ipc import link
 from aiosd.store import owners, spaces
 from aiosd.store.files import FileRow
-from aiosd.store.spaces import Space
+from aiosd.store.spaces import Namespace
 from libaios import wire
 from libaios.wire import Note
 
@@ -40,7 +40,7 @@ class Consent:
         self,
         ask: link.Ask,
         call: str,
-        space: Space,
+        space: Namespace,
         path: str,
         old: FileRow | None = None,
         done: str = "",
@@ -98,18 +98,18 @@ class Consent:
         self.require(ask, Deed(call, False, groups, details, bound, default))
 
     @staticmethod
-    def _of_others(caller: link.Caller, space: Space, old: FileRow, call: str) -> bool:
+    def _of_others(caller: link.Caller, space: Namespace, old: FileRow, call: str) -> bool:
         if space.name == owners.own(caller) or old.author.endswith(f"({caller.pid})"):
             return False
         return call != "sto_write" or space.grants is None
 
 
-def _groups(space: Space) -> list[tuple[str, str]]:
+def _groups(space: Namespace) -> list[tuple[str, str]]:
     kind, _, rest = space.name.partition("/")
     return [("group", rest.partition("/")[2])] if kind == "group" else []
 
 
-def _shown(caller: link.Caller, space: Space) -> str:
+def _shown(caller: link.Caller, space: Namespace) -> str:
     return spaces.name_for(caller, space.name) or "its own"
 
 

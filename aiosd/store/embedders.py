@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
-    Done = Callable[[Sequence[Floats | None] | None], None]
+    OnVectors = Callable[[Sequence[Floats | None] | None], None]
 
 CALL_S = 60.0  # for one batch: the core may be loading
 QUERIES = 32  # that are asked for with one call
 SHORTEST = 16  # letters of a text that the core finds too long; shorter ones are given up
 _PLACES, _PLACE = 64, 64 << 10  # of a file, for its name
 
-_Request = tuple[list[str], "Done"]
+_Request = tuple[list[str], "OnVectors"]
 
 
 class OfCore:
@@ -47,7 +47,7 @@ class OfCore:
         self._home = Home(home)
         self._client: Client | None = None
         self._lock = threading.Lock()
-        self._answers: deque[tuple[Done, Sequence[Floats | None] | None]] = deque()
+        self._answers: deque[tuple[OnVectors, Sequence[Floats | None] | None]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lanes: dict[bool, queue.SimpleQueue[_Request]] = {urgent: queue.SimpleQueue() for urgent in (True, False)}
         self._started = False
@@ -55,7 +55,7 @@ class OfCore:
     def fileno(self) -> int:
         return self._bell
 
-    def ask(self, texts: list[str], done: Done, urgent: bool = False) -> None:
+    def ask(self, texts: list[str], done: OnVectors, urgent: bool = False) -> None:
         if not self._started:
             self._started = True
             for lane, most in ((True, QUERIES), (False, 1)):

@@ -22,7 +22,7 @@ from aiosd.store.contents import Contents
 from aiosd.store.database import Database
 from aiosd.store.filewords import INDEXED, FileWords
 from aiosd.store.promises import Promises
-from aiosd.store.spaces import Space, below, no_file
+from aiosd.store.spaces import Namespace, below, no_file
 from libaios import wire
 from libaios.wire import PIECE, File
 
@@ -101,7 +101,7 @@ class Files:
             if self.find(owner, "/".join(names[:end])) is not None:
                 raise wire.error(errno.ENOTDIR, f"{'/'.join(names[:end])}: is a file, not a folder")
 
-    def listed(self, space: Space, folder: str, after: str, limit: int) -> list[FileRow]:
+    def listed(self, space: Namespace, folder: str, after: str, limit: int) -> list[FileRow]:
         visible, values = space.where()
         first, end = below(folder)
         sql = (

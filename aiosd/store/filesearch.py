@@ -18,7 +18,7 @@ from aiosd.store.files import FileRow, Files
 from aiosd.store.filewords import FILES, as_text
 from aiosd.store.meaning import Meaning
 from aiosd.store.search import AMONG, LEAST, MOST_WORDS, with_meaning
-from aiosd.store.spaces import Space, below, name_for
+from aiosd.store.spaces import Namespace, below, name_for
 from libaios import wire
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 #: The spaces in which a caller searches, with what it may see there now.
-Seen = Callable[[], Sequence[Space]]
+Seen = Callable[[], Sequence[Namespace]]
 
 
 class FileSearch:
@@ -94,7 +94,7 @@ class FileSearch:
         return self._found(caller, _by_owner(seen), query, k, scores)
 
     def _ranked(
-        self, caller: link.Caller, spaces: dict[int, Space], query: str, folder: str, k: int, vector: Floats | None
+        self, caller: link.Caller, spaces: dict[int, Namespace], query: str, folder: str, k: int, vector: Floats | None
     ) -> list[wire.FoundFile]:
         scores = self._by_words(spaces, query, folder, max(k, LEAST))
         if vector is not None:
@@ -103,7 +103,7 @@ class FileSearch:
         return self._found(caller, spaces, query, k, scores)
 
     def _found(
-        self, caller: link.Caller, spaces: dict[int, Space], query: str, k: int, scores: dict[int, float]
+        self, caller: link.Caller, spaces: dict[int, Namespace], query: str, k: int, scores: dict[int, float]
     ) -> list[wire.FoundFile]:
         """The best of these that the caller may see now."""
         found: list[wire.FoundFile] = []
@@ -122,7 +122,7 @@ class FileSearch:
                 found.append(wire.FoundFile(row.shown(), of, excerpt, scores[file]))
         return found
 
-    def _by_words(self, spaces: dict[int, Space], query: str, folder: str, limit: int) -> dict[int, float]:
+    def _by_words(self, spaces: dict[int, Namespace], query: str, folder: str, limit: int) -> dict[int, float]:
         """The files that have at least one of the words, and how well they fit (bm25)."""
         words = list(dict.fromkeys(_WORD.findall(query)))[:MOST_WORDS]
         if not words or not spaces:
@@ -150,7 +150,7 @@ class FileSearch:
         )
         return dict(self._db.rows(sql, f"{{owner}} : ({either}) AND {{path text}} : ({wanted})", *values, limit))
 
-    def _visible(self, space: Space, folder: str) -> list[int] | None:
+    def _visible(self, space: Namespace, folder: str) -> list[int] | None:
         """The files of a space that may be found; None: all."""
         part = _files_of(space, folder)
         return None if part is None else [file for (file,) in self._db.rows(part[0], *part[1])]
@@ -164,11 +164,11 @@ class FileSearch:
         return " ".join(text[begin : begin + EXCERPT].split())
 
 
-def _by_owner(seen: Seen) -> dict[int, Space]:
+def _by_owner(seen: Seen) -> dict[int, Namespace]:
     return {space.owner: space for space in seen() if space.owner is not None}
 
 
-def _files_of(space: Space, folder: str) -> tuple[str, list[Any]] | None:
+def _files_of(space: Namespace, folder: str) -> tuple[str, list[Any]] | None:
     """A SELECT of the files of a space that may be found, from an index alone; None: all."""
     if space.grants is None and not folder:
         return None

@@ -78,7 +78,7 @@ class GroupServer(Server):
             return message.key in self._lives
         return isinstance(message, link.PeerGone | link.Keep)
 
-    def _step(self, key: link.Key) -> None:
+    def _step(self, key: link.CallKey) -> None:
         self._alone(partial(self._go_on, key))
 
     def _alone(self, act: Callable[[], None]) -> None:

@@ -47,8 +47,8 @@ RETRY_S, RETRY_MAX_S = 1.0, 30.0  # after the embedder has failed; doubled each 
 IDLE_S = 5.0
 
 #: One row of the queue: number, kind, item, owner.
-Row = tuple[int, int, int, int]
-Done = Callable[["Sequence[Floats | None] | None"], None]
+QueueRow = tuple[int, int, int, int]
+OnVectors = Callable[["Sequence[Floats | None] | None"], None]
 
 
 class Searchable(Protocol):
@@ -67,7 +67,7 @@ class Embedder(Protocol):
     name: str  # another one gives other vectors
     shown: str
 
-    def ask(self, texts: list[str], done: Done, urgent: bool) -> None: ...
+    def ask(self, texts: list[str], done: OnVectors, urgent: bool) -> None: ...
     def poll(self) -> None: ...
 
 
@@ -94,7 +94,7 @@ class Meaning:
         self._queue_may_have_more = True
         self._wanted: set[int] = set()  # owners that wait for their texts
         self._turn = -1  # the owner whose texts were embedded last
-        self._under_way: list[Row] = []
+        self._under_way: list[QueueRow] = []
         self._retry_at, self._pause = 0.0, RETRY_S
         self.away = False  # the embedder did not answer in time; searches do not wait for it
         self._probing = False
@@ -181,14 +181,14 @@ class Meaning:
             self._queue_may_have_more = False
         return 0.0 if not self._under_way and self._queue_may_have_more and now >= self._retry_at else IDLE_S
 
-    def _next(self) -> list[Row]:
+    def _next(self) -> list[QueueRow]:
         """A batch: of owners that wait for it, else of all owners in turn, so that none holds up the others."""
         for owner in list(self._wanted):
             found = self._of(owner, BATCH)
             if found:
                 return found
             self._wanted.discard(owner)
-        rows: list[Row] = []
+        rows: list[QueueRow] = []
         begun = set[int]()
         while len(rows) < BATCH:
             row = self._db.row("SELECT min(owner) FROM pending WHERE owner > ?", self._turn)
@@ -203,7 +203,7 @@ class Meaning:
         mine = "SELECT number, kind, item, owner FROM pending WHERE owner = ? ORDER BY number LIMIT ?"
         return self._db.rows(mine, owner, limit)
 
-    def _embed(self, rows: list[Row]) -> None:
+    def _embed(self, rows: list[QueueRow]) -> None:
         assert self.embedder is not None
         texts: dict[tuple[int, int], str] = {}
         for kind in {row[1] for row in rows}:
@@ -228,11 +228,11 @@ class Meaning:
         self._retry_at = self._clock() + self._pause
         self._pause = min(2 * self._pause, RETRY_MAX_S)
 
-    def _settle(self, rows: list[Row], vectors: Sequence[Floats | None] | None) -> None:
+    def _settle(self, rows: list[QueueRow], vectors: Sequence[Floats | None] | None) -> None:
         """These are out of the queue, unless they were changed since. Each has its vector, or (None) will have none."""
         if not rows:
             return
-        stored: list[tuple[Row, Floats]] = []
+        stored: list[tuple[QueueRow, Floats]] = []
         try:
             with self._db.lazily():
                 for number, row in enumerate(rows):
@@ -248,11 +248,11 @@ class Meaning:
         for row, vector in stored:
             self._enter(row, vector)
 
-    def _insert(self, row: Row, vector: Floats) -> None:
+    def _insert(self, row: QueueRow, vector: Floats) -> None:
         values = "INSERT OR REPLACE INTO vectors(kind, item, owner, embedder, vector) VALUES(?, ?, ?, ?, ?)"
         self._db.do(values, *row[1:], self._embedder_id, vector.astype("<f2").tobytes())
 
-    def _enter(self, row: Row, vector: Floats) -> None:
+    def _enter(self, row: QueueRow, vector: Floats) -> None:
         """Into the index, if there is one in memory."""
         _, kind, item, owner = row
         shelf = self._shelves.get((kind, owner))

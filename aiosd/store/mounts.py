@@ -51,7 +51,7 @@ AT_ONCE, AT_ONCE_S = 64, 0.005  # files that are looked at between two calls, an
 REST_S = 60.0
 HINTS_MOST = 100_000  # more are as good as an overflow
 
-Names = tuple[bytes, ...]  # from the mounted folder on
+PathParts = tuple[bytes, ...]  # from the mounted folder on
 
 
 @dataclass(slots=True, eq=False)
@@ -65,10 +65,10 @@ class Mounted:
     writable: bool
     folder: RealFolder | None = None
     note: str = ""
-    watches: dict[Names, int] = field(default_factory=dict)
-    met: set[Names] = field(default_factory=set)  # folders that have been looked through
-    ahead: deque[Names] = field(default_factory=deque)  # folders to be looked through
-    queued: set[Names] = field(default_factory=set)
+    watches: dict[PathParts, int] = field(default_factory=dict)
+    met: set[PathParts] = field(default_factory=set)  # folders that have been looked through
+    ahead: deque[PathParts] = field(default_factory=deque)  # folders to be looked through
+    queued: set[PathParts] = field(default_factory=set)
     files: int = 0  # about
     whole: bool = False  # has been looked through since it was opened
 
@@ -90,8 +90,8 @@ class Mounts:
         for path, _, mode in (one.partition("=") for one in grants):
             self._grants += [(os.fsencode(one), mode == "write") for one in {path, os.path.realpath(path)}]
         self._mounted: dict[int, Mounted] = {}
-        self._of_watch: dict[int, tuple[Mounted, Names]] = {}
-        self._hints: dict[tuple[int, Names], float] = {}  # what is to be looked at, and when
+        self._of_watch: dict[int, tuple[Mounted, PathParts]] = {}
+        self._hints: dict[tuple[int, PathParts], float] = {}  # what is to be looked at, and when
         self._inotify: inotify.Inotify | None = None
         self._unsure = False  # a mount was made or removed in a transaction that may not have ended yet
         self.counts = {"mount_looks": 0, "mount_rescans": 0}
@@ -226,7 +226,7 @@ class Mounts:
             raise no_file(path)
         return mount.folder
 
-    def _names(self, mount: Mounted, path: str) -> Names:
+    def _names(self, mount: Mounted, path: str) -> PathParts:
         """How the file is really called: as in its row (it may be written in NFD), or as the path says."""
         sql = "SELECT m.folder, m.name FROM files f JOIN mounted m ON m.file = f.id WHERE f.owner = ? AND f.path = ?"
         row = self._db.row(f"{sql} AND f.removed IS NULL", mount.owner, path)
@@ -346,10 +346,10 @@ class Mounts:
             elif event.name and event.name != TEMPORARY:
                 self._hint(mount, (*folder, event.name))
 
-    def _hint(self, mount: Mounted, names: Names, settle: float = SETTLE_S) -> None:
+    def _hint(self, mount: Mounted, names: PathParts, settle: float = SETTLE_S) -> None:
         self._hints.setdefault((mount.id, names), self._clock() + settle)
 
-    def _look_at(self, mount_id: int, names: Names) -> None:
+    def _look_at(self, mount_id: int, names: PathParts) -> None:
         """What lies under one name: a file, a folder, or nothing any more."""
         mount = self._mounted.get(mount_id)
         if mount is None or mount.folder is None or not names:
@@ -366,7 +366,7 @@ class Mounts:
         else:
             self._drop_folder(mount, names)
 
-    def _queue(self, mount: Mounted, names: Names) -> None:
+    def _queue(self, mount: Mounted, names: PathParts) -> None:
         if names not in mount.queued:
             mount.queued.add(names)
             mount.ahead.append(names)
@@ -400,7 +400,7 @@ class Mounts:
             mount.whole = True
             self._drop_unmet(mount)
 
-    def _compare(self, mount: Mounted, names: Names, entry: os.DirEntry[str], known: dict[bytes, str]) -> None:
+    def _compare(self, mount: Mounted, names: PathParts, entry: os.DirEntry[str], known: dict[bytes, str]) -> None:
         try:
             found = entry.stat(follow_symlinks=False)
         except OSError:
@@ -413,13 +413,13 @@ class Mounts:
         if plain is not None and names[-1] != TEMPORARY and known.pop(names[-1], None) != plain.stamp:
             self._hint(mount, names, 0.0)
 
-    def _queue_new(self, mount: Mounted, names: Names) -> None:
+    def _queue_new(self, mount: Mounted, names: PathParts) -> None:
         if len(mount.met) + len(mount.ahead) >= MOST_FOLDERS or len(names) > MOST_DEPTH:
             mount.note = f"more than {MOST_FOLDERS} folders, or more than {MOST_DEPTH} deep: not all are known"
         else:
             self._queue(mount, names)
 
-    def _watch(self, mount: Mounted, names: Names, fd: int) -> None:
+    def _watch(self, mount: Mounted, names: PathParts, fd: int) -> None:
         """Before what is in the folder is read: what comes later brings an event."""
         assert self._inotify is not None
         try:
@@ -439,7 +439,7 @@ class Mounts:
 
     # ── rows, in a transaction ────────────────────────────────────────────────────────────────────────────
 
-    def _update(self, mount: Mounted, names: Names, found: Real | None) -> None:
+    def _update(self, mount: Mounted, names: PathParts, found: Real | None) -> None:
         """Let the row of one file be as the file."""
         folder, name = _joined(names[:-1]), names[-1]
         sql = "SELECT file, stamp FROM mounted WHERE mount = ? AND folder = ? AND name = ?"
@@ -478,7 +478,7 @@ class Mounts:
         mount.files += 1
         return file
 
-    def _path(self, mount: Mounted, names: Names) -> str | None:
+    def _path(self, mount: Mounted, names: PathParts) -> str | None:
         """None: such a name cannot be one of a path here (it is no UTF-8, say)."""
         try:
             return clean_path(unicodedata.normalize("NFC", f"{mount.at}/{b'/'.join(names).decode()}"))
@@ -490,7 +490,7 @@ class Mounts:
         self._db.do("DELETE FROM mounted WHERE file = ?", file)
         self._db.do("DELETE FROM files WHERE id = ?", file)
 
-    def _drop_folder(self, mount: Mounted, names: Names) -> None:
+    def _drop_folder(self, mount: Mounted, names: PathParts) -> None:
         """What was in a folder that is not there any more."""
         for folder in [one for one in mount.met if one[: len(names)] == names]:
             mount.met.discard(folder)
@@ -515,11 +515,11 @@ class Mounts:
         return {"mounts": len(mounted), "mounted_files": sum(mount.files for mount in mounted), **self.counts}
 
 
-def _joined(names: Names) -> bytes:
+def _joined(names: PathParts) -> bytes:
     return b"/".join(names)
 
 
-def _parts(folder: bytes) -> Names:
+def _parts(folder: bytes) -> PathParts:
     return tuple(folder.split(b"/")) if folder else ()
 
 

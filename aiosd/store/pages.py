@@ -45,7 +45,7 @@ class LostRows:
     last: int = LAST
 
 
-Row = tuple[int, tuple[Any, ...]]  # row id, values as they lie in the file
+StoredRow = tuple[int, tuple[Any, ...]]  # row id, values as they lie in the file
 
 
 class Pages:
@@ -90,7 +90,7 @@ class Pages:
 
     # ── trees ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def rows(self, root: int, lost: list[LostRows]) -> Iterator[Row]:
+    def rows(self, root: int, lost: list[LostRows]) -> Iterator[StoredRow]:
         """All rows of a table that can be read, in the order of their ids; `lost` gets what cannot. (Of an index only
         the latter.)"""
         for number, first, last in self._leaves(root, lost):
@@ -116,7 +116,7 @@ class Pages:
             except (DamagedPage, IndexError, struct.error):
                 lost.append(LostRows(number, first, last))
 
-    def _read_leaf(self, number: int, first: int, last: int, lost: list[LostRows]) -> Iterator[Row]:
+    def _read_leaf(self, number: int, first: int, last: int, lost: list[LostRows]) -> Iterator[StoredRow]:
         page = self.page(number)
         start = _head(number)
         if page[start] != _TABLE_LEAF:
@@ -152,7 +152,7 @@ class Pages:
 
     # ── what nothing leads to ─────────────────────────────────────────────────────────────────────────────
 
-    def orphans(self) -> Iterator[Row]:
+    def orphans(self) -> Iterator[StoredRow]:
         """The rows of leaves that were not reached and are not free. Ask when all trees have been read."""
         try:
             free = self._free()

@@ -25,15 +25,17 @@ SLICE = 256  # row ids
 MOST_REPORTED = 10_000  # of what is lost, in the log of one process
 _WORD = re.compile(r"[^\W_]+")
 
-Item = TypeVar("Item")
-Found = TypeVar("Found")
+ItemT = TypeVar("ItemT")
+FoundT = TypeVar("FoundT")
 
 
 def is_damage(err: OSError) -> bool:
     return err.errno == errno.EIO
 
 
-def piecemeal(read: Callable[[Sequence[Item]], list[Found]], items: Sequence[Item]) -> tuple[list[Found], list[Item]]:
+def piecemeal(
+    read: Callable[[Sequence[ItemT]], list[FoundT]], items: Sequence[ItemT]
+) -> tuple[list[FoundT], list[ItemT]]:
     """What `read` returns of these items, and those that cannot be read."""
     if not items:
         return [], []

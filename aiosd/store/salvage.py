@@ -16,7 +16,7 @@ import apsw
 from aiosd.errors import UsageError
 from aiosd.store import roots
 from aiosd.store.database import VERSION
-from aiosd.store.pages import LostRows, Pages, Row
+from aiosd.store.pages import LostRows, Pages, StoredRow
 from aiosd.store.tables import KEPT, KeptTable, content_path, file_hash
 
 
@@ -137,7 +137,7 @@ class _Maker:
     def __init__(self, columns: list[SqlColumn]) -> None:
         self._columns = columns
 
-    def __call__(self, row: Row) -> dict[str, Any]:
+    def __call__(self, row: StoredRow) -> dict[str, Any]:
         rowid, values = row
         made = {}
         for place, column in enumerate(self._columns):
@@ -145,7 +145,7 @@ class _Maker:
             made[column.name] = rowid if column.is_rowid else value
         return made
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: StoredRow) -> bool:
         if len(row[1]) != len(self._columns):
             return False
         made = self(row)

@@ -69,7 +69,7 @@ class PathGrant:
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
+class Namespace:
     """One namespace as a caller sees it. `owner` None: nothing was ever kept there. `grants` None: all rights."""
 
     name: str
@@ -113,31 +113,31 @@ class Spaces:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    def find(self, caller: link.Caller, of: str) -> Space:
+    def find(self, caller: link.Caller, of: str) -> Namespace:
         """Raises OSError (EINVAL)."""
         return self._space(caller, named(caller, of))
 
-    def of_owner(self, caller: link.Caller, owner: int) -> Space:
+    def of_owner(self, caller: link.Caller, owner: int) -> Namespace:
         (name,) = self._db.rows("SELECT name FROM owners WHERE id = ?", owner)[0]
         return self._space(caller, name)
 
-    def all_seen(self, caller: link.Caller) -> list[Space]:
+    def all_seen(self, caller: link.Caller) -> list[Namespace]:
         """The caller's own space, its group's, and those of which something is shared with it."""
         mine = identities(caller)
         sql = "SELECT DISTINCT o.name FROM grants g JOIN owners o ON o.id = g.owner WHERE g.grantee IN (?, ?)"
         others = [name for (name,) in self._db.rows(sql, *mine) if name not in mine]
         return [self._space(caller, name) for name in (*mine, *others)]
 
-    def _space(self, caller: link.Caller, name: str) -> Space:
+    def _space(self, caller: link.Caller, name: str) -> Namespace:
         row = self._db.row("SELECT id FROM owners WHERE name = ?", name)
         owner = None if row is None else int(row[0])
         if not caller.pid or name in identities(caller):
-            return Space(name, owner, None)
+            return Namespace(name, owner, None)
         sql = "SELECT path, write FROM grants WHERE owner = ? AND grantee IN (?, ?)"
         rows = self._db.rows(sql, owner, *identities(caller)) if owner is not None else []
-        return Space(name, owner, tuple(PathGrant(path, bool(write)) for path, write in rows))
+        return Namespace(name, owner, tuple(PathGrant(path, bool(write)) for path, write in rows))
 
-    def make(self, space: Space) -> int:
+    def make(self, space: Namespace) -> int:
         """The number of its owner, which exists from now on. In the transaction of a call."""
         self._db.do("INSERT OR IGNORE INTO owners(name) VALUES(?)", space.name)
         row = self._db.row("SELECT id FROM owners WHERE name = ?", space.name)

@@ -32,7 +32,7 @@ from aiosd.store.filesearch import FileSearch
 from aiosd.store.meaning import Meaning
 from aiosd.store.mounts import Mounted, Mounts
 from aiosd.store.realfolder import CALL_BYTES
-from aiosd.store.spaces import Space, Spaces, clean_folder, clean_path
+from aiosd.store.spaces import Namespace, Spaces, clean_folder, clean_path
 from aiosd.store.uploads import Uploads
 from libaios import wire
 from libaios.wire import PIECE, Sys
@@ -65,7 +65,7 @@ class Storage:
         self._search = FileSearch(database, self.files, self.meaning)
         self.consent = Consent()
         self.mounts = Mounts(database, self.files, hidden=folder.parent, grants=grants)
-        self._removed: deque[link.Key] = deque(maxlen=1000)  # calls that have removed real files
+        self._removed: deque[link.CallKey] = deque(maxlen=1000)  # calls that have removed real files
         self._expire_at = 0.0
 
     def handlers(self) -> dict[int, Any]:
@@ -140,25 +140,25 @@ class Storage:
     def search(self, ask: link.Ask, args: wire.StoSearch) -> Any:
         """With `of` None in all that the caller can read."""
 
-        def seen() -> list[Space]:
+        def seen() -> list[Namespace]:
             spaces = self.spaces
             return spaces.all_seen(ask.caller) if args.of is None else [spaces.find(ask.caller, args.of)]
 
         return self._search.search(ask.caller, seen, args.query, clean_folder(args.folder), args.k)
 
-    def _readable(self, ask: link.Ask, args: Any, call: str) -> tuple[Space, str]:
+    def _readable(self, ask: link.Ask, args: Any, call: str) -> tuple[Namespace, str]:
         space, path = self._meant(ask, args)
         self.consent.to(ask, call, space, path)
         return space, path
 
-    def _meant(self, ask: link.Ask, args: Any, write: bool = False) -> tuple[Space, str]:
+    def _meant(self, ask: link.Ask, args: Any, write: bool = False) -> tuple[Namespace, str]:
         """Space and path, which the caller may see, or change. Raises OSError: EINVAL, ENOENT, EACCES."""
         path = clean_path(args.path)
         space = self.spaces.find(ask.caller, args.of)
         space.require(path, write)
         return space, path
 
-    def _find(self, space: Space, path: str) -> FileRow:
+    def _find(self, space: Namespace, path: str) -> FileRow:
         mount = self.mounts.over(space.owner, path)
         return self.mounts.fresh(mount, path) if mount is not None else self.files.require(space.owner, path)
 
@@ -237,7 +237,7 @@ class Storage:
 
         return self._db.once(ask, effect, frees=True)
 
-    def _remove_real(self, ask: link.Ask, mount: Mounted, space: Space, path: str) -> None:
+    def _remove_real(self, ask: link.Ask, mount: Mounted, space: Namespace, path: str) -> None:
         self.mounts.require_writable(mount, path)
         try:
             row = self.mounts.fresh(mount, path)
@@ -255,7 +255,7 @@ class Storage:
         name = f"{self._db.rows('SELECT boot FROM system')} {ask.key} {ask.life}"
         return hashlib.blake2b(name.encode(), digest_size=CALL_BYTES).digest()
 
-    def _require_kept(self, space: Space, path: str, reason: str) -> None:
+    def _require_kept(self, space: Namespace, path: str, reason: str) -> None:
         mount = self.mounts.over(space.owner, path)
         if mount is not None:
             raise wire.error(errno.EINVAL, f"{path}: lies in a folder mounted at {mount.at}, and {reason}")
@@ -282,7 +282,7 @@ class Storage:
 
         return self._db.once(ask, effect, frees=True)
 
-    def _all_of(self, ask: link.Ask, of: str, what: str) -> Space:
+    def _all_of(self, ask: link.Ask, of: str, what: str) -> Namespace:
         space = self.spaces.find(ask.caller, of)
         space.require_all(what)
         return space
@@ -384,7 +384,7 @@ class Storage:
     def _consent_to_pieces(
         self,
         ask: link.Ask,
-        space: Space,
+        space: Namespace,
         path: str,
         old: FileRow | None,
         parts: list[int],

@@ -23,7 +23,7 @@ MAX_FILE = 1 << 20  # bytes
 KEPT_OUTPUT = 200_000  # bytes of what a program writes
 
 Text = Annotated[str, Meta(max_length=MAX_FILE)]
-Name = Annotated[str, Meta(min_length=1, max_length=1024)]
+FileName = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 globals().update(direct.FUNCTIONS)  # described with the others; the toolbox runs them itself
 
@@ -49,7 +49,7 @@ def shell(command: Text) -> Generator[str, None, dict[str, Any]]:
 
 
 @define(instances=64, reads=["file:{path}"], concerns=["path:{path}"])
-def read_file(path: Name) -> str:
+def read_file(path: FileName) -> str:
     """Reads a text file of the working folder.
 
     Args:
@@ -60,7 +60,7 @@ def read_file(path: Name) -> str:
 
 
 @define(instances=64, writes=["file:{path}"], concerns=["path:{path}"])
-def write_file(path: Name, content: Text) -> str:
+def write_file(path: FileName, content: Text) -> str:
     """Writes a text file of the working folder. An old one of this name is replaced.
 
     Args:
@@ -74,7 +74,7 @@ def write_file(path: Name, content: Text) -> str:
 
 
 @define(instances=64, writes=["file:{path}"], concerns=["path:{path}"])
-def edit_file(path: Name, old: Annotated[Text, Meta(min_length=1)], new: Text) -> str:
+def edit_file(path: FileName, old: Annotated[Text, Meta(min_length=1)], new: Text) -> str:
     """Replaces one passage of a text file.
 
     Args:

@@ -27,9 +27,9 @@ MOST_READ = 1 << 20  # bytes of a stored file that a model gets
 MOST_LISTED = 1000
 
 Text = Annotated[str, Meta(max_length=1 << 20)]
-Name = Annotated[str, Meta(min_length=1, max_length=1024)]
+StoredName = Annotated[str, Meta(min_length=1, max_length=1024)]
 Few = Annotated[int, Meta(ge=1, le=50)]
-Owner = Annotated[str, Meta(max_length=1024)]
+OwnerName = Annotated[str, Meta(max_length=1024)]
 
 
 @define(instances=64, time=10)
@@ -62,7 +62,7 @@ def remember(
 
 
 @define(instances=64)
-def recall(note: int | Name) -> Steps[Any]:
+def recall(note: int | StoredName) -> Steps[Any]:
     """Reads a note.
 
     Args:
@@ -96,7 +96,7 @@ def list_notes(tags: Sequence[str] = (), limit: Few = 20) -> Steps[Any]:
 
 
 @define(instances=64)
-def forget_note(note: int | Name) -> Steps[str]:
+def forget_note(note: int | StoredName) -> Steps[str]:
     """Removes a note for good.
 
     Args:
@@ -110,7 +110,7 @@ def forget_note(note: int | Name) -> Steps[str]:
 
 
 @define(instances=64)
-def list_stored(folder: Annotated[str, Meta(max_length=1024)] = "", of: Owner = "") -> Steps[Any]:
+def list_stored(folder: Annotated[str, Meta(max_length=1024)] = "", of: OwnerName = "") -> Steps[Any]:
     """Lists files that are kept with their versions, those in folders below included.
 
     Args:
@@ -122,7 +122,7 @@ def list_stored(folder: Annotated[str, Meta(max_length=1024)] = "", of: Owner = 
 
 
 @define(instances=64)
-def read_stored(path: Name, version: Annotated[int, Meta(ge=1)] | None = None, of: Owner = "") -> Steps[str]:
+def read_stored(path: StoredName, version: Annotated[int, Meta(ge=1)] | None = None, of: OwnerName = "") -> Steps[str]:
     """Reads a kept text file.
 
     Args:
@@ -145,7 +145,7 @@ def read_stored(path: Name, version: Annotated[int, Meta(ge=1)] | None = None, o
 
 
 @define(instances=64)
-def write_stored(path: Name, content: Text, of: Owner = "") -> Steps[str]:
+def write_stored(path: StoredName, content: Text, of: OwnerName = "") -> Steps[str]:
     """Keeps a text file. An older one of this path stays as an old version.
 
     Args:
@@ -158,7 +158,7 @@ def write_stored(path: Name, content: Text, of: Owner = "") -> Steps[str]:
 
 
 @define(instances=64)
-def stored_history(path: Name, of: Owner = "") -> Steps[Any]:
+def stored_history(path: StoredName, of: OwnerName = "") -> Steps[Any]:
     """Lists the versions of a kept file, the newest first.
 
     Args:

@@ -24,13 +24,13 @@ from aiosd.ipc import link
 from libaios import wire
 from libaios.plan import Plan, Steps, one_by_one
 
-Finished = Callable[[Any, OSError | None], None]
+OnFinished = Callable[[Any, OSError | None], None]
 
 
 @dataclass(slots=True)
 class _Errand:
     steps: Generator[Plan[Any], Any, Any]
-    finished: Finished
+    finished: OnFinished
     plan: Plan[Any] | None = None  # the one that is with the kernel,
     number: int = 0  # … under this number
 
@@ -40,15 +40,15 @@ class Errands:
 
     def __init__(self, send: Callable[[link.FromService], None]) -> None:
         self._send = send
-        self._open: dict[link.Key, _Errand] = {}
-        self._keys: dict[int, link.Key] = {}  # by number
+        self._open: dict[link.CallKey, _Errand] = {}
+        self._keys: dict[int, link.CallKey] = {}  # by number
         # A toolbox that is forked again goes on above the numbers of the last one, whose replies are remembered.
         self._numbers = itertools.count(time.monotonic_ns())
 
     def __contains__(self, key: object) -> bool:
         return key in self._open
 
-    def begin(self, key: link.Key, steps: Steps[Any], finished: Finished) -> None:
+    def begin(self, key: link.CallKey, steps: Steps[Any], finished: OnFinished) -> None:
         """Run these steps for a call. `finished` gets the result, or the error, unless the call is cancelled before."""
         errand = self._open[key] = _Errand(one_by_one(steps), finished)
         self._go_on(key, lambda: next(errand.steps))
@@ -73,13 +73,13 @@ class Errands:
         else:
             self._go_on(key, lambda: errand.steps.send(body))
 
-    def again(self, key: link.Key) -> None:
+    def again(self, key: link.CallKey) -> None:
         """A new kernel knows this call now."""
         errand = self._open.get(key)
         if errand is not None and errand.plan is not None:
             self._ask(key, errand, again=True)
 
-    def cancel(self, key: link.Key) -> None:
+    def cancel(self, key: link.CallKey) -> None:
         """The call is not wanted any more. The kernel knows, and has dropped what it had for it."""
         errand = self._open.pop(key, None)
         if errand is not None:
@@ -87,7 +87,7 @@ class Errands:
             with contextlib.suppress(Exception):  # what a tool does at its end: no call waits for it any more
                 errand.steps.close()
 
-    def _go_on(self, key: link.Key, advance: Callable[[], Plan[Any]]) -> None:
+    def _go_on(self, key: link.CallKey, advance: Callable[[], Plan[Any]]) -> None:
         errand = self._open[key]
         try:
             errand.plan = advance()
@@ -102,11 +102,11 @@ class Errands:
             self._keys[errand.number] = key
             self._ask(key, errand, again=False)
 
-    def _ask(self, key: link.Key, errand: _Errand, again: bool) -> None:
+    def _ask(self, key: link.CallKey, errand: _Errand, again: bool) -> None:
         assert errand.plan is not None
         args = Raw(wire.encode(errand.plan.args))
         self._send(link.Errand(key, errand.number, errand.plan.sys, args, again))
 
-    def _finish(self, key: link.Key, result: Any, error: OSError | None) -> None:
+    def _finish(self, key: link.CallKey, result: Any, error: OSError | None) -> None:
         errand = self._open.pop(key)
         errand.finished(result, error)

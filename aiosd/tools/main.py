@@ -100,17 +100,17 @@ class ToolboxService:
             others=self._other,
             queued=frozenset((Sys.TOOL_CALL, Sys.TOOL_LIST)),
         )
-        self.admission: Admission[link.Key] = Admission(spec.workers)
+        self.admission: Admission[link.CallKey] = Admission(spec.workers)
         self.errands = Errands(self.server.send)
-        self.direct: Admission[link.Key] = Admission(ERRANDS)  # of calls whose tool is a system call
-        self._direct: dict[link.Key, Callable[[], None]] = {}  # what begins each of them
+        self.direct: Admission[link.CallKey] = Admission(ERRANDS)  # of calls whose tool is a system call
+        self._direct: dict[link.CallKey, Callable[[], None]] = {}  # what begins each of them
         self.pins = Pins(Path(spec.folder).parent / "tools.json")
         self._unknown: set[str] = set()  # of the tools in rules, those that the log names
         self._loading = {BUILT_IN, *spec.files}
         servers = sealed.servers(spec.sealed) if spec.sealed >= 0 else {}
         self._starting = {f"{MCP}{name}" for name in servers}  # servers, on which only their own calls wait
         self._early: list[tuple[link.Ask, Any]] = []  # calls that came before all sources were loaded
-        self._calls: dict[link.Key, _Call] = {}
+        self._calls: dict[link.CallKey, _Call] = {}
         self._served = 0
         os.makedirs(spec.folder, mode=0o700, exist_ok=True)
         self.bills = Bills(self._charge)
@@ -295,7 +295,7 @@ class ToolboxService:
             self.server.begun(key)
             self._direct.pop(key)()
 
-    def _errand_done(self, key: link.Key, result: Any, error: OSError | None) -> None:
+    def _errand_done(self, key: link.CallKey, result: Any, error: OSError | None) -> None:
         self.direct.end(key)
         if error is not None:
             self.server.fail(key, error)
@@ -334,18 +334,18 @@ class ToolboxService:
             self.server.begun(key)
             self.pool.run(call.source, call.cell, call.job)
 
-    def _done(self, key: link.Key, done: Done) -> None:
+    def _done(self, key: link.CallKey, done: Done) -> None:
         if done.errno:
             self.server.fail(key, wire.error(done.errno, done.message))
         else:
             self.server.answer(key, done.result)
 
-    def _over(self, key: link.Key) -> None:
+    def _over(self, key: link.CallKey) -> None:
         self._calls.pop(key, None)
         self.admission.end(key)
         self._begin()
 
-    def cancelled(self, key: link.Key) -> None:
+    def cancelled(self, key: link.CallKey) -> None:
         """The caller does not wait for the call any more."""
         self._early = [(ask, args) for ask, args in self._early if ask.key != key]
         if self._direct.pop(key, None) is not None or key in self.errands:

@@ -78,7 +78,7 @@ class Cell(NamedTuple):
     network: tuple[int, int] = (0, 0)
 
 
-Kind = tuple[str, Cell]  # a source, and how its worker is confined
+WorkerKind = tuple[str, Cell]  # a source, and how its worker is confined
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +98,7 @@ class Worker:
     meter: WorkerMeter = field(default_factory=WorkerMeter)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> WorkerKind:
         return self.source, self.cell
 
 
@@ -124,7 +124,7 @@ class Pool:
         self._servers = servers
         self._bills = bills
         self._workers: list[Worker] = []
-        self._queue: dict[Kind, list[Job]] = {}  # admitted, and waiting for a worker that starts
+        self._queue: dict[WorkerKind, list[Job]] = {}  # admitted, and waiting for a worker that starts
         self._ended: deque[WorkerMeter] = deque(maxlen=ENDED)
         self._sampler: Timer | None = None
         self.deaths = 0
@@ -359,7 +359,7 @@ class Pool:
         self._kill(worker)
         self._replace(worker.kind)
 
-    def _replace(self, kind: Kind) -> None:
+    def _replace(self, kind: WorkerKind) -> None:
         """Calls that wait for a worker of this kind still get one."""
         starting = sum(worker.kind == kind and not worker.described for worker in self._workers)
         for _ in range(len(self._queue.get(kind, ())) - starting):

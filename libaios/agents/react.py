@@ -33,7 +33,7 @@ from libaios.loop import observation
 
 SYSTEM = "You are a helpful agent. Think, use a tool when you need one, and then answer briefly."
 
-Message = dict[str, Any]
+ChatMessage = dict[str, Any]
 
 
 class AgentError(Exception):
@@ -362,7 +362,7 @@ def react(
     `chat` raises."""
     learnt = "".join(f"\n- {lesson}" for lesson in lessons)
     system = f"{SYSTEM}\nLearnt from earlier attempts:{learnt}" if lessons else SYSTEM
-    messages: list[Message] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    messages: list[ChatMessage] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     for _ in range(max_steps):
         reply: ChatReply = chat(messages, tools=toolkit.tools, temperature=0.0, max_tokens=max_tokens)
         if not reply.tool_calls:
@@ -380,7 +380,7 @@ def react(
     raise AgentError(f"no answer after {max_steps} steps")
 
 
-def _as_message(reply: ChatReply) -> Message:
+def _as_message(reply: ChatReply) -> ChatMessage:
     calls = [
         {"type": "function", "id": c.id, "function": {"name": c.name, "arguments": c.arguments}}
         for c in reply.tool_calls
@@ -425,7 +425,7 @@ def main(
     """
     import libaios as aios  # here, since loop and tools can be used without a kernel
 
-    def chat(messages: list[Message], **options: Any) -> Any:
+    def chat(messages: list[ChatMessage], **options: Any) -> Any:
         return aios.llm.chat(messages, model=model, **options)
 
     text = " ".join(question).strip() or sys.stdin.read().strip()

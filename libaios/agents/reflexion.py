@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import click
 
 from libaios import mem
-from libaios.agents.react import IN_TOOLBOX, AgentError, Chat, Message, Toolbox, Toolkit, react
+from libaios.agents.react import IN_TOOLBOX, AgentError, Chat, ChatMessage, Toolbox, Toolkit, react
 
 MOST_LESSONS = 3  # the paper's Ω: more do not fit into a prompt, and help little
 TRAJECTORY_CHARS = 4000  # the end of a trajectory, which self-reflection gets
@@ -205,7 +205,7 @@ def _reflect(trial: Trial, verdict: Verdict, chat: Chat, memory: Memory, max_tok
     earlier = [f"- {answer}: {old.why}" for answer, old in memory.verdicts()[:-1]]
     parts = [f"Task: {trial.question}", _shown(trial), f"Answer: {trial.answer}", f"Verdict: {verdict.why}"]
     parts += ["Earlier answers, all wrong:\n" + "\n".join(earlier[-MOST_LESSONS:])] if earlier else []
-    messages: list[Message] = [
+    messages: list[ChatMessage] = [
         {"role": "system", "content": REFLECT},
         {"role": "user", "content": "\n\n".join(part for part in parts if part)},
     ]
@@ -250,7 +250,7 @@ def main(
     """
     import libaios as aios  # here, since the loop can be used without a kernel
 
-    def chat(messages: list[Message], **options: Any) -> Any:
+    def chat(messages: list[ChatMessage], **options: Any) -> Any:
         return aios.llm.chat(messages, model=model, **options)
 
     text = " ".join(question).strip() or sys.stdin.read().strip()

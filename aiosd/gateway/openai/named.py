@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import UNSET, Struct
 
 from aiosd.gateway.openai import fields
-from aiosd.gateway.places import Names, in_function, split
+from aiosd.gateway.places import PlaceNames, in_function, split
 
 #: For each argument of a kernel call, the fields that it may come from.
 SOURCES = {
@@ -36,7 +36,7 @@ def source(asked: Struct, argument: str) -> str:
     return next(iter(given or there), argument)
 
 
-def of(asked: Struct) -> Names:
+def of(asked: Struct) -> PlaceNames:
     """The names of a request's fields."""
 
     def names(place: str) -> str:
@@ -49,7 +49,7 @@ def of(asked: Struct) -> Names:
     return names
 
 
-def of_chat(asked: fields.ChatRequest) -> Names:
+def of_chat(asked: fields.ChatRequest) -> PlaceNames:
     plain = of(asked)
 
     def names(place: str) -> str:

@@ -14,6 +14,7 @@ from aiosd.gateway.calls import ask
 from aiosd.gateway.openai import chat as chats
 from aiosd.gateway.openai import fields, generation, kept
 from aiosd.gateway.openai.chat import arguments, logprobs
+from aiosd.gateway.openai.kept import Item
 from aiosd.gateway.places import split
 from aiosd.gateway.web import HttpRequest, Problem, encode, renaming
 from libaios import wire
@@ -21,8 +22,6 @@ from libaios.generate import Piece, Result
 from libaios.wire import Sys, ToolCall
 
 CUT = ("length", "limit")  # finish reasons after which the answer may be incomplete
-
-Item = dict[str, Any]
 
 
 class TextOptions(Struct):

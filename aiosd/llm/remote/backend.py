@@ -217,7 +217,7 @@ class Remote:
         call.account = self._attempts.purses.open(ask.key, caller.shares, now)
         self._queue.add(call, now)
 
-    def _cancel(self, key: link.Key) -> None:
+    def _cancel(self, key: link.CallKey) -> None:
         self._attempts.past.forget(key)
         call = self._queue.calls.get(key)
         if call is not None:

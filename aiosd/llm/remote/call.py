@@ -98,7 +98,7 @@ class RemoteCall:
     first: float = 0.0
 
     @property
-    def key(self) -> link.Key:
+    def key(self) -> link.CallKey:
         return self.submit.key
 
     @property

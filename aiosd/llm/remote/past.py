@@ -16,10 +16,10 @@ MOST_SIZE = 16 << 20  # … and no more of them than are this large
 
 class Past:
     def __init__(self) -> None:
-        self._ends: OrderedDict[link.Key, tuple[link.GenerationDone, OutputText]] = OrderedDict()
+        self._ends: OrderedDict[link.CallKey, tuple[link.GenerationDone, OutputText]] = OrderedDict()
         self._size = 0
 
-    def __iter__(self) -> Iterator[link.Key]:
+    def __iter__(self) -> Iterator[link.CallKey]:
         return iter(self._ends)
 
     def add(self, finished: link.GenerationDone, text: OutputText) -> None:
@@ -30,7 +30,7 @@ class Past:
         while len(self._ends) > MOST or (self._size > MOST_SIZE and len(self._ends) > 1):
             self.forget(next(iter(self._ends)))
 
-    def get(self, key: link.Key, count: int) -> link.GenerationDone | None:
+    def get(self, key: link.CallKey, count: int) -> link.GenerationDone | None:
         """For a new kernel, which has this many characters."""
         if key not in self._ends:
             return None
@@ -39,6 +39,6 @@ class Past:
         rest, chances = text.send(), text.send_chances()
         return msgspec.structs.replace(finished, offset=count, text=rest, logprobs=chances)
 
-    def forget(self, key: link.Key) -> None:
+    def forget(self, key: link.CallKey) -> None:
         _, text = self._ends.pop(key, (None, None))
         self._size -= text.size if text is not None else 0

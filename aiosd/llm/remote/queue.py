@@ -14,7 +14,7 @@ class Queue:
     """`clock`: in seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.calls: dict[link.Key, RemoteCall] = {}  # waiting, parked and running
+        self.calls: dict[link.CallKey, RemoteCall] = {}  # waiting, parked and running
         self.policy: policy.SchedulingPolicy = policy.Fifo()
         self._clock = clock
         self._schedule: link.Schedule | None = None
