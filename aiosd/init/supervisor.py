@@ -150,10 +150,11 @@ class Supervisor:
         self.offer = confinement.prepare(gates.of(self.settings.door))
         if self.settings.strict and self.offer.level != LEVELS[-1]:
             return self._refuse(f"sandbox strict: {self.offer.reason}")
+        # Those that the system waits for first: they load while this process prepares what agents share.
+        self._fork_services(awaited=True)
         _preload()
         self._fork_kernel()
-        for process in self.services.values():
-            self._fork_service(process)
+        self._fork_services(awaited=False)
         self._beat()
         while self.exit_code is None:
             self._turn()
@@ -330,14 +331,18 @@ class Supervisor:
         try:
             self._fork_kernel()
         except OSError as err:  # no process or descriptor left: try again until there is
-            logger.error("kernel cannot be forked: %s; tried again in %.1f s", err.strerror, BACKOFF_S[1])
-            self.timers.after(BACKOFF_S[1], self._refork_kernel)
+            self._try_again(self.kernel, err, self._refork_kernel)
             return
         for bell in [*(agent.bell for agent in agents), *(process.kernel_bell for process in running)]:
             _ring(bell)
         logger.warning("kernel forked again (death %d)", self.kernel.deaths)
 
     # ── services ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _fork_services(self, awaited: bool) -> None:
+        for process in self.services.values():
+            if process.service.awaited is awaited:
+                self._fork_service(process)
 
     def _fork_service(self, process: SystemProcess) -> None:
         if self.stopping or process.ospid:
@@ -354,9 +359,7 @@ class Supervisor:
                 ospid = self._fork_service_with(process, heart)
                 undo.pop_all()
         except OSError as err:
-            wait_s = BACKOFF_S[1]
-            logger.error("%s cannot be forked: %s; tried again in %.1f s", _title(process), err.strerror, wait_s)
-            self.timers.after(wait_s, lambda: self._fork_service(process))
+            self._try_again(process, err, lambda: self._fork_service(process))
             return
         self._forked(process, ospid, heart)
         forked = link.ServiceForked(process.service.name, process.pid, ospid, process.deaths)
@@ -383,6 +386,12 @@ class Supervisor:
         process.ospid, process.heart, process.forked_at = ospid, heart, time.monotonic()
         heart.forked()
         self.children[ospid] = process
+
+    def _try_again(self, process: SystemProcess, err: OSError, fork_it: Callable[[], None]) -> None:
+        """Soon, and less often from time to time: there may be room again at any moment."""
+        process.backoff_s = _backoff(process.backoff_s, lived_s=0.0)
+        logger.error("%s cannot be forked: %s; tried again in %.1f s", _title(process), err.strerror, process.backoff_s)
+        self.timers.after(process.backoff_s, fork_it)
 
     def _process_ended(self, process: SystemProcess, status: int) -> None:
         process.ospid = 0
