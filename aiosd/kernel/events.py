@@ -71,7 +71,7 @@ class Events:
         self._sources: dict[int, Source] = {}
         self._lines: list[dict[Source, None]] = [{} for _ in Turn]  # by turn; that of ASLEEP stays empty
 
-    # ── the sources ────────────────────────────────────────────────────────────────────────────────────
+    # ── the sources ───────────────────────────────────────────────────────────────────────────────────────
 
     def watch(
         self,

@@ -105,7 +105,7 @@ async def count(request: Request) -> None:
     await request.reply({"object": "response.input_tokens", "input_tokens": len(ids)})
 
 
-# ── the request ─────────────────────────────────────────────────────────────────────────────────────
+# ── the request ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _read(request: Request) -> Responses:
@@ -278,7 +278,7 @@ def _content(content: Any, where: str) -> Any:
     return parts
 
 
-# ── the reply ──────────────────────────────────────────────────────────────────────────────────────
+# ── the reply ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def new_id(kind: str) -> str:
