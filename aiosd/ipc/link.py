@@ -13,6 +13,7 @@ key is stable over a restart of kernel and service, so a call that is submitted 
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 from msgspec import Raw, Struct, msgpack
@@ -591,7 +592,7 @@ class ServiceDied(Struct, array_like=True, frozen=True, tag=True):
     reason: str
 
 
-class TemplateSaid(Struct, frozen=True):
+class TemplateReport(Struct, frozen=True):
     """From a template to the supervisor, as JSON. Neither `ready` nor `stale`: it cannot serve, for the reason in
     `words`."""
 
@@ -603,13 +604,20 @@ class TemplateSaid(Struct, frozen=True):
     words: str = ""
 
 
+class TemplateState(enum.Enum):
+    """Whether a template can fork agents."""
+
+    LOADING = "loading"  # it imports its modules
+    READY = "ready"
+
+
 class TemplateShown(Struct, array_like=True, frozen=True):
     """A template, for people."""
 
     name: str
     pid: int
     ospid: int
-    state: str  # "loading" or "ready"
+    state: TemplateState
     of: Template
     python: str  # version of its interpreter; "": not known yet
     loaded: int  # modules

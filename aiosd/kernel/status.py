@@ -190,7 +190,7 @@ def _service(service: Service) -> dict[str, Any]:
 def _template(one: link.TemplateShown) -> dict[str, Any]:
     return {
         "name": one.name,
-        "state": one.state,
+        "state": one.state.value,
         "pid": one.pid,
         "ospid": one.ospid,
         "python": wire.os_shown(one.of.python),
