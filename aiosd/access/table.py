@@ -8,8 +8,8 @@
     ]
     ask   = [ { tool = "fetch", host = "*" } ]
     allow = [
-      { tool = "fetch", host = ["*.example.org", "192.0.2.1"] }, { call = "sto_write", path = "reports", program =
-      "agents/report.py" },
+      { tool = "fetch", host = ["*.example.org", "192.0.2.1"] },
+      { call = "sto_write", path = "reports", program = "agents/report.py" },
     ]
 
 A rule is about a `tool` or a `call`. `by` names groups, `program` the program that a person started (not programs that

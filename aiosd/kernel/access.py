@@ -1,8 +1,8 @@
 """The rights of each caller. What is not allowed here is denied.
 
-A client of the control socket that is aiosd's own user acts as the person at the terminal and may do everything. An
-agent, and a client that descends from one, may read the process list, and act upon itself and its descendants, and
-nothing else. The identity comes from the connection (see `peer`, `control`).
+A client of the control socket that is aiosd's own user acts as the person at the terminal and may do
+everything. An agent, and a client that descends from one, may read the process list, and act upon itself and
+its descendants, and nothing else. The identity comes from the connection (see `peer`, `control`).
 
 `check` is called once for every call, before its handler or its service gets it. It raises OSError (EPERM, …) or
 returns whether the call may go on now or later; "later" is for calls that a person has to allow first. This file

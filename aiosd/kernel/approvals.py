@@ -6,7 +6,8 @@
 Promises:
 
     * While no client watches asks: denied at once, with a message that names the rule; with `ask_timeout` after that
-    time. * An ask holds nothing but its call. When the call ends (its timeout, its agent's end) the ask is gone.
+      time.
+    * An ask holds nothing but its call. When the call ends (its timeout, its agent's end) the ask is gone.
     * An answer is for a digest: of the deed as it was shown. If the call amounts to something else by then, there is a
       new ask (`link.Ask.approved`).
     * No agent answers, lists or watches asks: all of that is for persons (`Access`).

@@ -9,8 +9,8 @@ the supervisor. Its `turn` is its state in the rounds, and the only record of th
     FOUND    all that it had sent was read, and it has sent again: has its turn before sources that send much
     HUNGRY   has sent more than is read in one turn; gets the next turn when there is time
 
-So a call of an agent that sends little waits for one turn of a busy one, not for all of them: in each round every FOUND
-source has its turn, and all HUNGRY sources and clients together have about as much time as one turn.
+So a call of an agent that sends little waits for one turn of a busy one, not for all of them: in each round every
+FOUND source has its turn, and all HUNGRY sources and clients together have about as much time as one turn.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ replays it. The journal does not outlive aiosd, as no agent does.
 
 A record is valid when the byte count includes it. The count is written after the record, so a death in between leaves
 no half record. There are two memfds. When the one in use is larger than `COMPACT_BYTES`, the records that are still
-needed are written to the other one, whose edition is set last; the memfd with the higher edition is valid. A journal of
-another version is refused.
+needed are written to the other one, whose edition is set last; the memfd with the higher edition is valid. A
+journal of another version is refused.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A *peer* is an agent on its channel (`AgentPeer`) or a client on the control soc
 notebook). Both send `wire.Request` frames and get `wire.Reply` frames; the rest of the kernel does not know which kind
 it serves. The identity of a peer follows from the descriptor of its connection, never from what it sends.
 
-A *call* is open from the moment its request was accepted until its one final reply was sent. `calls.Calls` alone opens
-and closes calls.
+A *call* is open from the moment its request was accepted until its one final reply was sent. `calls.Calls` alone
+opens and closes calls.
 """
 
 from __future__ import annotations

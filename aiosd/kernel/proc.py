@@ -24,8 +24,8 @@
 `advance()` alone moves a process, and only along `TRANSITIONS`; anything else is a bug of aiosd and moves nothing. STAT
 of aios-ps is computed from the state and from the calls that are open (`listing.py`).
 
-Everything here is touched by the kernel's one thread only. The parent of an agent that was started from outside, or
-whose parent died, is pid 1.
+Everything here is touched by the kernel's one thread only. The parent of an agent that was started from
+outside, or whose parent died, is pid 1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """aiosd's own attention on the CPU, in llama.cpp's graphs (`native/attention.c` describes it).
 
 It is faster for two reasons. A row reads only the cells that it may see, not as many as the longest row of its batch;
-and tokens that many sequences share are read once for all of them, from the store (`bases.py`), not from a copy in each
-slot.
+and tokens that many sequences share are read once for all of them, from the store (`bases.py`), not from a copy in
+each slot.
 
 It is compiled when the package is installed. If that failed, or for another processor, a GPU, or a model whose
 attention it cannot compute, llama.cpp's own attention is used: `load` raises Unavailable, or `trial.py` finds a reason

@@ -11,13 +11,13 @@ This loop is written in Python though it runs for every token, so it does little
 views, and while the same calls run only their positions are increased; one call draws the tokens of all rows; a call
 without stop strings, stream or grammar needs a few list operations per token. Text is made only when it is sent.
 
-Invariants: a sequence is either in `waiting` (QUEUED) or owns a slot (PREFILL, DECODE), never both; the first `length`
-tokens of its prompt and output lie in its slot; when no call is left, all slots are free (else `Bug`).
+Invariants: a sequence is either in `waiting` (QUEUED) or owns a slot (PREFILL, DECODE), never both; the first
+`length` tokens of its prompt and output lie in its slot; when no call is left, all slots are free (else `Bug`).
 
-In exact mode a batch never holds a single token alone: llama.cpp multiplies a vector with other code than a matrix, and
-the result could differ in its last bits. A dummy token is computed with it in the next slot and removed after the step.
-Tokens that were decoded one by one are computed one by one again after a loss, and calls share only tokens that were
-computed as part of a prompt.
+In exact mode a batch never holds a single token alone: llama.cpp multiplies a vector with other code than a matrix,
+and the result could differ in its last bits. A dummy token is computed with it in the next slot and removed after the
+step. Tokens that were decoded one by one are computed one by one again after a loss, and calls share only tokens that
+were computed as part of a prompt.
 """
 
 from __future__ import annotations

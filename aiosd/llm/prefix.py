@@ -1,8 +1,8 @@
 """The radix tree of everything that is kept outside the slots, by tokens: pure, no tensors.
 
-An edge is a run of tokens with a payload (the state of these tokens: in memory or on disk, the tree does not care), and
-a path from the root is a prompt, or the beginning of many. Every node has its payload: what loses it leaves the tree,
-with all below it.
+An edge is a run of tokens with a payload (the state of these tokens: in memory or on disk, the tree does not
+care), and a path from the root is a prompt, or the beginning of many. Every node has its payload: what loses it
+leaves the tree, with all below it.
 
 There is one root per *scope*: a privilege group, or the common one for prompts marked public. Nothing is reused across
 scopes, because the saved time would show in one of them what the other has sent.

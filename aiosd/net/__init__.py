@@ -12,6 +12,6 @@ granted.
     request.py    parses the head of a request (pure)
     dialing.py    from a granted host to a connection with a public address
 
-    invariant: a connection belongs to the agent at whose gate it was accepted; no data of the connection can change
-    that invariant: it leads to an address that was checked, and to which a granted name was resolved
+    invariant: a connection belongs to the agent at whose gate it was accepted; no data of it can change that
+    invariant: it leads to an address that was checked, and to which a granted name was resolved
 """

@@ -7,8 +7,7 @@ for everything that the agent starts.
 
     none   nothing is confined: the agent has all the rights of the user
     flat   files by Landlock, system calls by seccomp (`filter`), no capabilities
-    cage   the same, with mounts of its own: of the machine's files it sees only those that it may reach (`places`,
-    `cage`)
+    cage   the same, with mounts of its own: it sees only files that it may reach (`places`, `cage`)
 
 `boxgroups` has the boxes of groups, `protected` the files that stay read-only, `doors` the way to aiosd's socket,
 `landlock` rights on files; `why` explains why a path is denied. At the start `probe` tests what this machine can do,

@@ -2,10 +2,9 @@
 box.
 
     a person's agent    the request, else the rules of the group, else the settings; when these are `strict`, the cage
-    an agent's child    its parent's box: the same files, the same workspace. It may have less network, and never more
-    of
-                        anything. The child of an agent that is not confined is not confined either, unless the call
-                        requests it
+    an agent's child    its parent's box: the same files, the same workspace. It may have less network, and never
+                        more of anything. The child of an agent that is not confined is not confined either, unless the
+                        call requests it
 
 Single hosts (`hosts`) can only be granted in the cage, because only there an agent has a network of its own.
 

@@ -1,10 +1,12 @@
 """The tables [[group]] of aiosd.toml: how agents of a group are confined.
 
-    [[group]] name = "web"
+    [[group]]
+    name = "web"
     sandbox = "flat"                  none, flat or cage
     net = "none"                      none, all, gateway, or hosts: ["example.org", "*.example.net:8443"]
     read = ["~/data"]                 files and folders, as seen from the folder of aiosd.toml
-    write = ["out"] env = ["OPENAI_API_KEY", "AWS_*"] variables that they get from the environment of their start
+    write = ["out"]
+    env = ["OPENAI_API_KEY", "AWS_*"] variables that they get from the environment of their start
 
 Keys that a group does not have are as for all agents.
 """

@@ -10,7 +10,7 @@ writer runs alone. The promise:
       call began, or since this one stands in line.
     * Bounded overtaking: at most OVERTAKES calls that stand in line for less long begin while one waits for something
       that they use. Then everything that this call needs is reserved for it, and it is first. So every call begins,
-      provided that running calls end. run end.
+      provided that running calls end.
 """
 
 from __future__ import annotations
