@@ -3,10 +3,10 @@
     AiosdError
     ├── UsageError      the caller was wrong: a bad option, a missing model file. One line, exit code 1 or 2
     ├── WorldError      the world failed: no memory, no disk, no permission. Keeps its __cause__
-    └── Bug             we are wrong: an invariant of ours does not hold. Stop loudly
+    └── Bug             aiosd is wrong: one of its invariants does not hold. Stop loudly
 
-What an agent does wrong is none of these: it is an errno in a reply (`libaios.wire.Failure`), made where the
-argument is checked, and never travels through the kernel as an exception of its own class: it is an OSError.
+An error of an agent is none of these: it is an errno in a reply (`libaios.wire.Failure`), made where the argument is
+checked. It never travels through the kernel as an exception of one of these classes, only as an OSError.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class AiosdError(Exception):
 
 
 class UsageError(AiosdError):
-    """What the user asked for cannot be done as asked."""
+    """The user's request is not possible."""
 
 
 class WorldError(AiosdError):
@@ -37,8 +37,8 @@ def refuse(sentence: str, code: int = errno.EINVAL) -> OSError:
 
 
 def as_oserror(error: Exception) -> OSError:
-    """What the caller gets. Anything but an OSError is a mistake of ours, which the same call would find in every
-    successor of this core as well: it must not end it."""
+    """The error for the caller. Anything but an OSError is a bug of aiosd, which the same call would cause in every
+    successor of this core as well: so it must not end the core."""
     if isinstance(error, OSError):
         return error
     logging.getLogger("llm").error("a call cannot be served", exc_info=error)

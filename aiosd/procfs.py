@@ -48,13 +48,13 @@ def read_stat(ospid: int) -> Stat | None:
 
 
 def is_there(ospid: int, started: int) -> bool:
-    """Whether this very process is there, and has not ended."""
+    """Whether this very process exists and has not ended."""
     stat = read_stat(ospid)
     return stat is not None and stat.started == started and stat.state not in ("Z", "X")
 
 
 def is_stopped(ospid: int, started: int) -> bool:
-    """Whether this very process is there, and stopped (by Ctrl-Z, say)."""
+    """Whether this very process exists and is stopped (by Ctrl-Z, for example)."""
     stat = read_stat(ospid)
     return stat is not None and stat.started == started and stat.state in ("T", "t")
 
@@ -87,16 +87,16 @@ def children(ospid: int) -> list[int]:
 def descendants(ospid: int) -> list[int]:
     """All descendants, parents before children."""
     found = children(ospid)
-    for pid in found:  # grows while we walk it: breadth first
+    for pid in found:  # grows during the loop: breadth first
         found.extend(children(pid))
     return found
 
 
 def tree(ospid: int) -> dict[int, Stat]:
-    """A process and all its descendants, each looked at before its children are."""
+    """A process and all its descendants, each read before its children."""
     found: dict[int, Stat] = {}
     pids = [ospid]
-    for pid in pids:  # grows while we walk it
+    for pid in pids:  # grows during the loop
         stat = read_stat(pid)
         if stat is not None and pid not in found:
             found[pid] = stat
@@ -105,9 +105,9 @@ def tree(ospid: int) -> dict[int, Stat]:
 
 
 def threads_below(ospid: int, most: int) -> int:
-    """Threads of a process and all its descendants; of no further ones when there are more than `most`."""
+    """The number of threads of a process and all its descendants; counting stops above `most`."""
     count, pids = 0, [ospid]
-    for pid in pids:  # grows while we walk it
+    for pid in pids:  # grows during the loop
         if count > most:
             break
         count += _threads(pid)
@@ -123,7 +123,7 @@ def _threads(ospid: int) -> int:
 
 
 def threads_of_machine() -> int:
-    """All that there are, whoever's."""
+    """The number of all threads of the machine, of all users."""
     try:
         with open("/proc/loadavg", "rb") as file:
             return int(file.read().split()[3].partition(b"/")[2])
@@ -144,7 +144,7 @@ def descends(ospid: int, ancestor: int) -> bool | None:
 
 
 def pss_bytes(ospid: int) -> int:
-    """Proportional set size: private memory plus a fair share of what is shared."""
+    """Proportional set size: private memory plus a fair share of shared memory."""
     try:
         with open(f"/proc/{ospid}/smaps_rollup", "rb") as file:
             for line in file:

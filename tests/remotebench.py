@@ -52,7 +52,7 @@ class Bench:
         self.remote.table[link.Submit](link.Submit(key, made, budget=budget))
         return key
 
-    def tell(self, message: Any) -> None:
+    def send(self, message: Any) -> None:
         self.remote.table[type(message)](message)
 
     def until(self, holds: Callable[[], Any], seconds: float = 20.0) -> Any:

@@ -82,7 +82,7 @@ def test_a_price_stands_with_its_model(tmp_path: Path) -> None:
 def submit(bench: Any, money: int | None, **args: Any) -> link.CallKey:
     key = bench.submit()
     made = bench.remote._queue.calls.pop(key).submit
-    bench.tell(link.Submit(key, made.request, money=money, **args))
+    bench.send(link.Submit(key, made.request, money=money, **args))
     return key  # type: ignore[no-any-return]
 
 

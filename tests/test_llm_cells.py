@@ -98,7 +98,7 @@ def engine(loaded: loading.LoadedModel, **more: Any) -> Bench:
         loaded.context,
         ctx=loaded.ctx,
         slots=loaded.slots,
-        emit=bench.said.append,
+        emit=bench.sent.append,
         clock=bench.clock,
         **{"ram": 1 << 24, **more},
     )
@@ -294,7 +294,7 @@ def test_a_long_prompt_is_not_passed_by_short_ones_for_ever(loaded: loading.Load
     long = bench.submit(numbers(480, 2), peer=2, max_tokens=4)
     short = [bench.submit(numbers(60, 3 + i), peer=3 + i, max_tokens=40) for i in range(6)]
     bench.run()
-    began = [started.key for message in bench.said if isinstance(message, Step) for started in message.started]
+    began = [started.key for message in bench.sent if isinstance(message, Step) for started in message.started]
     assert began == [running, long, *short]
 
 

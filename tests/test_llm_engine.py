@@ -71,14 +71,14 @@ class Bench:
     def __init__(self, loaded: loading.LoadedModel, slots: int = SLOTS, ram: int = 0) -> None:
         self.loaded = loaded
         self.clock = Clock()
-        self.said: list[Step | GenerationDone | Failed] = []
+        self.sent: list[Step | GenerationDone | Failed] = []
         self.engine = Engine(
             loaded.model,
             loaded.context,
             ctx=loaded.ctx,
             slots=slots,
             exact=loaded.spec.exact,
-            emit=self.said.append,
+            emit=self.sent.append,
             clock=self.clock,
             ram=ram,
         )
@@ -102,13 +102,13 @@ class Bench:
             steps -= 1
 
     def end(self, key: Any) -> GenerationDone:
-        ends = [message for message in self.said if isinstance(message, GenerationDone | Failed) and message.key == key]
+        ends = [message for message in self.sent if isinstance(message, GenerationDone | Failed) and message.key == key]
         assert len(ends) == 1, f"{len(ends)} final words on {key}: {ends}"
         assert isinstance(ends[0], GenerationDone), ends[0]
         return ends[0]
 
     def failure(self, key: Any) -> Failed:
-        ends = [message for message in self.said if isinstance(message, GenerationDone | Failed) and message.key == key]
+        ends = [message for message in self.sent if isinstance(message, GenerationDone | Failed) and message.key == key]
         assert len(ends) == 1
         assert isinstance(ends[0], Failed), ends[0]
         return ends[0]
@@ -117,7 +117,7 @@ class Bench:
         """Tokens and text from all deltas and the final word, after those given; offsets must fit."""
         tokens: list[int] = []
         text = ""
-        for message in self.said:
+        for message in self.sent:
             parts = (
                 message.deltas
                 if isinstance(message, Step)
@@ -246,10 +246,10 @@ def test_greedy_text_is_that_of_a_bare_loop(bench: Bench) -> None:
 def test_a_call_has_times_and_a_beginning_before_its_end(bench: Bench) -> None:
     key = bench.submit("x", max_tokens=1)
     bench.run()
-    kinds = [type(message) for message in bench.said]
+    kinds = [type(message) for message in bench.sent]
     assert kinds == [Step, GenerationDone]
-    assert isinstance(bench.said[0], Step)
-    assert bench.said[0].started[0].key == key
+    assert isinstance(bench.sent[0], Step)
+    assert bench.sent[0].started[0].key == key
     usage = bench.end(key).usage
     assert usage.queue_s > 0
     assert usage.prefill_s > 0
@@ -322,7 +322,7 @@ def test_more_calls_than_slots_all_end_and_in_the_order_of_arrival(bench: Bench)
     bench.run()
     for i, key in enumerate(keys):
         assert bench.end(key).usage.completion_tokens == 5 + i % 7
-    started = [s.key for message in bench.said if isinstance(message, Step) for s in message.started]
+    started = [s.key for message in bench.sent if isinstance(message, Step) for s in message.started]
     assert started == keys
 
 
@@ -556,10 +556,10 @@ def test_cancelled_call_frees_its_slot_and_is_not_heard_of(bench: Bench, steps: 
     bench.run(steps)
     bench.engine.cancel(key)
     assert bench.engine.slots.num_free == SLOTS - 1
-    said = len(bench.said)
+    said = len(bench.sent)
     bench.run()
     assert bench.end(other)
-    assert all(getattr(message, "key", None) != key for message in bench.said[said:])
+    assert all(getattr(message, "key", None) != key for message in bench.sent[said:])
     bench.engine.cancel(key)
     bench.engine.cancel((77, 77))
 
@@ -570,7 +570,7 @@ def test_new_kernel_keeps_the_calls_of_live_peers_only(bench: Bench) -> None:
     bench.engine.keep([1, 4, 5])
     assert bench.engine.num_calls == 3
     bench.run()
-    ended = {message.key for message in bench.said if isinstance(message, GenerationDone)}
+    ended = {message.key for message in bench.sent if isinstance(message, GenerationDone)}
     assert ended == {keys[1], keys[4], keys[5]}
 
 
@@ -581,7 +581,7 @@ def test_same_key_again_attaches_and_sends_the_rest(bench: Bench, known: int, st
     bench.run(steps)
     tokens = bench.whole(key)[0] if steps > 100 else None
     given = bench.whole(key)[0][:known]
-    bench.said.clear()
+    bench.sent.clear()
     assert bench.submit("attach to me", stream=True, key=key[1], given=given) == key
     bench.run()
     rest, text = bench.whole(key, len(given))
@@ -605,7 +605,7 @@ def test_given_tokens_are_forced_and_the_rest_follows(exact: Bench, cut: int) ->
     end = exact.end(key)
     assert end.offset >= cut or end.offset == cut
     rest = [
-        t for m in exact.said if isinstance(m, Step) for d in m.deltas if d.key == key for t in d.tokens
+        t for m in exact.sent if isinstance(m, Step) for d in m.deltas if d.key == key for t in d.tokens
     ] + end.tokens
     assert expected[:cut] + rest == expected
     assert end.usage.completion_tokens == 24
@@ -644,7 +644,7 @@ def test_stop_string_ends_the_text_before_it(bench: Bench, stream: bool) -> None
 def test_streams_report_in_every_step_and_add_up(bench: Bench) -> None:
     key = bench.submit("hello there", stream=True)
     bench.run()
-    deltas = [delta for m in bench.said if isinstance(m, Step) for delta in m.deltas]
+    deltas = [delta for m in bench.sent if isinstance(m, Step) for delta in m.deltas]
     assert len(deltas) == 22  # the first two tokens come in one step, the last with the final word
     tokens, text = bench.whole(key)
     assert text == bench.loaded.model.detokenize(tokens).decode(errors="replace")
@@ -653,7 +653,7 @@ def test_streams_report_in_every_step_and_add_up(bench: Bench) -> None:
 def test_calls_that_do_not_stream_report_now_and_then(bench: Bench) -> None:
     key = bench.submit("hello there", max_tokens=300)
     bench.run()
-    deltas = [delta for m in bench.said if isinstance(m, Step) for delta in m.deltas]
+    deltas = [delta for m in bench.sent if isinstance(m, Step) for delta in m.deltas]
     assert 3 < len(deltas) < 60
     assert len(bench.whole(key)[0]) == 300
 
@@ -663,7 +663,7 @@ def test_slow_kernel_gets_fewer_and_larger_pieces(bench: Bench) -> None:
     bench.engine._congested = lambda: congested
     key = bench.submit("hello there", stream=True)
     bench.run(10)
-    assert [delta for m in bench.said if isinstance(m, Step) for delta in m.deltas] == []
+    assert [delta for m in bench.sent if isinstance(m, Step) for delta in m.deltas] == []
     congested = False
     bench.run()
     assert len(bench.whole(key)[0]) == 24
@@ -755,7 +755,7 @@ def test_tool_call_ids_do_not_change_over_a_restart(bench: Bench) -> None:
     messages = [{"role": "user", "content": "?"}]
     for given in (tokens, tokens[:-1]):
         bench.engine.keep([])
-        bench.said.clear()
+        bench.sent.clear()
         key = bench.submit(messages=messages, tools=TOOLS[1:], given=given, key=900, max_tokens=len(tokens))
         bench.run()
         assert [(call.id, call.name, call.arguments) for call in bench.end(key).tool_calls] == [
@@ -785,10 +785,10 @@ def test_a_stream_of_thoughts_goes_on_after_the_kernels_death(tmp_path: Path, mo
     request = {"messages": [{"role": "user", "content": "?"}], "tools": TOOLS[1:], "stream": True, "ignore_eos": False}
     key = bench.submit(**request, key=7, max_tokens=200)
     bench.run(len(script) // 2)
-    tokens = [token for step in bench.said if isinstance(step, Step) for delta in step.deltas for token in delta.tokens]
-    text = "".join(delta.text for step in bench.said if isinstance(step, Step) for delta in step.deltas)
+    tokens = [token for step in bench.sent if isinstance(step, Step) for delta in step.deltas for token in delta.tokens]
+    text = "".join(delta.text for step in bench.sent if isinstance(step, Step) for delta in step.deltas)
     assert "<tool_call>" in text
-    bench.said.clear()
+    bench.sent.clear()
     bench.engine.keep([1])
     bench.submit(**request, key=7, given=tokens, max_tokens=200)
     bench.run()
@@ -923,7 +923,7 @@ def test_nothing_stays_parked_that_a_new_kernel_does_not_park_again(bench: Bench
     bench.engine.park(7, True)
     bench.engine.park_call(key, True)
     bench.engine.keep([7])
-    bench.said.clear()
+    bench.sent.clear()
     bench.engine.submit(Submit(key, Generate(prompt="hello there", stream=True)))
     bench.run()
     assert len(bench.whole(key)[0]) == 20
@@ -942,7 +942,7 @@ def test_who_runs_is_told_before_anything_is_computed(bench: Bench, monkeypatch:
     key = bench.submit("hello there")
     with pytest.raises(SystemExit):
         bench.engine.step()
-    assert [started.key for m in bench.said if isinstance(m, Step) for started in m.started] == [key]
+    assert [started.key for m in bench.sent if isinstance(m, Step) for started in m.started] == [key]
     monkeypatch.undo()
     bench.run()
 

@@ -40,7 +40,7 @@ def bench(loaded: loading.LoadedModel) -> Iterator[Bench]:
         loaded.context,
         ctx=loaded.ctx,
         slots=loaded.slots,
-        emit=bench.said.append,
+        emit=bench.sent.append,
         clock=bench.clock,
         ram=1 << 24,
         policy=policy.make("rr", Quantum(8, 1000.0)),

@@ -62,7 +62,7 @@ def result(bench: Bench, prompt: str | list[int], **options: Any) -> GenerationD
 def all_logprobs(bench: Bench, key: Any) -> Logprobs:
     """From all deltas and the final word."""
     found: Logprobs = []
-    for message in bench.said:
+    for message in bench.sent:
         parts = (
             message.deltas if isinstance(message, Step) else [message] if isinstance(message, GenerationDone) else []
         )
@@ -99,7 +99,7 @@ def test_mirostat_goes_on_after_a_death_as_if_there_had_been_none(bench: Bench, 
     key = bench.submit("once upon a time", max_tokens=40, stream=True, **options)
     bench.run()
     whole = bench.whole(key)[0]
-    deltas = [d for message in bench.said if isinstance(message, Step) for d in message.deltas if d.key == key]
+    deltas = [d for message in bench.sent if isinstance(message, Step) for d in message.deltas if d.key == key]
     delta = next(d for d in deltas if d.offset + len(d.tokens) >= 20)
     given = whole[: delta.offset + len(delta.tokens)]
     rest = []
@@ -200,7 +200,7 @@ def test_log_probabilities_come_with_the_pieces_of_a_stream_and_change_no_token(
     key = bench.submit("hello", stream=True, logprobs=True, **OPEN)
     bench.run()
     assert [one.token for one in all_logprobs(bench, key) if one] == expected == bench.whole(key)[0]
-    assert len([message for message in bench.said if isinstance(message, Step)]) > 5
+    assert len([message for message in bench.sent if isinstance(message, Step)]) > 5
 
 
 def test_of_tokens_given_after_a_death_no_probability_is_known(bench: Bench) -> None:
@@ -209,7 +209,7 @@ def test_of_tokens_given_after_a_death_no_probability_is_known(bench: Bench) -> 
     key = bench.submit("hello", given=tokens[:10], logprobs=True)
     bench.run(3)
     bench.submit("hello", key=key[1], logprobs=True)  # a new kernel that knows of no token
-    bench.said.clear()
+    bench.sent.clear()
     bench.run()
     found = all_logprobs(bench, key)
     assert found[:10] == [None] * 10

@@ -238,7 +238,7 @@ def test_log_probabilities_come_once_after_a_loss_and_again_for_a_new_kernel(mak
 def test_other_calls_are_refused_and_closing_a_context_is_nothing(make: Make) -> None:
     bench = make(answers("x"))
     for number, sys in enumerate((Sys.TOKENIZE, Sys.RERANK, Sys.CTX_CLOSE, Sys.CTX_LIST)):
-        bench.tell(link.Ask((1, number), link.Caller(1, 0, "x", False, ""), sys, Raw(msgspec.msgpack.encode([]))))
+        bench.send(link.Ask((1, number), link.Caller(1, 0, "x", False, ""), sys, Raw(msgspec.msgpack.encode([]))))
     kinds = [type(message).__name__ for message in bench.channel.sent]
     assert kinds == ["Failed", "Failed", "Answered", "Answered"]
 
@@ -249,7 +249,7 @@ def test_other_calls_are_refused_and_closing_a_context_is_nothing(make: Make) ->
 def embed(bench: Bench, *texts: str) -> link.CallKey:
     bench.number += 1
     args = Raw(msgspec.msgpack.encode(wire.Embed(list(texts))))
-    bench.tell(link.Ask((1, bench.number), link.Caller(1, 0, "x", False, ""), Sys.EMBED, args))
+    bench.send(link.Ask((1, bench.number), link.Caller(1, 0, "x", False, ""), Sys.EMBED, args))
     return 1, bench.number
 
 
@@ -312,7 +312,7 @@ def test_a_cancel_ends_a_request_for_vectors(make: Make) -> None:
     bench = make(hangs())
     key = embed(bench, "a")
     bench.until(lambda: bench.endpoint.asked)
-    bench.tell(link.CancelCall(key))
+    bench.send(link.CancelCall(key))
     bench.until(lambda: bench.remote.stats()["slots"]["used"] == 0)
     assert bench.endpoint.hung_up.wait(5)
     assert not bench.channel.sent
@@ -449,7 +449,7 @@ def test_a_cancel_ends_the_request(make: Make) -> None:
     bench = make(hangs("a"))
     key = bench.submit()
     bench.until(lambda: bench.deltas(key))
-    bench.tell(link.CancelCall(key))
+    bench.send(link.CancelCall(key))
     assert bench.endpoint.hung_up.wait(10)
     assert bench.remote.stats()["slots"]["free"] == 8
 
@@ -467,7 +467,7 @@ def test_a_parked_call_stands_still_and_goes_on(make: Make, monkeypatch: pytest.
     bench = make(waits)
     key = bench.submit()
     bench.until(lambda: bench.deltas(key))
-    bench.tell(link.Park(1, True, 7))
+    bench.send(link.Park(1, True, 7))
     assert link.Parked(7) in bench.channel.sent
     go.set()
     count = len(bench.channel.sent)
@@ -475,7 +475,7 @@ def test_a_parked_call_stands_still_and_goes_on(make: Make, monkeypatch: pytest.
         bench.remote.step()
         select.select(bench.remote.fds(), [], [], 0.02)
     assert len(bench.channel.sent) == count
-    bench.tell(link.Park(1, False))
+    bench.send(link.Park(1, False))
     assert bench.text(key) == "one two"
     assert len(bench.endpoint.asked) == 1
 
@@ -497,10 +497,10 @@ def test_nothing_is_read_for_a_parked_call(make: Make) -> None:
     bench = make(floods)
     key = bench.submit()
     bench.until(lambda: bench.deltas(key))
-    bench.tell(link.Park(1, True, 7))
+    bench.send(link.Park(1, True, 7))
     go.set()
     assert not all_written.wait(1.5)
-    bench.tell(link.Park(1, False))
+    bench.send(link.Park(1, False))
     assert bench.text(key) == "one two"
 
 
@@ -509,9 +509,9 @@ def test_a_call_that_is_parked_for_long_is_asked_again(make: Make, monkeypatch: 
     bench = make(hangs("one "), answers("one ", "two"))
     key = bench.submit()
     bench.until(lambda: bench.deltas(key))
-    bench.tell(link.Park(1, True, 7))
+    bench.send(link.Park(1, True, 7))
     bench.until(bench.endpoint.hung_up.is_set)
-    bench.tell(link.Park(1, False))
+    bench.send(link.Park(1, False))
     assert bench.text(key) == "one two"
 
 
@@ -589,7 +589,7 @@ def test_calls_side_by_side_go_beyond_no_budget_together(make: Make) -> None:
     def submit(key: int, left: int, context: int | None = None, owner: int = 1) -> link.CallKey:
         share = link.PurseShare(owner, left, context)
         made = wire.Generate(messages=USER, stream=True)
-        bench.tell(link.Submit((1, key), made, budget=left, shares=[share]))
+        bench.send(link.Submit((1, key), made, budget=left, shares=[share]))
         return 1, key
 
     left = 2 * estimated + 3
@@ -615,11 +615,11 @@ def test_a_new_kernel_gets_the_rest(make: Make) -> None:
     key = bench.submit()
     bench.until(lambda: "".join(delta.text for delta in bench.deltas(key)) == "one two ")
     bench.channel.sent.clear()
-    bench.tell(link.Keep([1]))
+    bench.send(link.Keep([1]))
     bench.again(key, given="one ")
     (delta,) = bench.until(lambda: bench.deltas(key))
     assert (delta.offset, delta.text, delta.charged) == (4, "two ", 2)
-    bench.tell(link.Keep([2]))
+    bench.send(link.Keep([2]))
     assert bench.endpoint.hung_up.wait(10)
     bench.channel.sent.clear()
     bench.again(key, given="one two ")  # as after the core's own death
@@ -638,7 +638,7 @@ def test_calls_wait_for_a_place(make: Make) -> None:
     bench.until(lambda: len(bench.endpoint.asked) == 2)
     figures = bench.remote.stats()
     assert (figures["running"], figures["waiting"], figures["slots"]["free"]) == (2, 3, 0)
-    bench.tell(link.CancelCall((0, 1)))
+    bench.send(link.CancelCall((0, 1)))
     bench.until(lambda: len(bench.endpoint.asked) == 3)
 
 

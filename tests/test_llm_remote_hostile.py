@@ -345,7 +345,7 @@ def test_calls_that_are_cancelled_at_once_pile_up_no_threads(make: Make, monkeyp
     for _ in range(50):
         key = bench.submit()
         bench.remote.step()
-        bench.tell(link.CancelCall(key))
+        bench.send(link.CancelCall(key))
     assert threading.active_count() - before <= 7
     last = bench.submit()
     go.set()

@@ -70,14 +70,14 @@ def test_the_log_names_a_few_and_counts_many(monkeypatch: pytest.MonkeyPatch, ca
     caplog.set_level("INFO", "supervisor")
     world = World(monkeypatch)
     world.children = {1000 + number: 99 for number in range(FEW)}
-    world.orphans.agent_ended(99, told_to_end=False)
+    world.orphans.agent_ended(99, got_term=False)
     world.until(101.0)
     assert caplog.records[0].getMessage().startswith("process 1000 (1000) was left behind")
     assert len(caplog.records) == FEW
     caplog.clear()
     monkeypatch.setattr(orphans.procfs, "name", lambda ospid: "bomb" if ospid % 100 else "sh")
     world.children = {1000 + number: 99 for number in range(500)}
-    world.orphans.agent_ended(99, told_to_end=False)
+    world.orphans.agent_ended(99, got_term=False)
     world.until(102.0)
     shown = [record.getMessage() for record in caplog.records]
     assert shown == ["500 processes (495 bomb, 5 sh) were left behind by agents and are killed"]
@@ -87,7 +87,7 @@ def test_the_log_names_a_few_and_counts_many(monkeypatch: pytest.MonkeyPatch, ca
 def test_what_an_agent_leaves_behind_is_killed_at_once(world: World) -> None:
     world.children = {7: 5, 8: 8, 9: 9}
     world.known = {9}
-    world.orphans.agent_ended(5, told_to_end=False)
+    world.orphans.agent_ended(5, got_term=False)
     world.until(100.1)
     assert world.sent == [(7, KILL), (8, KILL)]
 
@@ -95,7 +95,7 @@ def test_what_an_agent_leaves_behind_is_killed_at_once(world: World) -> None:
 def test_with_an_agent_that_was_told_to_end_it_has_time(world: World) -> None:
     """Also what has made a session of its own; but not what belongs to another agent."""
     world.children = {7: 5, 8: 8, 10: 6}
-    world.orphans.agent_ended(5, told_to_end=True)
+    world.orphans.agent_ended(5, got_term=True)
     world.until(100.0 + GRACE_S - 0.1)
     assert world.sent == [(10, KILL)]
     assert world.orphans.any()
@@ -106,7 +106,7 @@ def test_with_an_agent_that_was_told_to_end_it_has_time(world: World) -> None:
 
 def test_what_has_ended_by_itself_is_waited_for_no_longer(world: World) -> None:
     world.children = {7: 5}
-    world.orphans.agent_ended(5, told_to_end=True)
+    world.orphans.agent_ended(5, got_term=True)
     assert world.orphans.any(), "a look is due"
     world.until(100.1)
     del world.children[7]
@@ -119,7 +119,7 @@ def test_what_has_ended_by_itself_is_waited_for_no_longer(world: World) -> None:
 def test_what_an_orphan_leaves_behind_is_an_orphan_too(world: World) -> None:
     """Such as what it forked while it was being killed."""
     world.children = {7: 5}
-    world.orphans.agent_ended(5, told_to_end=False)
+    world.orphans.agent_ended(5, got_term=False)
     world.until(100.1)
     world.children = {77: 5}
     world.orphans.ended()
@@ -130,7 +130,7 @@ def test_what_an_orphan_leaves_behind_is_an_orphan_too(world: World) -> None:
 def test_with_the_setting_every_orphan_gets_term_first(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, term_first=True)
     world.children = {7: 5}
-    world.orphans.agent_ended(5, told_to_end=False)
+    world.orphans.agent_ended(5, got_term=False)
     world.until(100.0 + GRACE_S - 0.1)
     assert world.sent == [(7, TERM)]
     world.until(100.0 + GRACE_S + 0.2)
@@ -143,7 +143,7 @@ def test_many_deaths_are_one_look_and_looks_take_a_share_of_the_time(world: Worl
     world.children = dict.fromkeys(world.known, 0)
     world.cost_s = 0.02
     for number in range(2000):
-        world.orphans.agent_ended(number, told_to_end=False)
+        world.orphans.agent_ended(number, got_term=False)
         world.until(100.0 + 0.005 * (number + 1))
     assert len(world.looks) * world.cost_s <= (world.now - 100.0) * COST_SHARE * 1.5
     assert len(world.looks) >= 10

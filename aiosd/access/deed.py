@@ -1,8 +1,9 @@
-"""What an agent is about to do: the form in which rules and people see a call.
+"""Deeds: what an agent is about to do, in the form that rules and people get.
 
-A deed is a tool or a system call, with the things that it concerns (its resources) by type. What a person is shown are
-its `details`, word for word. An approval is for the `digest`: it covers tool, arguments, resources, and in `bound` what
-else must stay as it is (the schema of the tool, the version of the file), so that nothing else is done than was shown.
+A deed is a tool or a system call, with the things that it concerns (its resources) by type. A person is shown its
+`details`, word for word. An approval is for the `digest`: it covers tool, arguments, resources, and in `bound`
+everything else that must stay the same (the schema of the tool, the version of the file), so that only the deed that
+was shown is done.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from libaios import digest
 
 #: Types of resources, in the order in which they are shown.
 KINDS = ("path", "host", "group", "signal")
-DETAIL_CHARS = 1 << 16  # of one text that people are shown,
+DETAIL_CHARS = 1 << 16  # of one text for people,
 ALL_CHARS = 1 << 18  # … and about as many of all together
 
 _encode = msgpack.Encoder().encode
 
 
 class Deed(Struct, array_like=True, frozen=True):
-    """`default`: why a person is asked where no rule matches; "": nobody is. `unknown`: types of resources that
-    it may concern without stating it. `base`: the folder from which relative paths in rules are seen. `once`: it cannot
-    be allowed for all times."""
+    """A deed. `default`: why a person is asked if no rule matches; "": no person is asked. `unknown`: types of
+    resources that it may concern without naming them. `base`: the folder to which relative paths in rules refer.
+    `once`: it cannot be allowed for all times."""
 
     what: str  # the name of a tool, or of a system call as in `wire.call_name`
     tool: bool = False
@@ -35,7 +36,7 @@ class Deed(Struct, array_like=True, frozen=True):
     unknown: list[str] = []
     base: str = ""
     once: bool = False
-    reason: str = ""  # why it is refused where nobody allows it
+    reason: str = ""  # why it is refused if no person allows it
 
     @property
     def digest(self) -> bytes:
@@ -43,16 +44,16 @@ class Deed(Struct, array_like=True, frozen=True):
 
     @property
     def arguments(self) -> bytes:
-        """The digest of the call's arguments, wherever it works and whatever is there now."""
+        """The digest of the call's arguments, independent of its folder and of the state of files."""
         return _hash((self.what, self.tool, self.details))
 
     @property
     def schema(self) -> str:
-        """Of a tool what it is described by: the first part of what is bound."""
+        """The description of a tool: the first part of `bound`."""
         return self.bound[:16].hex() if self.tool else ""
 
     def lasting(self) -> list[tuple[str, str]]:
-        """Its resources so that they mean the same for another agent: paths in its own folder begin with `./`."""
+        """Its resources in a form that means the same for another agent: paths in its own folder begin with `./`."""
         own = f"{self.base}/" if self.base else "\0"
         return sorted(
             (kind, f"./{value.removeprefix(own)}" if kind == "path" and value.startswith(own) else value)
@@ -61,7 +62,7 @@ class Deed(Struct, array_like=True, frozen=True):
 
     @property
     def shown(self) -> str:
-        """In a few words."""
+        """The deed in a few words."""
         things = ", ".join(f"{kind} {value}" for kind, value in self.resources)
         return f"{self.what} {things}" if things else self.what
 
@@ -70,8 +71,8 @@ class Deed(Struct, array_like=True, frozen=True):
 
 
 class Subject(Struct, array_like=True, frozen=True):
-    """The agent that does it, never by a name that an agent chose. `program`: the hash of its path (`program_key`),
-    `sha256`: that of its content; b"" where that is not proved, or matters to no rule."""
+    """The agent of a deed, never identified by a name that an agent chose. `program`: the hash of its path
+    (`program_key`), `sha256`: that of its content; b"" if that is not proved, or matters to no rule."""
 
     group: str
     program: bytes = b""
@@ -79,7 +80,7 @@ class Subject(Struct, array_like=True, frozen=True):
 
 
 class Unapproved(Exception):
-    """Raised by a service: this must be allowed before the call is done."""
+    """Raised by a service: this deed must be allowed before the call is done."""
 
     def __init__(self, deed: Deed) -> None:
         super().__init__(deed.shown)
@@ -91,12 +92,12 @@ def _hash(content: object) -> bytes:
 
 
 def program_key(path: bytes) -> bytes:
-    """What stands for the path of a program where the path itself must not be shown."""
+    """The hash that stands for the path of a program where the path itself must not be shown."""
     return digest.short(path, 16, b"aiosd program")
 
 
 def detail(label: str, value: object) -> tuple[str, str]:
-    """A text for people. One that is too long is cut, with a mark that has the hash of the whole."""
+    """A text for people. A text that is too long is cut, with a mark that has the hash of the whole text."""
     text = value if isinstance(value, str) else json.encode(value).decode()
     if len(text) > DETAIL_CHARS:
         left = len(text) - DETAIL_CHARS
@@ -106,7 +107,7 @@ def detail(label: str, value: object) -> tuple[str, str]:
 
 
 def details_of(arguments: Iterable[tuple[str, object]]) -> list[tuple[str, str]]:
-    """The same for many. Together they have a limit, too; what comes behind it is cut as one."""
+    """The same for many. Together they have a limit, too; the texts beyond it are cut as one."""
     found: list[tuple[str, str]] = []
     left, rest = ALL_CHARS, []
     for name, value in arguments:

@@ -1,10 +1,10 @@
 """Which resources a rule means, by their type. Pure: nothing is looked up.
 
-path     a file, or a folder with all below it; `*` stands for any text within one name. One that begins with `/` is
-         seen from the root, others from the caller's own folder (in the store: from its space)
-host     a name or an address; `*.example.org` is all below example.org, and `*` all
+path     a file, or a folder with all below it; `*` stands for any text within one name. A path that begins with `/` is
+         absolute, others begin at the caller's own folder (in the store: at its space)
+host     a name or an address; `*.example.org` is all below example.org, and `*` all hosts
 group    a name, or `*`
-signal   a name as in TERM, or `*`
+signal   a name such as TERM, or `*`
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 
 def matches(kind: str, pattern: str, value: str, base: str = "") -> bool:
-    """`base`: where relative paths begin; "": there are no others."""
+    """Whether a value matches. `base`: the folder to which relative paths refer; "": relative paths match nothing."""
     if kind == "path":
         return _path_matches(pattern, value, base)
     if kind == "host":
@@ -24,7 +24,7 @@ def matches(kind: str, pattern: str, value: str, base: str = "") -> bool:
 
 
 def covers(kind: str, wide: str, narrow: str) -> bool:
-    """Whether all that `narrow` matches is matched by `wide`, too. False where that is not certain."""
+    """Whether `wide` matches everything that `narrow` matches. False if that is not certain."""
     if kind == "path":
         if wide.startswith("/") != narrow.startswith("/"):
             return False
@@ -38,7 +38,7 @@ def covers(kind: str, wide: str, narrow: str) -> bool:
 
 
 def checked(kind: str, pattern: str) -> str:
-    """The pattern as it is kept. Raises ValueError."""
+    """The pattern in its normal form. Raises ValueError."""
     if not pattern or "\0" in pattern:
         raise ValueError(f"{pattern!r} is no {kind}")
     if kind == "path":
@@ -57,8 +57,8 @@ def checked(kind: str, pattern: str) -> str:
 
 
 def host_of(text: str) -> str:
-    """A host as it is compared: small letters, no dot at the end, and a name of other letters in its ASCII form. Raises
-    ValueError."""
+    """A host in the form in which it is compared: small letters, no dot at the end, and a name of other letters in its
+    ASCII form. Raises ValueError."""
     plain = text.rstrip(".").lower()
     try:
         return plain if plain.isascii() else plain.encode("idna").decode()
@@ -91,7 +91,7 @@ def _names(path: str) -> list[str]:
 
 
 def _literal(name: str) -> str:
-    """For fnmatch, to which only the star shall mean something."""
+    """A name for fnmatch, in which only the star has a meaning."""
     return name.replace("[", "[[]").replace("?", "[?]")
 
 

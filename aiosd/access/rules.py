@@ -1,11 +1,12 @@
-"""Which deeds are denied, asked for, allowed. Pure.
+"""The rules: which deeds are denied, need a person's answer, or are allowed. Pure.
 
-* All rules that deny come first, then those that ask, then those that allow, wherever they stand. The first that
-  matches decides; that another is more specific does not count.
-* Where none matches, the deed's own default decides: it asks if it has one, else it is allowed.
-* A rule for a resource denies or asks when one of the deed's resources of that type matches, and allows when all
-  do. What is not known of a deed (`Deed.unknown`) may be anything: such a rule denies it or asks, and never allows it.
-* What is kept as "always" (`LastingApproval`) answers an ask, and never a denial.
+* All rules that deny come first, then those that ask, then those that allow, whatever their order in the file. The
+first
+  that matches decides; it does not matter if another one is more specific.
+* If none matches, the deed's own default decides: a person is asked if it has one, else it is allowed.
+* A rule for a resource denies or asks when one of the deed's resources of that type matches, and allows when all do.
+  Unknown resources of a deed (`Deed.unknown`) may be anything: such a rule denies it or asks, and never allows it.
+* An answer for all times (`LastingApproval`) answers an ask, and never changes a denial.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Act(enum.Enum):
 
 
 class Rule(Struct, frozen=True, array_like=True):
-    """`names`: of tools or of calls; `*` for all, `git__*` for those of a server. `by`: groups of agents, [] for all.
-    `programs`: hashes of paths (`deed.program_key`), `contents`: of files, [] for all. `resources`: type and
+    """One rule. `names`: of tools or of calls; `*` for all, `git__*` for those of a server. `by`: groups of agents, []
+    for all. `programs`: hashes of paths (`deed.program_key`), `contents`: of files, [] for all. `resources`: type and
     patterns."""
 
     act: Act
@@ -63,7 +64,7 @@ class Rule(Struct, frozen=True, array_like=True):
         return all(hits) and bool(hits) if self.act is Act.ALLOW else any(hits)
 
     def covers(self, other: Rule) -> bool:
-        """Whether this matches all that the other matches. False where that is not certain."""
+        """Whether this rule matches everything that the other matches. False if that is not certain."""
         return (
             self.tool == other.tool
             and all(any(_named(mine, name) for mine in self.names) for name in other.names)
@@ -75,14 +76,14 @@ class Rule(Struct, frozen=True, array_like=True):
 
 
 class Decision(Struct, frozen=True):
-    """`rule`: the words that name what has decided; "" where nothing had to."""
+    """A decision. `rule`: the name of what has decided; "": there was nothing to decide."""
 
     act: Act
     rule: str = ""
 
 
 class AccessPolicy(Struct, frozen=True, array_like=True):
-    """The rules in force, and for how many seconds what is asked for waits while nobody is there to answer."""
+    """The rules in force, and how many seconds an ask waits while no person can answer."""
 
     rules: list[Rule] = []
     ask_timeout_s: float = 0.0
@@ -97,11 +98,11 @@ class AccessPolicy(Struct, frozen=True, array_like=True):
         return Decision(Act.ALLOW)
 
     def concerns(self, what: str, tool: bool) -> bool:
-        """Whether any rule names it."""
+        """Whether any rule names this tool or call."""
         return any(rule.tool == tool and any(_named(name, what) for name in rule.names) for rule in self.rules)
 
     def kinds_for(self, what: str, tool: bool) -> set[str]:
-        """Types of resources that rules about it look at."""
+        """The types of resources that rules about it use."""
         about = [rule for rule in self.rules if rule.tool == tool and any(_named(name, what) for name in rule.names)]
         return {kind for rule in about for kind, _ in rule.resources}
 
@@ -121,18 +122,18 @@ class AccessPolicy(Struct, frozen=True, array_like=True):
 
 
 class LastingApproval(Struct, frozen=True):
-    """An approval for all times: for agents of one group (and of one program, where that was proved), of one tool or
-    call, and of these very resources; where there are none, of these very arguments. `schema`: of the tool."""
+    """An approval for all times: for agents of one group (and of one program, if that was proved), for one tool or
+    call, and for these very resources; if there are none, for these very arguments. `schema`: of the tool."""
 
     number: int
     group: str
-    program: str  # hexadecimal, "" where it was not proved
+    program: str  # hexadecimal, "" if it was not proved
     what: str
     tool: bool
     resources: list[tuple[str, str]]
     schema: str
-    arguments: str  # their digest, "" where there are resources
-    agent: str  # what it was called when it was given, for people alone
+    arguments: str  # their digest, "" if there are resources
+    agent: str  # the agent's name when the approval was given, for people only
     given: float  # Unix time
 
     def covers(self, subject: Subject, deed: Deed) -> bool:
@@ -168,7 +169,7 @@ def lasting(number: int, subject: Subject, deed: Deed, agent: str, now: float) -
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a name is meant by the name in a rule."""
+    """A function that returns whether a name matches the name in a rule."""
     return lambda name: _named(pattern, name)
 
 
@@ -179,7 +180,7 @@ def _named(pattern: str, name: str) -> bool:
 
 
 def _contains(wide: Sequence[object], narrow: Sequence[object]) -> bool:
-    """Of lists in which nothing means everything."""
+    """Whether the first list contains the second; an empty list stands for everything."""
     return not wide or (bool(narrow) and set(narrow) <= set(wide))
 
 

@@ -12,10 +12,10 @@
       { call = "sto_write", path = "reports", program = "agents/report.py" },
     ]
 
-What a rule is about is `tool` or `call`, for whom `by` (groups), `program` (the program that a person started, not what
-that starts) and its `sha256` (of a Python script; what it imports is not looked at), and the rest is resources. Every
-value may be a list. A name that ends in `*` stands for all that begin so. All rules that deny come first, then those
-that ask, then those that allow.
+A rule is about a `tool` or a `call`. `by` names groups, `program` the program that a person started (not programs that
+this one starts), `sha256` its content (of a Python script; modules that it imports are not checked); all other keys are
+resources. Every value may be a list. A name that ends in `*` stands for all names that begin so. All rules that deny
+come first, then those that ask, then those that allow.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _UNNAMED = {
     "sto_abort": "sto_write",
 }
 _STORED = ("sto_write", "sto_read", "sto_stat", "sto_history", "sto_rollback", "sto_remove", "sto_share", "sto_unshare")
-#: Types of resources that calls state. Built-in tools: see `tools.spec`.
+#: Types of resources that calls have. Built-in tools: see `tools.spec`.
 KINDS_OF_CALLS = {
     "kill": ("signal", "group"),
     "nice": ("group",),
@@ -59,8 +59,8 @@ KEYS = ("tool", "call", "by", "program", "sha256", *KINDS)
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What rules may name. `tools`: with the types of their resources, None where that is not known before they are
-    loaded; `open`: there are tools whose names are not known either."""
+    """The names that rules may use. `tools`: with the types of their resources, None if these are not known before the
+    tools are loaded; `open`: there are tools whose names are not known either."""
 
     tools: Mapping[str, tuple[str, ...] | None]
     servers: Collection[str] = ()
@@ -68,7 +68,7 @@ class Names:
 
 
 class RuleError(ValueError):
-    """What is wrong, and in which line."""
+    """An error in the table; the message has the line."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -76,8 +76,8 @@ class RuleError(ValueError):
 
 
 def read(table: Any, text: str, folder: str, names: Names) -> tuple[AccessPolicy, list[str]]:
-    """The rules, and warnings about rules that never decide. `text`: of the file, in which places are looked for;
-    `folder`: where it lies. Raises RuleError."""
+    """The rules, and warnings about rules that never decide. `text`: of the file, used to find line numbers; `folder`:
+    of the file. Raises RuleError."""
     first = _line_of(text, r"\[\s*access\s*\]", 1)
     if not isinstance(table, Mapping):
         raise RuleError(first, "access is a table: [access]")
@@ -137,7 +137,7 @@ def _rule(act: Act, given: Mapping[str, Any], line: int, folder: str, names: Nam
 
 
 def _known_tool(name: str, names: Names) -> Iterator[tuple[str, ...] | None]:
-    """The types of resources of each tool that the name means. Raises ValueError."""
+    """The types of resources of each tool that the name stands for. Raises ValueError."""
     if name == "*":
         return
     stem = name.removesuffix("*")
@@ -165,7 +165,7 @@ def _known_call(name: str) -> Iterator[tuple[str, ...] | None]:
 
 
 def _require_kinds(name: str, wanted: list[str], there: tuple[str, ...] | None) -> None:
-    """A rule for a resource that a deed never has would never match, and look as if it did."""
+    """Refuse a rule for a resource that the deed never has: it would never match, although it looks as if it did."""
     for kind in wanted:
         if there is not None and kind not in there:
             has = f"only {', '.join(there)}" if there else "none; a rule can be about all of its calls"
@@ -215,7 +215,7 @@ def _meant(name: str, known: Collection[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else f"; there are: {', '.join(known)}"
 
 
-# ── places: tomllib does not tell where a value stood ─────────────────────────────────────────────────────
+# ── line numbers, because tomllib does not report them ────────────────────────────────────────────────────
 
 
 def _line_of(text: str, pattern: str, first: int) -> int:
@@ -228,7 +228,7 @@ _TOKEN = re.compile(r"""\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|
 
 
 def _lines_of_rules(text: str, line: int) -> Iterator[int]:
-    """The lines in which the inline tables of the list begin that is set in this line."""
+    """The lines in which the inline tables begin, of the list that is set in line `line`."""
     start = sum(len(part) for part in text.splitlines(keepends=True)[: line - 1])
     depth = 0
     for token in _TOKEN.finditer(text, start):

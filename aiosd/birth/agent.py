@@ -1,15 +1,15 @@
 """From a forked child to an agent.
 
-It is made in this order: prepared (session, subreaper) → its letter read → named → confined (`sandbox`) →
-folder and program looked up, and that reported (`report`) → descriptors → umask, limits, environment, streams →
-the program (`program`). A confined agent's own program is looked up with no more rights than the agent has.
+The steps, in this order: prepared (session, subreaper) → its letter read → named → confined (`sandbox`) → folder and
+program looked up, and that reported (`report`) → descriptors → umask, limits, environment, streams → the program
+(`program`). A confined agent's own program is looked up with no more rights than the agent has.
 
 An agent is a child subreaper, so that every process it starts, however often that forks, stays below it in the process
 tree while the agent lives, and becomes a child of the supervisor (which ends it) when the agent dies: so the owner of
 every process is certain, without looking at its environment.
 
 Most of an agent's memory is pages that it shares with the supervisor; a page that is written to is copied. Several
-lines below avoid writing for that reason, and say so.
+lines below avoid writing for that reason; their comments say so.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from aiosd.ipc import letter, link
 from aiosd.ipc.letter import Letter
 from libaios import wire
 
-NAMES = 64  # arguments of which a path over a link is found in the cage
+NAMES = 64  # most arguments whose links are made available in the cage
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Descriptors:
 
 
 def prepare() -> None:
-    """What any agent needs; a spare does it before it is known which agent it becomes."""
+    """The first steps of any agent. A spare takes them before it is known which agent it becomes."""
     os.setsid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     _lower_oom_protection()
@@ -143,7 +143,7 @@ def _take_descriptors(fds: Descriptors) -> None:
 
 
 def _terminal(fd: int) -> str:
-    """The path of a terminal of the agent's own; "": it is none."""
+    """The path of the terminal, if the descriptor is one; "": it is not."""
     with contextlib.suppress(OSError):
         return os.ttyname(fd)
     return ""
@@ -153,7 +153,7 @@ def _take_terminal() -> None:
     import fcntl
     import termios
 
-    with contextlib.suppress(OSError):  # stdin is no terminal after all: the agent has none then
+    with contextlib.suppress(OSError):  # stdin is no terminal after all: then the agent has none
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -164,7 +164,8 @@ def _restore_nofile() -> None:
 
 
 def _bound(spec: link.Fork) -> None:
-    """What Linux keeps of its budgets, in each of its processes. It cannot raise these again, unless it is root."""
+    """Set the limits that Linux enforces for its budgets, in each of its processes. Only root could raise them
+    again."""
     for which, amount in bounds(share.limits for share in spec.shares):
         _, hard = resource.getrlimit(which)
         amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
@@ -194,13 +195,13 @@ def _reopen_streams(spec: link.Fork) -> None:
 
 
 def _stdout(spec: link.Fork) -> io.TextIOWrapper:
-    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))  # as `python -u` has it
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))  # as with `python -u`
     out = open(1, "wb", buffering=0 if unbuffered else -1, closefd=False)  # noqa: SIM115
     by_lines = spec.detached or os.isatty(1)
     text = io.TextIOWrapper(
         out, encoding="utf-8", errors="surrogateescape", line_buffering=by_lines, write_through=unbuffered
     )
-    text.mode = "w"  # type: ignore[misc] # as open() and the interpreter set it
+    text.mode = "w"  # type: ignore[misc] # as open() and the interpreter do
     return text
 
 

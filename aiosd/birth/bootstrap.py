@@ -2,10 +2,10 @@
 
     python bootstrap.py SOCKET SUPERVISOR GROUND FOLDER-OF-AIOSD FOLDER-OF-MSGSPEC [MODULE]...
 
-Only the standard library, and syntax that an old interpreter reads too, so that it can report what is wrong. It makes
-`aiosd`, `libaios` and `msgspec` importable, and nothing else of the folders in which they lie: these may be another
-environment's, with other versions of what this one has. `msgspec` is the environment's own where it has one, because
-ours is compiled for our version of Python.
+This file uses only the standard library, and syntax that an old interpreter understands, so that it can report what is
+wrong. It makes `aiosd`, `libaios` and `msgspec` importable, and nothing else from their folders: these may belong to
+another environment with other versions of this one's packages. If this environment has a `msgspec` of its own, that is
+used, because aiosd's is compiled for another version of Python.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PackageFinder:
 
 
 def why_not(finder: PackageFinder, msgspec_folder: str) -> str:
-    """What keeps this interpreter from running aiosd's code; "": nothing."""
+    """Why this interpreter cannot run aiosd's code; "": it can."""
     version = "{}.{}".format(*sys.version_info)
     if sys.version_info < OLDEST:
         return f"{sys.executable} is Python {version}; aiosd needs {OLDEST[0]}.{OLDEST[1]} or later"

@@ -1,6 +1,6 @@
 """A new agent confines itself, before its program is looked up.
 
-What is the same for all agents is made once in the supervisor (`prepare`), so that agents share its memory.
+The common part for all agents is made once in the supervisor (`prepare`), so that agents share its memory.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from aiosd.sandbox.box import Box
 from aiosd.sandbox.probe import Offer
 from libaios import wire
 
-FILES = 4096  # that a process in a sandbox may have open at most
+FILES = 4096  # the most open files of a process in a sandbox
 
 _native: confine.Native | None = None
 _ground: plan.Ground | None = None
 _gates: list[gates.HostPort] = []
-#: How this process is confined, for the words that explain an error.
+#: The box of this process, for explaining errors.
 box: Box | None = None
 
 
 def prepare(addresses: list[gates.HostPort]) -> Offer:
-    """In the supervisor, before the first fork: what this machine can do. `addresses`: of the gates."""
+    """In the supervisor, before the first fork: find out what this machine can do. `addresses`: of the gates."""
     global _native, _ground, _gates
     _native, _gates = confine.load(), addresses
     offer, _ground = probe.offer(_native, plan.ground(sys.path) if filter.known_here() else None, fork.fork)
@@ -42,19 +42,20 @@ def prepare(addresses: list[gates.HostPort]) -> Offer:
 
 
 def rehearse() -> None:
-    """Make plans, and carry none out."""
+    """Make plans, without carrying them out."""
     if _native is not None and _ground is not None:
         for level in ("flat", "flat" if _ground.cage is None else "cage"):
             plan.plan(_ground, Box(level, "all", "/srv/workspace", ["/usr/share"], []), doors=True)
 
 
 def packed() -> bytes:
-    """What all confined agents have in common, for a template: it is not forked from this process."""
+    """The common part for all confined agents, for a template, which is not forked from this process."""
     return pickle.dumps((_ground, _gates))
 
 
 def unpack(content: bytes) -> None:
-    """In a template, what `packed` has made there. It has inherited the descriptors of the cage under their numbers."""
+    """Called in a template with the result of `packed`. The template has inherited the descriptors of the cage under
+    their numbers."""
     global _native, _ground, _gates
     _native = confine.load()
     _ground, _gates = pickle.loads(content)
@@ -78,11 +79,12 @@ def enter(new: Box, report: Report, outputs: Iterable[int] = (), terminal: str =
 def apply(
     new: Box, doors: bool = False, outputs: Iterable[int] = (), terminal: str = "", names: Iterable[str] = ()
 ) -> int:
-    """Also for a process that is no agent. Its workspace must be there. Returns the listener of its door, if any."""
+    """Confine a process, which need not be an agent. Its workspace must exist. Returns the listener of its door, if
+    any."""
     if _native is None or _ground is None:
         raise OSError(1, f"sandbox: {new.level} is not possible here")
     listener = _native.confine(plan.plan(_ground, new, doors, outputs=outputs, terminal=terminal, names=names))
-    if new.level == "cage":  # where Linux counts this agent's processes alone (elsewhere: kernel.forks)
+    if new.level == "cage":  # there Linux counts this agent's processes alone (for other levels: kernel.forks)
         limit(resource.RLIMIT_NPROC, most_processes())
     return listener
 
@@ -95,8 +97,8 @@ def limit(which: int, most: int) -> None:
 
 
 def enter_folder(content: Letter) -> Letter:
-    """Enter the working directory, where the agent sees that, or something in it; else the workspace, and name the
-    program in full."""
+    """Enter the working directory if the agent can see it or something in it; else the workspace, and then name the
+    program with its full path."""
     assert content.box is not None
     try:
         os.chdir(content.cwd)
@@ -117,7 +119,7 @@ def enter_folder(content: Letter) -> Letter:
 
 def _is_shown(path: str, box: Box) -> bool:
     """Whether the agent sees that folder of the machine, or something in it that it was granted: then a path that a
-    person has typed means the same to the agent. In a cage there may be an empty folder in its place."""
+    person has typed has the same meaning for the agent. (In a cage there may be an empty folder of the same name.)"""
     assert _ground is not None
     folder, granted = wire.os_text(path), (*box.read, *box.write)
     if places.inside(folder, (*_ground.machine.system, box.workspace, *granted)):
@@ -126,7 +128,7 @@ def _is_shown(path: str, box: Box) -> bool:
 
 
 def explain(err: BaseException) -> str:
-    """Words about what the sandbox has denied; "": it was something else."""
+    """A text about what the sandbox has denied; "": the error has another cause."""
     if box is None or _ground is None:
         return ""
     from aiosd.birth import denial

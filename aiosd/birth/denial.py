@@ -1,8 +1,8 @@
-"""What to say when the sandbox has denied a confined agent a file, a network or a variable of its environment: what was
-denied, and which setting would allow it.
+"""Explains a denial by the sandbox (a file, a network or a variable of the environment): what was denied, and which
+setting would allow it.
 
-The exception names the file, not what was to be done with it. That is read from the call that failed, in the source at
-the end of the traceback: the mode of an `open`, the name of the function.
+The exception names the file, but not the operation. That is read from the call that failed, in the source at the end of
+the traceback: the mode of an `open`, the name of the function.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _CHANGES = {
 }  # fmt: skip
 _NO_NETWORK = {errno.ENETUNREACH, errno.EAFNOSUPPORT}
 _READS = {"listdir", "scandir", "iterdir", "stat", "lstat", "chdir", "readlink", "read_text", "read_bytes", "walk"}
-#: How programs name the variable that should have brought them a key.
+#: Patterns for variables that should have held a key, in error messages of programs.
 _SECRET = re.compile(r"\b[A-Z][A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)\b")
-_PLAIN = (ast.Name, ast.Attribute, ast.BinOp, ast.BitOr, ast.Constant, ast.Load)  # may be evaluated once more
+_PLAIN = (ast.Name, ast.Attribute, ast.BinOp, ast.BitOr, ast.Constant, ast.Load)  # these may be evaluated once more
 
 
 def words(err: BaseException, box: Box, seen: tuple[str, ...]) -> str:
-    """A sentence in parentheses; "": it was something else. `seen`: what of the machine is in the cage."""
+    """A sentence in parentheses; "": the error has another cause. `seen`: the paths of the machine in the cage."""
     if not isinstance(err, OSError):
         return _environment(err, box)
     if not isinstance(err.filename, str | bytes):
@@ -43,7 +43,7 @@ def words(err: BaseException, box: Box, seen: tuple[str, ...]) -> str:
     if err.errno == errno.ENOENT:
         if box.level != "cage" or places.inside(path, (*seen, box.workspace, *box.read, *box.write)):
             return ""
-        if os.path.dirname(path) in ("/tmp", "/dev/shm"):  # its own: what is not there was not made
+        if os.path.dirname(path) in ("/tmp", "/dev/shm"):  # its own folder: a missing file was not made
             return ""
         grant, end = "write" if change else "read", "would show it, if it is there"
     elif isinstance(err, PermissionError) or err.errno == errno.EROFS:
@@ -53,14 +53,14 @@ def words(err: BaseException, box: Box, seen: tuple[str, ...]) -> str:
     else:
         return ""
     if grant == "write" and not os.path.lexists(path):
-        path = os.path.dirname(path)  # what is to be made cannot be granted before it is there
+        path = os.path.dirname(path)  # a file that does not exist yet cannot be granted
     if grant == "write":
         end += f"; it may write in its home, {wire.os_shown(box.workspace)}"
     return f"(sandbox {box.level}: aios-run --{grant} {path}, or {grant} of [[group]] in aiosd.toml, {end})"
 
 
 def _environment(err: BaseException, box: Box) -> str:
-    """Of a program that misses a variable: os.environ["X"], or an error whose words name one that is a key."""
+    """For a program that misses a variable: os.environ["X"], or an error message that names a variable for a key."""
     name = err.args[0] if isinstance(err, KeyError) and _is_of_environ(err) else _named(err)
     if not isinstance(name, str) or not name or name in os.environ:
         return ""
@@ -81,7 +81,7 @@ def _named(err: BaseException) -> str:
 
 
 def _network(err: OSError, box: Box) -> str:
-    """Of a program that knows of no proxy, or has no network at all."""
+    """For a program that does not use the proxy, or has no network at all."""
     inner = getattr(err, "reason", None)  # of urllib
     cause = inner if isinstance(inner, OSError) else err
     if box.net == hosts.ALL or not (isinstance(cause, socket.gaierror) or cause.errno in _NO_NETWORK):
@@ -93,7 +93,7 @@ def _network(err: OSError, box: Box) -> str:
 
 
 def _wants_to_change(err: BaseException) -> bool | None:
-    """Whether the call that failed was to change the file; None: that cannot be told."""
+    """Whether the call that failed would have changed the file; None: unknown."""
     last = _end_of(err)
     call = _call_of(last) if last is not None else None
     if last is None or call is None:
@@ -128,7 +128,7 @@ def _call_of(last: TracebackType) -> ast.Call | None:
 
 
 def _opens_to_change(call: ast.Call, frame: FrameType) -> bool | None:
-    """By the mode of open(), or the flags of os.open()."""
+    """Whether a call opens a file for changes, by the mode of open() or the flags of os.open()."""
     mode = next((word.value for word in call.keywords if word.arg in ("mode", "flags")), None)
     position = 1 if isinstance(call.func, ast.Name) or _is_module(call.func, frame) else 0  # Path.open has no path
     if mode is None and len(call.args) > position:
@@ -147,7 +147,7 @@ def _opens_to_change(call: ast.Call, frame: FrameType) -> bool | None:
 
 
 def _is_module(function: ast.expr, frame: FrameType) -> bool:
-    """Of `os.open`, `io.open`, `codecs.open` …"""
+    """Whether the function belongs to a module: `os.open`, `io.open`, `codecs.open` …"""
     owner = function.value if isinstance(function, ast.Attribute) else None
     if not isinstance(owner, ast.Name):
         return False

@@ -8,7 +8,7 @@ for the agent's own ones:
     threads joined → atexit → stdout and stderr written → the agent's modules dropped and garbage collected
     → modules that something still holds emptied, garbage collected again → files still open closed → C's exit
 
-Exit codes are python3's: 120 where what was printed could not be written.
+Exit codes are python3's: 120 if printed output could not be written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def leave(status: int) -> NoReturn:
     atexit._run_exitfuncs()
     written = _flush("stdout") & _flush("stderr")
     by_exit = _has_loaded_c()
-    with contextlib.suppress(KeyboardInterrupt):  # the end is what was asked for
+    with contextlib.suppress(KeyboardInterrupt):  # the process ends anyway
         files = _write_out_files()
         exec(_NOWHERE, {"steps": _steps()})
         for stream in (sys.stdout, sys.stderr):
@@ -57,15 +57,15 @@ def leave(status: int) -> NoReturn:
 
 
 def _has_loaded_c() -> bool:
-    """Whether the script has called upon C code that is not the supervisor's too."""
+    """Whether the script has loaded C code that the supervisor has not loaded."""
     own = [str(getattr(sys.modules[name], "__file__", "")) for name in _own()]
     return "ctypes" in sys.modules or any(file.endswith(tuple(EXTENSION_SUFFIXES)) for file in own)
 
 
 def _exit(status: int, by_exit: bool) -> NoReturn:
-    """C's `exit` writes out what C libraries have buffered, and lets them leave in order. It is called with the
-    interpreter's lock held, so that threads which are still there run no more Python. Where there is nothing but what
-    the supervisor has loaded it would only cost time."""
+    """Call C's `exit`, which writes out buffers of C libraries, and lets these end in order. The interpreter's lock is
+    held meanwhile, so that remaining threads run no more Python. If only the supervisor's C code is loaded this would
+    only cost time, and is left out."""
     if by_exit:
         ctypes.PyDLL(None).exit(status & 0xFF)
     os._exit(status & 0xFF)
@@ -162,10 +162,11 @@ def _clearing(module: ModuleType | None) -> Iterator[Callable[[], object]]:
 
 
 def _write_out_files() -> list[weakref.ref[_IOBase]]:
-    """What lies in buffers, before the order in which the collector finds them decides: a buffer whose descriptor has
-    been closed before it is lost. Returns the files, layers above first: text, layers written in Python, plain buffers.
+    """Write out all buffers now, before the order in which the collector finds the files matters: a buffer whose
+    descriptor has been closed before it is lost. Returns the files, upper layers first: text, layers written in Python,
+    plain buffers.
 
-    Not where there are threads: one of them may hold a file's lock for ever, and python3 writes nothing out either."""
+    Not if there are threads: one of them may hold a file's lock for ever, and python3 writes nothing out either."""
     if len(sys._current_frames()) > 1:
         return []
     found = [one for one in gc.get_objects() if issubclass(type(one), _IOBase)]
@@ -178,7 +179,7 @@ def _write_out_files() -> list[weakref.ref[_IOBase]]:
 
 
 def _close_files(files: list[weakref.ref[_IOBase]]) -> None:
-    """Those that something of the supervisor's holds, a module of the library say, of which this agent keeps all."""
+    """Close files that an object of the supervisor still refers to, for example a module of the library."""
     for reference in files:
         stream = reference()
         if stream is not None:

@@ -1,7 +1,7 @@
 """Tracebacks of agents: the script's own lines, without the machinery that ran them or that they called.
 
 Where a script waits for a model, there are twenty lines of libaios between its line and the system call. They mean
-nothing to a user who presses Ctrl-C. An error that a call raised keeps the one line that names the call.
+nothing to a user who presses Ctrl-C. For an error that a call raised, the one line that names the call is kept.
 """
 
 from __future__ import annotations

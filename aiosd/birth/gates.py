@@ -1,13 +1,13 @@
-"""Gates: what listens in the network of an agent that has one of its own.
+"""Gates: listening sockets in the network of an agent that has one of its own.
 
-From that network no route leads out. An agent's process makes sockets that listen on its loopback, before its program
-runs, and hands them to the supervisor; with them the kernel gives them to the proxy (`aiosd.net`), which accepts
-connections there and serves them outside. Only processes of this network can connect, so the socket tells whose a
-connection is.
+No route leads out of that network. An agent's process makes sockets that listen on its loopback, before its program
+runs, and passes them to the supervisor; the kernel passes them on to the proxy (`aiosd.net`), which accepts connections
+there and serves them outside. Only processes of this network can connect, so the socket shows which agent a connection
+belongs to.
 
     the first     the proxy for HTTP, see `sandbox.hosts`
-    the others    the gateway, where it listens on the machine; fixed addresses of other model servers, so that programs
-                  which know no other find it, too
+    the others    the gateway, at the address where it listens on the machine; and at fixed addresses of other model
+                  servers, so that programs which know only these find it, too
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from aiosd.sandbox import hosts
 
 HostPort = tuple[str, int]
 
-#: Of vLLM, llama.cpp's server, Ollama and LM Studio.
+#: The ports of vLLM, llama.cpp's server, Ollama and LM Studio.
 FIXED = (8000, 8080, 11434, 1234)
 BACKLOG = 64
 
 
 def of(gateway: Endpoint | None) -> list[HostPort]:
-    """Where they listen."""
+    """The addresses of the gates."""
     found: list[HostPort] = [(hosts.PROXY_HOST, hosts.PROXY_PORT)]
     if gateway is not None:
         found += [(gateway.host, gateway.port), *(("127.0.0.1", port) for port in FIXED)]
@@ -34,8 +34,8 @@ def of(gateway: Endpoint | None) -> list[HostPort]:
 
 
 def made(addresses: list[HostPort]) -> list[int]:
-    """In the agent's process: descriptors of sockets that listen there. Raises OSError where the first cannot be made;
-    of the others an address may be refused (ports below 1024)."""
+    """In the agent's process: make sockets that listen at these addresses; returns their descriptors. Raises OSError if
+    the first cannot be made; other addresses may be refused (ports below 1024)."""
     found = [_listening(addresses[0])]
     for address in addresses[1:]:
         with contextlib.suppress(OSError):

@@ -23,8 +23,8 @@ _SIZES = range(16, 513, 16)
 _POOL_BYTES = 1 << 14
 _HEADER_BYTES = 48
 _MOST = 4096  # objects or blocks of one size; there are some hundred holes
-_FRESH = 3  # objects one after the other from the beginning of a pool on: it is new, and no hole was left
-_NEAR = 4  # blocks from one of these to the next; numbers and lists of this file may lie between them
+_FRESH = 3  # objects in a row from the beginning of a pool: then the pool is new, and no hole was left
+_NEAR = 4  # blocks from one of these objects to the next: numbers and lists of this file may lie between them
 
 # The C library's, for larger ones.
 _LARGE = (1 << 13, 1 << 16)  # holes from this size on are as good as new pages; larger blocks are not in the heap
@@ -40,14 +40,14 @@ def tidy() -> None:
 
 
 def fill_holes() -> None:
-    """To be called when all has been imported and rehearsed, and garbage has been collected."""
+    """Fill the holes. To be called when all is imported and rehearsed, and garbage is collected."""
     for size in _SIZES:
         _fill_pools(size, _maker(size))
     _fill_heap()
 
 
 def _maker(size: int) -> Callable[[], object]:
-    """Makes objects that take a block of this size."""
+    """A function that makes objects which take a block of this size."""
     if size == 16:
         return object
     if size == 32:
@@ -69,7 +69,7 @@ def _fill_pools(size: int, make: Callable[[], object]) -> None:
             return
 
 
-#: Fields of struct mallinfo2 (malloc.h). `keepcost` is what is free behind all blocks.
+#: Fields of struct mallinfo2 (malloc.h). `keepcost`: free bytes after all blocks.
 _FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
 
@@ -78,7 +78,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def _fill_heap() -> None:
-    """Fill the small holes, while the large ones are held: those stay for what is allocated later."""
+    """Fill the small holes. The large ones are held meanwhile, so that they stay for later allocations."""
     mallinfo = getattr(LIBC, "mallinfo2", None)
     if mallinfo is None:  # another C library
         return
@@ -96,7 +96,7 @@ def _fill_heap() -> None:
 
 
 def _blocks_in_holes(size: int, mallinfo: Callable[[], _Mallinfo]) -> list[int]:
-    """Allocate blocks of this size as long as one fits into a hole: then the memory behind all blocks is as it was."""
+    """Allocate blocks of this size while they fit into holes: as long as the memory after all blocks is unchanged."""
     blocks: list[int] = []
     while len(blocks) < _MOST:
         behind = mallinfo().keepcost

@@ -1,13 +1,13 @@
 """The code that every agent runs, side by side in memory.
 
-A call of a Python function writes to its code object, which is counted as in use. Code objects lie in the order in
+A call of a Python function writes to its code object, whose reference count changes. Code objects lie in the order in
 which modules were imported, so those that an agent runs in its first milliseconds lie on more than a hundred pages,
 each of which is copied for the agent. `gather` finds out which ones are run, and gives their functions copies of them
 that lie next to each other. A copy has the same bytecode, and shares names and constants with its original.
 
-The interpreter remembers which attribute of which class it has found, in a table that holds a reference to each name.
-After a thousand imports that table is full of names that no agent uses; each one that is displaced by an agent would
-cost it a page. `forget_attributes` empties it.
+The interpreter caches the attributes of classes that it has looked up, in a table that holds a reference to each name.
+After a thousand imports that table is full of names that no agent uses; each one that an agent displaces would cost it
+a page. `forget_attributes` empties it.
 
 Together they save an agent a tenth of its memory (benchmarks/spawn.py measures it). Nothing else depends on them.
 """
@@ -21,8 +21,8 @@ from types import CodeType, FrameType, FunctionType
 
 
 def gather(play: Callable[[], None], modules: Collection[str] = ()) -> int:
-    """Move the code that `play` runs, and that of all functions of the modules of these names. Returns the number of
-    functions. To be called before the code is warm, because a copy begins cold."""
+    """Move the code that `play` runs, and that of all functions of these modules. Returns the number of functions. To
+    be called before the code is warm, because a copy begins cold."""
     hot = _run_by(play)
     gc.unfreeze()  # functions that this process has inherited are frozen, and must be found
     functions = [one for one in gc.get_objects() if type(one) is FunctionType]
@@ -46,7 +46,7 @@ def forget_attributes() -> None:
 
 
 def _run_by(play: Callable[[], None]) -> dict[int, CodeType]:
-    """By id, since code with the same content is equal."""
+    """The code objects that `play` runs, by id, since code with the same content is equal."""
     found: dict[int, CodeType] = {}
 
     def note(frame: FrameType, event: str, argument: object) -> None:
@@ -62,7 +62,7 @@ def _run_by(play: Callable[[], None]) -> dict[int, CodeType]:
 
 
 def _copy(code: CodeType, hot: dict[int, CodeType], copies: dict[int, CodeType]) -> CodeType:
-    """With those of the functions within it."""
+    """A copy of a code object, with copies of those of its inner functions."""
     if id(code) not in copies:
         inner = [isinstance(one, CodeType) and id(one) in hot for one in code.co_consts]
         consts = zip(inner, code.co_consts, strict=True)

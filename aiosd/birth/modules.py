@@ -66,7 +66,7 @@ def hide() -> None:
 
 
 def share() -> None:
-    """In a template: all that it has imported is visible to its agents, and not theirs alone."""
+    """In a template: make all that it has imported visible to its agents, as shared modules."""
     global last_visible
     inherited.update(sys.modules)
     last_visible = next(reversed(sys.modules))

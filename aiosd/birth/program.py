@@ -57,7 +57,7 @@ def _find_file(letter: Letter) -> Program:
     try:
         with open(path, "rb") as file:
             source = file.read()
-            folder = os.path.dirname(os.readlink(f"/proc/self/fd/{file.fileno()}"))  # resolves links at no cost
+            folder = os.path.dirname(os.readlink(f"/proc/self/fd/{file.fileno()}"))  # resolves links without a search
     except FileNotFoundError:
         hint = f"; for the program: aios-run -- {target}" if "/" not in target and _in_path(letter) else ""
         raise OSError(errno.ENOENT, f"{target}: not found{hint}") from None
@@ -66,7 +66,7 @@ def _find_file(letter: Letter) -> Program:
     if letter.sha256 and digest.of(source) != letter.sha256:
         raise OSError(errno.ESTALE, f"{target}: has changed since it was to be started, and a rule names its content")
     if not target.endswith(".py") and _is_for_others(source):
-        if letter.sha256:  # it would be read once more
+        if letter.sha256:  # a program's file would be read once more
             raise OSError(errno.ENOEXEC, f"{target}: a rule names its content, which only Python scripts can prove")
         if not os.access(path, os.X_OK):
             raise OSError(errno.EACCES, f"{target}: is no Python script, and not executable")
@@ -79,7 +79,7 @@ def _words(err: OSError) -> str:
 
 
 def _is_for_others(source: bytes) -> bool:
-    """Whether it is a program, or a script of another language."""
+    """Whether the file is a program, or a script of another language."""
     interpreter = _interpreter(source)
     return source.startswith(b"\x7fELF") or (bool(interpreter) and "python" not in interpreter)
 
@@ -113,7 +113,7 @@ def command_line(letter: Letter) -> list[str]:
 
 
 def _execute(program: Program, report: Report) -> int:
-    """If this succeeds, Linux closes the report."""
+    """Execute a program. If this succeeds, Linux closes the report's socket."""
     letter = program.letter
     # Undo changes by Python, such as ignored signals, that a program does not expect.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -193,7 +193,7 @@ def _set_up_main(program: Program, first_path: str, **names: object) -> None:
     entries = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:0] = [entry for entry in entries if entry not in sys.path]
     sys.path.insert(0, first_path)
-    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))  # the agent's word, not aiosd's
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))  # the agent's setting, not aiosd's
 
 
 def _name_main(**names: object) -> None:

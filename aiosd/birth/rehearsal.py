@@ -29,7 +29,7 @@ from libaios.wire import Sys
 
 ROUNDS = 20  # the interpreter specialises code that has run a few times
 
-#: Modules whose functions are run once in the life of an agent, and cannot be rehearsed in this process.
+#: Modules whose functions run once in the life of an agent, and cannot be rehearsed in this process.
 _ONCE = frozenset(one.__name__ for one in (birth, confinement, end, fork, frames, letter, program, report, title))
 
 _GENERATED = wire.Generated("x", [1], "stop", wire.Usage(), [])
@@ -71,9 +71,9 @@ class _Stage(agent.AgentTransport):
 
 
 def warm_up(hides: bool = True) -> None:
-    """Run what agents run, until that changes nothing in memory any more; then see that neither the garbage collector
-    nor new objects change these pages. `hides`: agents find the modules of a fresh interpreter."""
-    heap.fill_holes()  # so that what is gathered does not go into holes
+    """Run an agent's code until that changes nothing in memory any more; then make sure that neither the garbage
+    collector nor new objects change these pages. `hides`: agents find the modules of a fresh interpreter."""
+    heap.fill_holes()  # so that gathered code does not go into holes
     layout.gather(_first_steps, _ONCE)
     layout.forget_attributes()
     rehearse()
@@ -87,7 +87,7 @@ def warm_up(hides: bool = True) -> None:
 
 
 def _first_steps() -> None:
-    """What nearly every agent does, and no more."""
+    """Run what nearly every agent does, and no more."""
     _connected(_first_calls)
     _rehearse_birth()
 
@@ -105,7 +105,7 @@ def rehearse() -> None:
 
 
 def _connected(calls: Callable[[], None]) -> None:
-    """With a connection of their own."""
+    """Run these calls over a connection of their own."""
     stage = _Stage()
     agent._connection = connection = Connection(stage)
     try:
@@ -130,7 +130,7 @@ def _rehearse_birth() -> None:
 
 def _rehearse_imports() -> None:
     """Import hidden modules as a script would. They are hidden afterwards."""
-    folder = os.path.dirname(__file__)  # any that the supervisor does not import from
+    folder = os.path.dirname(__file__)  # any folder that the supervisor does not import from
     for _ in range(ROUNDS):
         sys.path.insert(0, folder)
         exec("import signal, libaios, libaios.proc")

@@ -1,11 +1,11 @@
-"""An MCP server: forked by the supervisor, confined as its settings say, and then the program that they name.
+"""From a forked child to an MCP server: confined as its settings say, then the program that they name is executed.
 
 Its settings (there may be keys in its environment) come in a memfd, which the supervisor passes on and does not read.
-Why it cannot start is written to a pipe, which Linux closes when the program begins.
+The reason why it cannot start is written to a pipe, which Linux closes when the program begins.
 
-What it may reach, where it is confined: the system's programs and libraries, the folder of its program, files and
-folders that its arguments name with their whole path, its `cwd`, what `read` and `write` name, and a folder of its own,
-which is its HOME. Nothing of aiosd's own data, where other agents' files are.
+A confined server may reach: the system's programs and libraries, the folder of its program, files and folders that its
+arguments name with their whole path, its `cwd`, the paths in `read` and `write`, and a folder of its own, which is its
+HOME; but nothing of aiosd's own data, where other agents' files are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aiosd.sandbox.box import LEVELS, Box
 from aiosd.tools.spec import MEMORY_BYTES, McpServer
 from libaios import wire
 
-#: Of each of its processes.
+#: Limits of each of its processes.
 LIMITS = (
     (resource.RLIMIT_CORE, 0),
     (resource.RLIMIT_FSIZE, 1 << 30),
@@ -36,8 +36,8 @@ LIMITS = (
 
 @dataclass(frozen=True, slots=True)
 class House:
-    """What all servers of a system have in common. `level`: the strongest that the machine can do; `strict`: none runs
-    in a weaker one. `data`: aiosd's own; `folder`: where each has a folder of its own."""
+    """The settings that all servers of a system have in common. `level`: the strongest that the machine can do;
+    `strict`: none runs in a weaker one. `data`: aiosd's own; `folder`: the folder that has a folder for each server."""
 
     level: str
     strict: bool
@@ -46,14 +46,14 @@ class House:
 
 
 def become(name: str, fds: list[int], house: House) -> int:
-    """In the child. `fds`: the settings, what becomes its stdin and stdout, and the pipe for the reason of a failure.
-    Returns only when it could not start."""
+    """Become the server, in the child. `fds`: the settings, its stdin and stdout, and the pipe for the reason of a
+    failure. Returns only when it could not start."""
     os.setsid()
     modules.show()
     settings, stdin, stdout, report = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in fds)
     try:
         _become(name, settings, stdin, stdout, report, house)
-    except Exception as err:  # whatever it was: the person who has configured it gets to know
+    except Exception as err:  # any error is reported to the person who has configured the server
         os.write(report, f"{type(err).__name__}: {err}".encode(errors="replace")[:2048])
     return 127
 
@@ -62,7 +62,7 @@ def _become(name: str, settings: int, stdin: int, stdout: int, report: int, hous
     import shutil  # in this process alone: it is large
 
     supervisor = os.getppid()
-    fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)  # what it starts stays below it, and ends with it
+    fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)  # processes that it starts stay below it, and end with it
     for fd, number in ((stdin, 0), (stdout, 1), (os.open(os.devnull, os.O_WRONLY), 2)):
         os.dup2(fd, number)
     fork.keep_only((settings, report, *cage.descriptors()))
@@ -75,7 +75,7 @@ def _become(name: str, settings: int, stdin: int, stdout: int, report: int, hous
     level = level_of(server, house)
     if level != "none":
         confinement.apply(box_of(server, program, level, workspace, house.data))
-        fork.die_with_parent(supervisor, signal.SIGKILL)  # Linux forgets it where rights change
+        fork.die_with_parent(supervisor, signal.SIGKILL)  # Linux drops this signal when rights change
     for which, most in LIMITS:
         confinement.limit(which, most)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and programs do not expect
@@ -92,13 +92,13 @@ def _become(name: str, settings: int, stdin: int, stdout: int, report: int, hous
 
 
 def level_of(server: McpServer, house: House) -> str:
-    """As it is configured, or the strongest; where the machine cannot do that, what it can."""
+    """The configured level, or the strongest; if the machine cannot do it, the strongest that it can."""
     wanted = LEVELS[-1] if house.strict else server.sandbox or house.level
     return min(wanted, house.level, key=LEVELS.index)
 
 
 def box_of(server: McpServer, program: str, level: str, workspace: str, data: str) -> Box:
-    """Raises OSError (EINVAL) where aiosd's own data would be in it."""
+    """The box of a server. Raises OSError (EINVAL) if aiosd's own data would be in it."""
     named = [*_of_program(program, data)]
     for argument in server.args:
         if os.path.isabs(argument) and os.path.exists(argument):
@@ -120,7 +120,7 @@ def box_of(server: McpServer, program: str, level: str, workspace: str, data: st
 
 
 def _of_program(program: str, data: str) -> list[str]:
-    """The folders of the program and of what it is a link to; where that is `bin` (node: `.bin`), the one above."""
+    """The folders of the program and of its link's target; if a folder is `bin` (node: `.bin`), the one above it."""
     found: list[str] = []
     for path in (program, os.path.realpath(program)):
         folder = os.path.dirname(path)
@@ -133,7 +133,7 @@ def _of_program(program: str, data: str) -> list[str]:
 
 
 def _with_folder(path: str, data: str) -> list[str]:
-    """A folder; of a file the folder that it lies in, or, where that is too much, the file alone."""
+    """A folder itself; for a file its folder, or the file alone if the folder is too broad."""
     if os.path.isdir(path):
         return [path]
     folder = os.path.dirname(path)
@@ -141,7 +141,7 @@ def _with_folder(path: str, data: str) -> list[str]:
 
 
 def _is_broad(folder: str, data: str) -> bool:
-    """Whether the user's home or aiosd's data lies in it, or it in the data."""
+    """Whether the folder contains the user's home or aiosd's data, or lies in the data."""
     home, data = os.path.realpath(os.path.expanduser("~")), os.path.realpath(data)
     prefix = folder.rstrip("/") + "/"
     return any((place + "/").startswith(prefix) for place in (home, data)) or (folder + "/").startswith(data + "/")

@@ -10,8 +10,8 @@ Linux makes them children of the supervisor. So the supervisor goes on meanwhile
     supervisor ──fork──▶ brooder ──fork──▶ spare, spare, …     the pids come through a pipe
                ◀──────── ends              spare becomes an agent
 
-A spare waits at a socket for the agent that it becomes, and holds no other descriptor but the cage's; through the same
-socket it then reports whether it can start (`report`). The first of many spawns is forked alone, the second has a
+A spare waits at a socket for the agent that it becomes, and has no other descriptor but the cage's; through the same
+socket it then reports whether it can start (`report`). The first of many spawns is forked alone, the second orders a
 small batch ordered, and each later batch is larger; the next is ordered when half of one is used. Spares that are not
 used for a while exit.
 """
@@ -40,7 +40,7 @@ from aiosd.timers import Timers
 BATCH = (4, 64)  # the first one and the largest; each is twice the one before
 HURRY_S = 0.1  # after two spawns within this time, more are likely to follow
 IDLE_S = 0.5
-PID = struct.Struct("=i")  # of a spare, as a brooder or a template reports it
+PID = struct.Struct("=i")  # of a spare, as brooders and templates report it
 LARGEST = 64 << 10  # bytes of a message that a new socket always takes at once
 
 _decode = msgpack.Decoder(tuple[link.Fork, int, str]).decode
@@ -50,7 +50,7 @@ _decode = msgpack.Decoder(tuple[link.Fork, int, str]).decode
 class Brooder:
     ospid: int
     socks: list[socket.socket]  # the supervisor's ends, one for each spare
-    pipe: int  # … through which the pids come
+    pipe: int  # the pipe through which the pids come
 
 
 class Spares:
@@ -127,7 +127,7 @@ class Spares:
             self._brooder = Brooder(ospid, [ours for ours, _ in pairs], pipe)
 
     def ended(self, ospid: int) -> bool:
-        """A child has ended; returns whether it was one of ours."""
+        """A child has ended; returns whether it was a spare or brooder."""
         if self._brooder is not None:
             born = self._read(self._brooder)
             if ospid == self._brooder.ospid:
@@ -182,7 +182,7 @@ class Spares:
 
 
 def _brood(ends: list[socket.socket], reports: int, supervisor: int) -> int:
-    """In the brooder. `ends`: one for each spare."""
+    """Runs in the brooder. `ends`: one for each spare."""
     keep_only((reports, *(end.fileno() for end in ends), *cage.descriptors()))
     name_process("aios:spare")
     heap.tidy()
@@ -190,7 +190,7 @@ def _brood(ends: list[socket.socket], reports: int, supervisor: int) -> int:
     with contextlib.suppress(OSError):  # fewer then, or none
         for end in ends:
             born.append(fork_again(lambda end=end: become(end, supervisor)))  # type: ignore[misc]
-    os.write(reports, b"".join(map(PID.pack, born)))  # less than a page: all or nothing
+    os.write(reports, b"".join(map(PID.pack, born)))  # less than a page, so it is written completely or not at all
     return 0
 
 
@@ -200,14 +200,15 @@ def _begin(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """The supervisor's end, and that of the process that becomes an agent."""
+    """A socket pair: the supervisor's end, and that of the process that becomes an agent."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def assign(
     sock: socket.socket, spec: link.Fork, pid: int, home: str, stdio: tuple[int, int, int], channel: tuple[int, ...]
 ) -> None:
-    """Send a process that waits in `become` which agent it is. `channel`: memfd, bell, letter. Raises OSError."""
+    """Send a process that waits in `become` the agent that it becomes. `channel`: memfd, bell, letter. Raises
+    OSError."""
     payload = msgpack.encode((spec, pid, home))
     if len(payload) > LARGEST:
         raise OSError(errno.E2BIG, "what is known of this agent is too long")
@@ -220,7 +221,7 @@ def _send(sock: socket.socket, payload: bytes, fds: tuple[int, ...]) -> None:
 
 
 def become(sock: socket.socket, supervisor: int = 0, keeps_library: bool = False) -> int:
-    """In the spare: wait for the agent that it becomes. `supervisor`: its parent by then, with which it shall die.
+    """Runs in the spare: wait for the agent that it becomes. `supervisor`: its parent by then; it dies with that.
     `keeps_library`: see `become_agent`."""
     keep_only((sock.fileno(), *cage.descriptors()))
     prepare()

@@ -1,19 +1,19 @@
 """A template: a process that has imported what agents need, and from which they are forked.
 
-    supervisor ──executes──▶ template: imports, freezes its memory, reports `TemplateSaid`
+    supervisor ──executes──▶ template: imports, freezes its memory, reports (`TemplateReport`)
     supervisor ──one end of a socket pair──▶ template ──forks──▶ middle ──forks──▶ spare
                ◀─────────────── the spare's Linux pid ────────────┘ (ends when the supervisor knows the spare)
                ──which agent it is, with its descriptors──▶ spare = the agent; its parent is the supervisor now
 
-A spare's parent ends as soon as the supervisor has written it down, so the spare becomes the supervisor's child (a
-template is no subreaper, its supervisor is one), and is under the same supervision as any other agent. What an agent is
-goes past the template, from the supervisor to the spare, over the socket: the template never has anything of an agent
-in its memory.
+A spare's parent ends as soon as the supervisor has recorded the spare, so the spare becomes the supervisor's child (a
+template is no subreaper, its supervisor is one), under the same supervision as any other agent. The data of an agent go
+from the supervisor to the spare over the socket, past the template: the template never has anything of an agent in its
+memory.
 
     invariant: a template has one thread when it forks; a module that starts another is refused
 
-It imports the modules that were named, and uses those that it knows how to use (`warmup`). A template ends
-when a file that it has imported has changed: the supervisor starts another.
+A template imports the modules that were named, and uses those that it knows how to use (`warmup`). It ends when a file
+that it has imported has changed: then the supervisor starts another one.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ import msgspec
 
 from aiosd.birth import confinement, modules, rehearsal, spares, warmup
 from aiosd.birth.fork import die_with_parent, fork, name_process
-from aiosd.ipc.link import TemplateSaid
+from aiosd.ipc.link import TemplateReport
 from aiosd.sandbox import cage
 
 FD_BYTES = 4
-LOOK_S = 1.0  # at most that often it is looked whether files have changed
+LOOK_S = 1.0  # the shortest time between two checks whether files have changed
 
 
 class TemplateRefused(Exception):
@@ -50,7 +50,8 @@ class TemplateRefused(Exception):
 
 
 def main(number: int, supervisor: int, ground: int, names: list[str]) -> None:
-    """`number`: of the socket to the supervisor; `ground`: of a memfd, see `confinement.packed`. Never returns."""
+    """The template's process. `number`: of the socket to the supervisor; `ground`: of a memfd, see
+    `confinement.packed`. Never returns."""
     code = 1
     sock = socket.socket(fileno=number)
     confinement.unpack(os.pread(ground, os.fstat(ground).st_size, 0))
@@ -61,11 +62,11 @@ def main(number: int, supervisor: int, ground: int, names: list[str]) -> None:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a module may keep it
         _load(names)
         files = ImportedFiles()
-        sock.send(msgspec.json.encode(TemplateSaid(True, version=platform.python_version(), loaded=len(sys.modules))))
+        sock.send(msgspec.json.encode(TemplateReport(True, version=platform.python_version(), loaded=len(sys.modules))))
         _serve(sock, supervisor, files)
         code = 0
     except TemplateRefused as err:
-        sock.send(msgspec.json.encode(TemplateSaid(errno=err.errno, words=str(err))))
+        sock.send(msgspec.json.encode(TemplateReport(errno=err.errno, words=str(err))))
     finally:
         os._exit(code)
 
@@ -90,13 +91,13 @@ def _import(name: str) -> None:
     except ModuleNotFoundError as err:
         missing = "" if err.name == name else f" (which {name} imports)"
         raise TemplateRefused(errno.ENOENT, f"template: no module {err.name!r}{missing} in {sys.prefix}") from None
-    except BaseException as err:  # whatever a module raises, SystemExit too
+    except BaseException as err:  # a module may raise any exception, SystemExit included
         why = traceback.format_exception_only(err)[-1].strip()
         raise TemplateRefused(errno.EIO, f"template: the import of {name} failed: {why}") from None
 
 
 def _refuse_threads() -> None:
-    """Threads are not copied by a fork, and what they hold locked stays locked for ever."""
+    """Refuse modules with threads: a fork does not copy threads, and locks that they hold stay locked for ever."""
     tasks = os.listdir("/proc/self/task")
     if len(tasks) == 1:
         return
@@ -137,14 +138,14 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
 
 
 def _serve(sock: socket.socket, supervisor: int, files: ImportedFiles) -> None:
-    """Fork an agent for each socket that comes, until the supervisor closes ours."""
+    """Fork an agent for each socket that comes, until the supervisor closes its end."""
     while True:
         payload, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(FD_BYTES), socket.MSG_CMSG_CLOEXEC)
         if not payload or not ancillary:
             return
         number = array.array("i", ancillary[0][2])[0]
         if files.changed():
-            sock.send(msgspec.json.encode(TemplateSaid(stale=True)))
+            sock.send(msgspec.json.encode(TemplateReport(stale=True)))
             return
         middle = fork(lambda: _middle(number, supervisor), exits=True)  # noqa: B023 # it runs at once, in the child
         os.close(number)
@@ -152,7 +153,8 @@ def _serve(sock: socket.socket, supervisor: int, files: ImportedFiles) -> None:
 
 
 def _middle(number: int, supervisor: int) -> int:
-    """Fork the spare, report its pid, and end when the supervisor has sent it what it needs: then it is known there."""
+    """Fork the spare, report its pid, and end when the supervisor has sent the spare its data: then it has a record of
+    it."""
     sock = socket.socket(fileno=number)
     ourselves = os.pidfd_open(os.getpid())
     spare = fork(lambda: _spare(sock, ourselves, supervisor), tied=False, exits=True)
@@ -162,8 +164,8 @@ def _middle(number: int, supervisor: int) -> int:
 
 
 def _spare(sock: socket.socket, parent: int, supervisor: int) -> int:
-    """Wait until the supervisor is the parent. Linux tells the end of a process after it has found its children
-    another parent."""
+    """Wait until the supervisor is the parent. (Linux reports the end of a process only after it has given its children
+    another parent.)"""
     poll = select.poll()
     poll.register(parent, select.POLLIN)
     poll.poll()

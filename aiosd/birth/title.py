@@ -43,7 +43,7 @@ def inherited() -> tuple[Area, Area]:
 
 
 def show(command_line: Area, environment: Area) -> None:
-    """Let Linux show these areas of our memory, which contain strings that end in NUL."""
+    """Let Linux show these areas of this process's memory, which contain strings that end in NUL."""
     fields = _fields
     areas = (*command_line, *environment)
     code = (fields[_START_CODE], fields[_END_CODE], fields[_START_DATA], fields[_END_DATA])

@@ -1,9 +1,9 @@
-"""What a template does so that agents find more than the modules that were named.
+"""Uses the imported modules of a template once, so that agents share what that creates.
 
 Many packages load parts of themselves, compile validators and fill caches only when they are used. So a template makes
-a call, as every agent will: otherwise each agent would have all of that in memory of its own. The one package that it
-knows how to call is the `openai` client, on which most frameworks for agents are built; a server in a child that is
-thrown away answers. Clients, connections and event loops are of no use in another process, and none is left behind.
+a call, as every agent will: otherwise each agent would have all of that in memory of its own. The only package that it
+can call is the `openai` client, on which most frameworks for agents are built; a server in a child that is thrown away
+answers. Clients, connections and event loops are of no use in another process, and none is left behind.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any
 
 from aiosd.birth.fork import fork
 
-TIME_S = 5.0  # of one call
+TIME_S = 5.0  # limit of one call
 _MESSAGE = {"role": "assistant", "content": "x"}
 _USAGE = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
 
 
 def use_modules() -> None:
-    """Make those calls. One that fails leaves what had been loaded before."""
+    """Make those calls. If one fails, everything loaded until then stays."""
     uses = [use for name, use in _USES.items() if name in sys.modules]
     if uses:
         with _Server() as url:
             for use in uses:
-                with contextlib.suppress(Exception):  # of another program's library, whatever its version raises
+                with contextlib.suppress(Exception):  # a library of another project may raise any exception
                     use(url)
 
 
@@ -58,7 +58,7 @@ _USES: dict[str, Callable[[str], None]] = {"openai": _use_openai}
 
 
 class _Server:
-    """A child that answers every POST as the OpenAI API would a chat."""
+    """A child that answers every POST like a chat of the OpenAI API."""
 
     def __enter__(self) -> str:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -108,7 +108,7 @@ def _answer(stream: bool) -> tuple[bytes, str]:
 
 
 def reseed() -> None:
-    """The random numbers of numpy, which are copied by a fork; Python's own are seeded anew by itself."""
+    """Seed numpy's random numbers anew, because a fork copies their state. (Python's own are seeded anew by Python.)"""
     random = sys.modules.get("numpy.random")
     if random is not None:
         random.seed()

@@ -1,8 +1,8 @@
 """The processor time of some processes (an agent's, a worker's), from samples of those that live.
 
-Linux adds what a process has used to its parent's account when the parent waits for it. So the time of a process that
-lived between two samples is not lost, provided that its parent waited; what a sample has shown is never lost. Pure: no
-clock, no /proc.
+Linux adds the usage of a process to its parent's account when the parent waits for it. So the time of a process that
+lived between two samples is not lost, if its parent waited; time that a sample has shown is never lost. Pure: no clock,
+no /proc.
 
     counted = growth of each process's own time + growth of what their parents were given − what was seen of the ended
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class ProcessSample(NamedTuple):
-    """One process in a sample. `process`: what names it for ever. `waited_s`: of children that it has waited for."""
+    """One process in a sample. `process`: identifies it for ever. `waited_s`: of children that it has waited for."""
 
     process: tuple[int, int]
     own_s: float
@@ -22,16 +22,16 @@ class ProcessSample(NamedTuple):
 
 
 class CpuMeter:
-    """`counted_s`: all that a meter before this one has counted of the same processes."""
+    """The meter. `counted_s`: the time that an earlier meter has counted for the same processes."""
 
     def __init__(self, counted_s: float = 0.0) -> None:
         self.total_s = counted_s
         self._first = True
         self._seen: dict[tuple[int, int], ProcessSample] = {}
-        self._ended: dict[tuple[int, int], ProcessSample] = {}  # those of the sample before that have ended since
+        self._ended: dict[tuple[int, int], ProcessSample] = {}  # processes of the last sample that have ended since
 
     def update(self, sample: Iterable[ProcessSample]) -> float:
-        """Seconds that have come since the last sample."""
+        """Take a sample; returns the seconds used since the last one."""
         now = {used.process: used for used in sample}
         if self._first:
             self._first = False
@@ -44,7 +44,7 @@ class CpuMeter:
             own += used.own_s - (before.own_s if before is not None else 0.0)
             waited += used.waited_s - (before.waited_s if before is not None else 0.0)
         ended = {key: used for key, used in self._seen.items() if key not in now}
-        # The parent may have been looked at before it waited: its growth is in the next sample.
+        # The parent may have been sampled before it waited: then its growth is in the next sample.
         late = {key: used for key, used in self._ended.items() if key not in now}
         credit = sum(used.own_s + used.waited_s for used in (*ended.values(), *late.values()))
         excess = min(waited, credit)
@@ -55,7 +55,7 @@ class CpuMeter:
     def _left(
         ended: dict[tuple[int, int], ProcessSample], late: dict[tuple[int, int], ProcessSample], excess: float
     ) -> dict[tuple[int, int], ProcessSample]:
-        """Those whose time no parent has been given yet; what is late for a second time comes no more."""
+        """Ended processes whose time no parent has got yet; if it is missing a second time it will not come."""
         for used in late.values():
             excess -= used.own_s + used.waited_s
         left = {}
@@ -67,8 +67,8 @@ class CpuMeter:
         return left
 
     def end(self, seconds: float) -> float:
-        """The agent has ended; Linux tells what it has used, with the children that it had waited for. Returns what was
-        not counted yet."""
+        """The agent has ended; Linux reports its usage, with the children that it had waited for. Returns the seconds
+        that were not counted yet."""
         return self._count(seconds - self.total_s)
 
     def _count(self, seconds: float) -> float:

@@ -1,9 +1,9 @@
-"""The kinds of budgets: what each is called, in which field of `wire.Limits` it stands, how it is read and shown.
+"""The kinds of budgets: the name of each, its field in `wire.Limits`, how it is read and shown.
 
-Flags of aios-run, the keys of [[agent]] and [[group]] in aiosd.toml, the kernel's sentences and `aios-inspect` all
-follow from `KINDS`. A kind is *exact* where nothing beyond the budget can happen: the kernel, or a model's core, counts
-before it does what is counted. It is *sampled* where Linux is asked now and then; then it has a lag, and for some a
-bound that Linux itself keeps in each process (`bounds`).
+Flags of aios-run, the keys of [[agent]] and [[group]] in aiosd.toml, the kernel's sentences and `aios-inspect` are all
+made from `KINDS`. A kind is *exact* if the budget cannot be exceeded: the kernel, or a model's core, counts before it
+does the work. It is *sampled* if the usage is read from Linux now and then; then it has a lag, and for some kinds there
+is a limit that Linux itself enforces in each process (`bounds`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from msgspec import Struct
 from aiosd.units import format_money, format_size, parse_count, parse_duration, parse_money, parse_size
 from libaios.wire import Limits
 
-SAMPLE_S = 0.1  # between two samples of an agent with a sampled budget; longer where there are many of them
+SAMPLE_S = 0.1  # between two samples of an agent with a sampled budget; longer if there are many of them
 DISK_S = 0.2  # the same for files
 #: One process may have twice the memory budget and this number of bytes of private memory: programs such as node
 #: reserve that much before they use any of it.
@@ -35,7 +35,7 @@ def most_processes() -> int:
 
 
 class Kind(Struct, frozen=True):
-    """One kind of budget. `over`: what is said when it is reached. `lag_s` 0: it is exact."""
+    """One kind of budget. `over`: the words for a reached budget. `lag_s` 0: it is exact."""
 
     name: str  # as a key in files, as the reason of an end, and with '-' for '_' as a flag
     field: str  # of `wire.Limits`
@@ -53,7 +53,7 @@ class Kind(Struct, frozen=True):
         return "--" + self.name.replace("_", "-")
 
     def of(self, limits: Limits) -> float | None:
-        """What these limits allow; None: it is not limited."""
+        """The amount that these limits allow; None: it is not limited."""
         amount: float | None = getattr(limits, self.field)
         return amount
 
@@ -123,12 +123,12 @@ KINDS = (
 )
 BY_NAME = {kind.name: kind for kind in KINDS}
 SAMPLED = tuple(kind for kind in KINDS if kind.lag_s)
-#: Of an agent without a process (`aiosd token`): what Linux would have to be asked about is not known of it.
+#: Kinds for an agent without a process (`aiosd token`): only those that are not read from Linux.
 WITHOUT_PROCESS = tuple(kind for kind in KINDS if not kind.lag_s)
 
 
 def sentence(limits: Limits, name: str, group: str = "") -> str:
-    """What a person is told when the budget of this kind is reached; "" for no kind."""
+    """The sentence for a person when the budget of this kind is reached; "" for no kind."""
     kind = BY_NAME.get(name)
     amount = kind.of(limits) if kind is not None else None
     if kind is None or amount is None:
@@ -139,7 +139,7 @@ def sentence(limits: Limits, name: str, group: str = "") -> str:
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-#: At this part of a budget its agent gets a message.
+#: The part of a budget at which its agent gets a message.
 SOFT = "soft_limit"
 
 
@@ -157,7 +157,7 @@ READERS: dict[str, Callable[[Any], Any]] = {**{kind.name: kind.read for kind in 
 
 
 def limits_of(values: Mapping[str, Any]) -> Limits:
-    """Of keys that `READERS` have read; other keys are not looked at."""
+    """The limits, from values that `READERS` have read; other keys are ignored."""
     amounts = {kind.field: values[kind.name] for kind in KINDS if values.get(kind.name) is not None}
     return _limits({**amounts, "soft": values.get(SOFT)})
 
@@ -167,8 +167,8 @@ def is_any(limits: Limits) -> bool:
 
 
 class GroupLimits(Struct, frozen=True):
-    """The budgets of a [[group]]: what all its agents may use together while aiosd runs, and what each may that a
-    person starts, with all that it starts."""
+    """The budgets of a [[group]]: how much all its agents may use together while aiosd runs, and how much each agent
+    that a person starts may use, with all that it starts."""
 
     all: Limits = Limits()
     each: Limits = Limits()
@@ -197,7 +197,7 @@ def group_limits_of(values: Mapping[str, Any]) -> GroupLimits:
 
 
 def least(first: Limits, second: Limits) -> Limits:
-    """Of each kind the smaller amount. The first says when to send a message, where it says so."""
+    """The smaller amount of each kind. `soft` is that of the first, if it has one."""
     both = {kind.field: [n for n in (kind.of(first), kind.of(second)) if n is not None] for kind in KINDS}
     soft = second.soft if first.soft is None else first.soft
     return _limits({**{field: min(amounts) for field, amounts in both.items() if amounts}, "soft": soft})
@@ -207,7 +207,7 @@ def _limits(amounts: Mapping[str, Any]) -> Limits:
     return Limits(**amounts)
 
 
-# ── what Linux keeps ──────────────────────────────────────────────────────────────────────────────────────
+# ── limits that Linux enforces ────────────────────────────────────────────────────────────────────────────
 
 
 def bounds(shared: Iterable[Limits]) -> list[tuple[int, int]]:

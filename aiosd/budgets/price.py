@@ -1,5 +1,5 @@
-"""What tokens of a model cost. Amounts of money are whole numbers of 10^-12 of the currency's unit, so that they add up
-exactly; which currency it is only the person knows who writes prices and budgets."""
+"""Prices of a model's tokens. Amounts of money are whole numbers of 10^-12 of the currency's unit, so that they add up
+exactly. Only the person who writes prices and budgets knows which currency it is."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PER = 1_000_000  # prices are for this number of tokens
 
 
 class Price(Struct, frozen=True):
-    """Of one token each."""
+    """The price of one token of each kind."""
 
     prompt: int = 0
     completion: int = 0
-    cached: int = 0  # of a prompt, where the endpoint had it already
+    cached: int = 0  # of a prompt, if the endpoint had it in its cache
 
     @property
     def is_free(self) -> bool:

@@ -1,7 +1,7 @@
 """The commands of `bin/`, one file for each.
 
-A command talks to a running aiosd through `libaios.client` and knows nothing else of the system. `main` below runs all
-of them. Every error becomes one line on stderr and an exit code:
+A command uses a running aiosd through `libaios.client` and knows nothing else of the system. `main` below runs all of
+them. Every error becomes one line on stderr and an exit code:
 
     0 done · 1 failed, or no aiosd · 2 used wrongly · 130 Ctrl-C · 141 the reader of the output has gone
 
@@ -9,7 +9,7 @@ of them. Every error becomes one line on stderr and an exit code:
 `while :; do aios-run …; done` would continue after Ctrl-C.
 
 A short start is part of the contract (`benchmarks/startup.py`): a command imports click, msgspec and the client, and
-nothing that it does not need. What is seldom needed is imported inside the function that needs it.
+nothing that it does not need. Modules that are seldom needed are imported inside the function that needs them.
 """
 
 from __future__ import annotations

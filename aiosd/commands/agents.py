@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def named(client: Client, name: str, dead: bool = False) -> list[ProcInfo]:
-    """Agents of that name, the oldest first: live ones and zombies, and with `dead` also those that are only
-    remembered. If no agent has the name, aiosd's own process of that name."""
+    """Agents of that name, the oldest first: live ones and zombies, and with `dead` also those of which there is only a
+    record. If no agent has the name, aiosd's own process of that name."""
     found: list[ProcInfo] = client.call(Sys.PS, Ps(all=True, name=name, dead=dead), list[ProcInfo])
     agents = [p for p in found if not p.system]
     return sorted(agents or found, key=lambda p: p.pid)
@@ -33,7 +33,7 @@ def live(client: Client, word: str) -> list[int]:
 
 
 def newest(client: Client, word: str) -> int:
-    """The pid that `word` stands for where one agent is wanted."""
+    """The pid that `word` stands for, if the command needs one agent."""
     if word.isascii() and word.isdigit():
         return int(word)
     found = named(client, word, dead=True)
@@ -49,12 +49,12 @@ def complete(context: click.Context, parameter: click.Parameter, incomplete: str
 
 
 def complete_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """A list of names."""
+    """Complete the last name of a list."""
     return completions(_names(_live_ones()), incomplete, listed=True)
 
 
 def complete_pids(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """A list of pids."""
+    """Complete the last pid of a list."""
     return completions(_pids(_live_ones()), incomplete, listed=True)
 
 

@@ -1,4 +1,4 @@
-"""aios-approve: what agents ask for, and the answers of a person.
+"""aios-approve: shows asks of agents, and sends a person's answers.
 
 $ aios-approve
 6f1b20c9  agent cleaner (pid 7, group web): sto_remove (path reports/a.txt, group web)
@@ -31,7 +31,7 @@ EXAMPLES = """
 """
 WORDS = {"y": "allow", "yes": "allow", "a": "always", "always": "always", "n": "deny", "no": "deny", "s": "skip"}
 PROMPT = "[y]es, once · [a]lways · [n]o · [s]kip: "
-PROMPT_ONCE = "[y]es · [n]o · [s]kip: "  # of what cannot be allowed for all times
+PROMPT_ONCE = "[y]es · [n]o · [s]kip: "  # for an ask that cannot be allowed for all times
 
 
 @edge.new(
@@ -129,7 +129,7 @@ def _one_of(there: list[Asked], word: str) -> Asked:
 
 
 def answer(client: Client, asked: Asked, verdict: str, reason: str = "") -> None:
-    """Raises OSError."""
+    """Send the answer to an ask. Raises OSError."""
     if verdict != "skip":
         args = AnswerAsk(asked.id, asked.digest, verdict != "deny", verdict == "always", reason)
         client.call(Sys.ASK_ANSWER, args, None)
@@ -140,13 +140,13 @@ def question(asked: Asked) -> str:
 
 
 def verdict_of(asked: Asked, line: str) -> str | None:
-    """What a person has typed; None: that is no answer here."""
+    """The answer that a person has typed; None: it is no valid answer."""
     verdict = WORDS.get(line.strip().lower())
     return None if verdict == "always" and not asked.always else verdict
 
 
 def _prompt(asked: Asked) -> str:
-    """What a person types; without a terminal nothing is answered."""
+    """Read a person's answer; without a terminal there is none."""
     if not os.isatty(0):
         return "skip"
     while True:
@@ -160,7 +160,7 @@ def _prompt(asked: Asked) -> str:
 
 
 def _forget_typed() -> None:
-    """What was typed before the question was there is no answer to it."""
+    """Drop keys that were typed before the question was shown: they are no answer to it."""
     import termios
 
     termios.tcflush(0, termios.TCIFLUSH)
@@ -176,8 +176,8 @@ class _Follow:
         self._client, self._full, self._as_json = client, full, as_json
         self._interactive = os.isatty(0) and os.isatty(1) and not as_json
         self._open: dict[str, Asked] = {}
-        self._current = ""  # the one that is being answered
-        self._readable = client.fileno()  # first of all: this receives, too
+        self._current = ""  # the ask that is being answered
+        self._readable = client.fileno()  # first, because this receives, too
         self._call: Pending = client.submit(Sys.ASK_WATCH, WatchAsks())
 
     def run(self) -> int:
@@ -195,7 +195,7 @@ class _Follow:
 
     def _receive(self) -> None:
         self._client.pump()
-        if self._client.socket.reborn:  # a new kernel must know at once that we listen
+        if self._client.socket.reborn:  # a new kernel must get the watch at once
             self._client.pump()
         while self._call.pieces:
             asked: Any = self._call.pieces.popleft()
@@ -206,7 +206,7 @@ class _Follow:
         if asked.state is AskState.OPEN:
             self._open[asked.id] = asked
         if known is not None and asked.state is AskState.OPEN:
-            return  # a new kernel sends it once more
+            return  # a new kernel sends it again
         if self._as_json:
             _print_json(asked, in_a_line=True)
         elif not self._interactive:
@@ -225,7 +225,7 @@ class _Follow:
         print(question(self._open[self._current]), end="", flush=True)
 
     def _wait(self) -> bool:
-        """Until something comes; False: nobody types any more."""
+        """Wait until something comes; False: stdin has ended."""
         poll = select.poll()
         poll.register(self._readable, select.POLLIN)
         if self._current:

@@ -1,4 +1,4 @@
-"""How asks are shown. All of their text may come from agents: nothing of it reaches the terminal as it is."""
+"""Shows asks. All of their text may come from agents, so none of it reaches the terminal unescaped."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from libaios.client import Client
     from libaios.connection import Pending
 
-SHOWN_CHARS = 2000  # of each text, unless all is wanted
+SHOWN_CHARS = 2000  # of each text, unless the whole is requested
 NEVER_ALWAYS = "(it can only be allowed once at a time)"
-SHORT_CHARS, SHORT_DETAILS = 60, 2  # of what is shown in one line: how long a detail may be, and how many there are
+SHORT_CHARS, SHORT_DETAILS = 60, 2  # in the one-line form: the length and the number of details
 
 
 def title(asked: Asked) -> str:
-    """One line."""
+    """An ask in one line."""
     return escaped(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}): {in_short(asked)}")
 
 
 def lines(asked: Asked, full: bool = False) -> list[str]:
-    """All that it is about: what a person must have seen before it is allowed."""
+    """All details of an ask, which a person must see before allowing it."""
     ago = format_duration(max(0.0, time.time() - asked.since))
     found = [escaped(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}) has asked for {ago}")]
     rows = [("tool" if asked.tool else "call", _deed(asked)), ("because of", asked.rule), *asked.details]
@@ -40,7 +40,7 @@ def lines(asked: Asked, full: bool = False) -> list[str]:
 
 
 def _text(text: str, full: bool) -> list[str]:
-    """Line by line, and with a mark where something is left out."""
+    """The lines of a text, with a mark if something is left out."""
     left = len(text) - SHOWN_CHARS
     shown = text if full or left <= 0 else text[:SHOWN_CHARS]
     parts = [escaped(line) for line in shown.split("\n")]
@@ -56,11 +56,11 @@ def _deed(asked: Asked) -> str:
 
 def in_short(asked: Asked) -> str:
     """`nice (group web, nice from 0 to -5)`: the deed, with the details that go into a line."""
-    told = {word for resource in asked.resources for word in resource}
+    named = {word for resource in asked.resources for word in resource}
     short = [
         f"{label} {text}"
         for label, text in asked.details
-        if label not in told and text not in told and "\n" not in text and len(text) <= SHORT_CHARS
+        if label not in named and text not in named and "\n" not in text and len(text) <= SHORT_CHARS
     ]
     things = [f"{kind} {value}" for kind, value in asked.resources] + short[:SHORT_DETAILS]
     return f"{asked.what} ({', '.join(things)})" if things else asked.what
@@ -70,7 +70,7 @@ def in_short(asked: Asked) -> str:
 
 
 def watch(client: Client, which: WatchAsks) -> Pending | None:
-    """Receive what agents ask for, if there is a terminal to show it; they wait meanwhile."""
+    """Receive asks, if there is a terminal to show them; meanwhile they wait for an answer."""
     return client.submit(Sys.ASK_WATCH, which) if os.isatty(2) else None
 
 

@@ -6,10 +6,9 @@
     step 3 of 4
     step 4 of 4
 
-It shows the agent's log, from its last lines on. If the agent was started with `aios-run -d -t`, what is typed here is
-sent to it, through the process that holds its terminal (`aiosd.commands.holder`). This process is one loop over four
-sources: the connection to the kernel (which reports the agent's end), the log, the signals it receives, and that
-holder.
+It shows the agent's log, from its last lines on. If the agent was started with `aios-run -d -t`, typed keys are sent to
+it, through the process that holds its terminal (`aiosd.commands.holder`). This process is one loop over four sources:
+the connection to the kernel (which reports the agent's end), the log, the signals it receives, and that holder.
 
 Detaching changes nothing for the agent. So signals that end this process (HUP, TERM) are not passed on to it; INT and
 QUIT, which a person types, are.
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 FAILED = 125  # as aios-run
 LINES = 10  # earlier lines that are shown at first; on a terminal as many as fill the window, if that is more
-POLL_S = 0.1  # seconds between two looks at the log, where no holder reports new output
+POLL_S = 0.1  # seconds between two checks of the log, if no holder reports new output
 LAST_OUTPUT_S = 3.0  # how long the holder may take to write the last output after the agent's end
 CHUNK = select.PIPE_BUF  # after POLLOUT a write of this size does not block, though the pipe is a blocking one
 TO_AGENT = (signal.SIGINT, signal.SIGQUIT)
@@ -140,11 +139,11 @@ class AttachedView:
         self.readable = client.fileno()
         self.pass_signals = True
         self.keys = detachkeys.DetachKeys(b"")
-        self.holder: socket.socket | None = None  # of its terminal, if we are typing there
+        self.holder: socket.socket | None = None  # the holder of its terminal, if keys are sent there
         self.raw: RawMode | None = None
         self.buffer = b""  # read from the log, not yet shown
         self.interrupted = False  # by an INT, which the agent got
-        self.detached = False  # by the keys for it
+        self.detached = False  # by the detach keys
         self.wakeup = -1
         self.end: Pending = client.submit(Sys.WAIT, Wait(pid))
         self.asked = asks.watch(client, WatchAsks(pid))
@@ -173,11 +172,11 @@ class AttachedView:
     # ── loop ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _show(self) -> None:
-        """Until the agent has ended and all is shown, or the user detaches."""
+        """Show output until the agent has ended and all is shown, or the user detaches."""
         while not self.detached:
             self._enter()
             self.client.pump()
-            if self.client.socket.reborn:  # a new kernel: send at once again what we wait for
+            if self.client.socket.reborn:  # a new kernel: send open calls again at once
                 self.client.pump()
             self._show_asks()
             over = self._over()
@@ -206,7 +205,7 @@ class AttachedView:
         poll.register(self.wakeup, select.POLLIN)
         if self.end.final is None:
             poll.register(self.readable, select.POLLIN)
-        poll.register(1, select.POLLOUT if self.buffer else 0)  # 0: tells when the reader of our output has gone
+        poll.register(1, select.POLLOUT if self.buffer else 0)  # 0: only reports when the reader of the output has gone
         if self.holder is not None:
             poll.register(self.holder, select.POLLIN)
             if self._may_read_keys():
@@ -238,7 +237,7 @@ class AttachedView:
         self.wakeup, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         caught: tuple[signal.Signals, ...] = TO_AGENT if self.pass_signals else ()
-        if self.holder is not None:  # the terminal must be as it was before we end or stop
+        if self.holder is not None:  # the terminal must be restored before this process ends or stops
             caught = (*ENDING, signal.SIGTSTP, signal.SIGWINCH)
         for number in caught:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -249,7 +248,7 @@ class AttachedView:
             self._send_size()
         elif number == signal.SIGTSTP:
             self._stop()
-        elif self.raw is not None:  # keys go to the agent, so this was sent to end us
+        elif self.raw is not None:  # keys go to the agent, so this signal is meant for this process
             self._leave()
             _die_of(number)
         elif number in TO_AGENT:
@@ -303,7 +302,7 @@ class AttachedView:
         from aiosd.commands import holder
 
         if self.holder is not None:
-            with contextlib.suppress(OSError):  # the holder has gone: `_receive_from_holder` finds that out
+            with contextlib.suppress(OSError):  # the holder has gone: `_receive_from_holder` will notice
                 size = os.get_terminal_size(0)
                 self.holder.send(holder.SIZE + holder.WINDOW.pack(size.lines, size.columns))
 

@@ -1,4 +1,4 @@
-"""Options for budgets, of the commands that make agents. They follow from `limits.KINDS`."""
+"""Options for budgets, for the commands that make agents. They are made from `limits.KINDS`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Duration(edge.SecondsType):
 
 
 class AmountType(click.ParamType[float]):
-    """How much of a budget: read as in aiosd.toml."""
+    """The amount of a budget, read as in aiosd.toml."""
 
     def __init__(self, kind: limits.Kind) -> None:
         self.kind = kind
@@ -42,7 +42,7 @@ class AmountType(click.ParamType[float]):
 
 
 def options(kinds: Sequence[limits.Kind], soft: bool = False) -> Callable[[Command], Command]:
-    """An option for each of these kinds, which arrives as `budget_NAME`; `soft`: and one for their messages."""
+    """An option for each of these kinds, passed as `budget_NAME`; `soft`: and one for their messages."""
 
     def add(command: Command) -> Command:
         if soft:
@@ -63,5 +63,5 @@ def options(kinds: Sequence[limits.Kind], soft: bool = False) -> Callable[[Comma
 
 
 def limits_of(amounts: Mapping[str, float | None]) -> Limits:
-    """What these options have given."""
+    """The limits that these options give."""
     return limits.limits_of({name.removeprefix("budget_"): amount for name, amount in amounts.items()})

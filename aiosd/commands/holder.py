@@ -3,9 +3,9 @@
     aios-run -d -t ──fork──▶ holder ──spawn──▶ kernel        aios-attach ──keys, sizes──▶ holder ──▶ pty ──▶ agent
                               pty ──▶ holder ──▶ 7.log ──▶ aios-attach
 
-The holder has the master of the pty. It writes what the agent prints to the agent's log and nowhere else: `aios-attach`
-reads it there, as it reads the log of any detached agent, and gets only one byte from the holder when there is more. So
-a reader that stops reading delays nothing, and one that comes later sees what was printed before.
+The holder has the master of the pty. It writes the agent's output to the agent's log and nowhere else: `aios-attach`
+reads the log, as for any detached agent, and gets only one byte from the holder when there is more. So a reader that
+stops reading delays nothing, and one that comes later sees earlier output.
 
 `aios-attach` connects to a socket in a folder of the home that only the user can enter, and sends packets: KEYS with
 what was typed, SIZE with rows and columns.
@@ -42,7 +42,7 @@ PACKET = 4096  # the largest packet, in bytes
 MORE = b"+"  # to aios-attach: there is more in the log
 CHUNK = 1 << 16
 TYPED_MAX = 1 << 16  # if the agent has not read this many keys, no more are received
-LOOK_AGAIN_S = 0.2  # seconds between two looks at a terminal that no process has open
+LOOK_AGAIN_S = 0.2  # seconds between two checks of a terminal that no process has open
 LAST_OUTPUT_S = 2.0  # how long output is still read after the agent's end
 DEFAULT_SIZE = (24, 80)  # rows and columns, if aios-run has no terminal itself
 
@@ -87,7 +87,7 @@ def _new_socket() -> socket.socket:
 
 
 def _at_folder(home: Home, act: Callable[[str], T]) -> T:
-    """A socket's path is limited to 107 bytes; through /proc any folder is short enough."""
+    """Call `act` with a short path of the folder in /proc, because a socket's path is limited to 107 bytes."""
     folder = os.open(folder_of(home), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return act(f"/proc/self/fd/{folder}")
@@ -99,7 +99,7 @@ def _at_folder(home: Home, act: Callable[[str], T]) -> T:
 
 
 def start(spawn: Spawn) -> int:
-    """Start the agent on a terminal that is held; its pid. Raises OSError as the spawn does."""
+    """Start the agent on a held terminal; returns its pid. Raises OSError as the spawn does."""
     ours = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
     master, slave = terminal.open_pty(ours)
     if ours is None:
@@ -119,9 +119,9 @@ def start(spawn: Spawn) -> int:
         return _outcome(file.read().decode("utf-8", "surrogateescape"))
 
 
-def _outcome(told: str) -> int:
+def _outcome(outcome: str) -> int:
     """Read the holder's answer: a pid (`7`), or an errno and a sentence."""
-    number, space, words = told.partition(" ")
+    number, space, words = outcome.partition(" ")
     if not number:
         raise OSError(errno.EIO, "the process that was to hold the terminal has died")
     if space:
@@ -155,7 +155,7 @@ def _let_go(kept: set[int]) -> None:
         os.dup2(nothing, fd)
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) not in kept:
-            with contextlib.suppress(OSError):  # the descriptor that listed them
+            with contextlib.suppress(OSError):  # the descriptor that was used to list them
                 os.close(int(name))
     os.chdir("/")
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
@@ -190,7 +190,7 @@ class Holder:
                 os.unlink(self.path)
 
     def _over(self) -> bool:
-        """Whether the agent has ended, or aiosd, with which all agents end."""
+        """Whether the agent has ended, or aiosd has, with all agents."""
         self.client.pump()
         if self.client.socket.reborn:
             self.client.pump()

@@ -1,4 +1,5 @@
-"""aios-inspect: all that the kernel knows about agents, as JSON; with --why, what its sandbox makes of a path or host.
+"""aios-inspect: all that the kernel knows about agents, as JSON; with --why, why a sandbox allows or denies a path or
+host.
 
 $ aios-inspect planner | jq '.[0].budgets'
 """
@@ -15,7 +16,7 @@ from aiosd.commands import agents, edge
 from libaios.client import Client
 from libaios.wire import MemStats, PidArgs, Sys
 
-STORE_S = 2.0  # for what the store tells
+STORE_S = 2.0  # how long to wait for the store's figures
 
 EXAMPLES = """
   aios-inspect 7                agent 7, dead or alive
@@ -72,7 +73,7 @@ def _workspace(agent: dict[str, Any]) -> str:
 
 
 def _explain(agent: dict[str, Any], named: str) -> None:
-    """Print what the agent's sandbox makes of a path, or of the host of a URL."""
+    """Print whether and why the agent's sandbox allows a path, or the host of a URL."""
     from aiosd.sandbox import plan, why
     from aiosd.sandbox.box import Box
 
@@ -98,8 +99,8 @@ def _explain(agent: dict[str, Any], named: str) -> None:
 
 
 def _memory(client: Client, agent: dict[str, Any]) -> dict[str, Any] | None:
-    """What its notes take, and how often they were found in memory. None: the store does not answer, or this caller may
-    not ask."""
+    """The size of its notes, and how often they were found in memory. None: the store does not answer, or this caller
+    may not read that."""
     from aiosd.ipc.link import Caller
     from aiosd.store import owners
 

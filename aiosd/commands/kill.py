@@ -44,7 +44,7 @@ class KillCommand(click.Command):
 def _complete_signal(
     context: click.Context, parameter: click.Parameter | None, incomplete: str
 ) -> list[CompletionItem]:
-    """`TERM` or `SIGTERM`, for -s; `-TERM` without."""
+    """Complete the name of a signal: `TERM` or `SIGTERM` for -s; `-TERM` without."""
     before = ("-" if parameter is None else "") + ("SIG" if "SIG" in incomplete else "")
     return edge.completions({before + signals.name_of(n): str(n) for n in signals.numbers()}, incomplete)
 
@@ -106,7 +106,7 @@ def _next(rest: Any) -> list[str]:
 def command(word: str, timeout: float | None, listing: bool, targets: tuple[str, ...]) -> int:
     if listing:
         return _list(targets)
-    if word == "--":  # what `untangle` puts behind the options
+    if word == "--":  # added by `untangle` after the options
         raise click.UsageError("-s: a signal is missing")
     try:
         number = signals.number_of(word)

@@ -1,4 +1,4 @@
-"""aios-logs: prints what detached agents have written, and with -f what they write from now on.
+"""aios-logs: prints the output of detached agents, and with -f also their new output.
 
     $ aios-logs --tail 2 -f planner
     step 3 of 4
@@ -8,8 +8,8 @@
     planner[7] | step 4 of 4
     worker[8]  | waiting
 
-`aiosd.logs.agentlog` knows of which files a log consists, and how to read it while the kernel shortens it. Of agents of
-earlier boots only these files are left; where no aiosd runs, that is true of all agents.
+`aiosd.logs.agentlog` knows the files of a log, and how to read it while the kernel shortens it. Of agents of earlier
+boots only these files are left; if no aiosd runs, that is true of all agents.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EXAMPLES = """
   aios-logs --since 2026-11-23T14:05:00Z --until 2h30m 7
 """
 
-POLL_S = 0.2  # seconds between two looks at a log that is followed
+POLL_S = 0.2  # seconds between two checks of a log that is followed
 
 
 class Moment(click.ParamType[float]):
@@ -129,7 +129,7 @@ class _Log:
     pid: int
     label: str
     reader: agentlog.LogReader
-    ended: bool  # the agent writes no more
+    ended: bool  # the agent has ended and writes no more
     prefix: bytes = b""
     _line: bytes = b""  # the part of a line whose end has not been read yet
 
@@ -154,8 +154,8 @@ class _Log:
         return b"".join(self.prefix + line + b"\n" for line in lines)
 
     def look(self, client: Client | None) -> bool:
-        """Whether the agent has ended. (A WAIT would report it at once, but its parent could not collect the status any
-        more.) With the end of the whole system the agent has ended, too."""
+        """Check whether the agent has ended. (A WAIT would report it at once, but then its parent could not collect the
+        status any more.) With the end of the whole system the agent has ended, too."""
         if self.ended or client is None:
             return True
         try:
@@ -163,7 +163,7 @@ class _Log:
         except OSError as err:
             if err.errno == errno.ENOTCONN:
                 edge.complain("aios-logs", "aiosd has ended, and the agent with it")
-            elif err.errno != errno.ESRCH:  # it has ended, and is not remembered any more
+            elif err.errno != errno.ESRCH:  # it has ended, and there is no record of it any more
                 raise
             self.ended = True
         return self.ended
@@ -185,7 +185,7 @@ def _connect(words: tuple[str, ...]) -> Client | None:
 
 
 def _left_behind(word: str) -> str:
-    """The log of an agent that no running system knows; "" when there is none."""
+    """The log of an agent that no running system has a record of; "": there is no such log."""
     path = str(Home().logs / f"{int(word)}.log") if word.isascii() and word.isdigit() and len(word) < 20 else ""
     return path if path and os.path.exists(path) else ""
 
@@ -237,10 +237,10 @@ def _find(client: Client | None, word: str) -> tuple[int, str, str, bool]:
 
 
 def _follow(client: Client | None, logs: list[_Log], until: float | None) -> None:
-    """Copy until all agents have ended, or until `until`. Whether an agent has ended is asked before the last look at
-    its files, so that all it wrote before its end is printed."""
+    """Copy until all agents have ended, or until `until`. Whether an agent has ended is checked before its files are
+    read the last time, so that all output before its end is printed."""
     poll = select.poll()
-    poll.register(1, 0)  # reports when the reader of our output has gone
+    poll.register(1, 0)  # reports when the reader of the output has gone
     while logs:
         over = until is not None and time.time() >= until
         ended = [log for log in logs if log.look(client) or over]

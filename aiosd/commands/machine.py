@@ -23,7 +23,8 @@ class Figures(NamedTuple):
 
 
 def measure(folder: str, interval_s: float | None = None) -> Figures:
-    """`interval_s`: how long to watch the processors; None: their use since the last call (the first gives none)."""
+    """The figures. `interval_s`: how long to measure the processors; None: their use since the last call (unknown at
+    the first)."""
     cpu: float | None = psutil.cpu_percent(interval_s)
     if interval_s is None and not _asked_before():
         cpu = None

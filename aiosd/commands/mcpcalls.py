@@ -1,4 +1,5 @@
-"""The calls of `aiosd mcp` that are about processes. The other program gets their type hints and docstrings."""
+"""The calls of `aiosd mcp` that are about processes. The other program gets their type hints and docstrings as
+descriptions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The MCP server of `aiosd mcp`: calls about processes (`mcpcalls`), and the tools that agents have.
 
-Only the built-in tools and those of a person's files are passed on: servers that aiosd itself has are for the other
-program to configure, and might lead back here.
+Only the built-in tools and those of a person's files are offered. MCP servers of aiosd itself are not: the other
+program can configure them itself, and one of them might lead back here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from libaios.wire import ToolInfo
 
 McpContext = ServerRequestContext[Any]
 
-#: What changes nothing, for programs that ask a person before the others.
+#: Calls that change nothing, for programs that ask a person before other calls.
 READING = frozenset((
     "ps", "wait", "logs", "calc", "read_file", "list_files", "recall", "search_notes", "list_notes", "list_stored",
     "read_stored", "stored_history",
@@ -76,12 +76,12 @@ def serve(only: frozenset[str] | None) -> int:
 
 async def _serve(server: Server[Any]) -> None:
     async with stdio_server() as (reading, writing):
-        sys.stdout = sys.stderr  # what stands there from here on are messages
+        sys.stdout = sys.stderr  # from here on stdout is only for messages
         await server.run(reading, writing, server.create_initialization_options())
 
 
 async def _call(functions: dict[str, Function], name: str, arguments: dict[str, Any]) -> Any:
-    """Raises OSError, msgspec.ValidationError."""
+    """Make one call. Raises OSError, msgspec.ValidationError."""
     if name in functions:
         return await functions[name].run(arguments)
     if name not in [tool.name for tool in await _tools()]:

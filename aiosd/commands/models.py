@@ -39,7 +39,7 @@ def locate(word: str, folder: str) -> FoundModel:
     """The model that `--model` or aiosd.toml names. One of a hub is fetched if it is not on this machine."""
     from aiosd.models.hub import find_or_pull
 
-    return find_or_pull(word, folder, _tell)
+    return find_or_pull(word, folder, _report)
 
 
 @click.command("pull", context_settings=edge.SETTINGS, short_help="Fetch a model from a hub.")
@@ -59,13 +59,13 @@ def pull(model: str) -> int:
     from aiosd.models import found, hub
 
     try:
-        print(hub.pull(*found.hub_words(model), _tell).name)
+        print(hub.pull(*found.hub_words(model), _report).name)
     except AiosdError as err:
         raise edge.CommandFailed(str(err)) from None
     return 0
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(f"aiosd: {line}", file=sys.stderr, flush=True)
 
 
@@ -96,13 +96,13 @@ def models(as_json: bool) -> int:
 
 
 def _elsewhere() -> list[dict[str, Any]]:
-    """Those at a URL that the file of settings names. Nothing is asked of them."""
+    """The models at URLs that the file of settings names. No request is sent to them."""
     from aiosd import config
     from aiosd.llm.spec import ModelSpec
     from libaios.home import Home
 
     specs: tuple[ModelSpec, ...] = ()
-    with contextlib.suppress(AiosdError):  # `aiosd` itself tells what is wrong with the file
+    with contextlib.suppress(AiosdError):  # `aiosd` itself reports errors in the file
         specs = config.load({}, Home()).models
     return [
         {"name": spec.name, "source": "url", "path": "", "url": f"{spec.url}#{spec.model}"}
@@ -139,5 +139,5 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
 
 
 def _printable(text: str) -> str:
-    """File names may be from anywhere: control characters must not reach the terminal."""
+    """A file name for the terminal: names may come from anywhere, so control characters are replaced."""
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,6 +1,6 @@
-"""What aios-top shows, as lines of text. It is made from a sample of the system; rates need two samples.
+"""Makes the picture of aios-top, as lines of text, from a sample of the system; rates need two samples.
 
-A figure that the system does not report is left out, with its word. No line is longer than the width.
+A figure that the system does not report is left out together with its label. No line is longer than the width.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _model(model: dict[str, Any], indent: int) -> list[str]:
 
 
 def _notes(status: dict[str, Any]) -> list[str]:
-    """Of the store, if it was used: what its memory holds, and how often that was enough."""
+    """A line about the store, if it was used: the content of its memory, and how often that was enough."""
     stats = next((one.get("stats") or {} for one in status.get("services", []) if one.get("kind") == "store"), {})
     parts = []
     if stats.get("bytes") or stats.get("faults"):

@@ -36,7 +36,7 @@ EXAMPLES = """
 
 
 class PsCommand(click.Command):
-    """Takes words that are no options, to say what is meant by them: `aios-ps aux`, `aios-ps 7`."""
+    """Accepts words that are no options, to report what the user probably meant: `aios-ps aux`, `aios-ps 7`."""
 
     allow_extra_args = True
 
@@ -170,7 +170,7 @@ def command(
 
 
 def _find(client: Client, everything: bool, dead: bool, pids: set[int], names: tuple[str, ...]) -> list[ProcInfo]:
-    """The processes that were asked for, in order of their pids. -p and -C together give those of both, as in ps."""
+    """The requested processes, in order of their pids. -p and -C together select those of both, as in ps."""
     asked = [Ps(all=True, name=name, dead=dead) for argument in names for name in argument.split(",") if name]
     if pids:
         asked.append(Ps(all=True, pids=sorted(pids), dead=dead))

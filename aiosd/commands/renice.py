@@ -25,7 +25,7 @@ NICE = edge.Whole(-20, 19, clamp=True)  # values beyond are taken for the neares
 
 
 class ReniceCommand(click.Command):
-    """Takes a negative value for no option: `aios-renice -5 7`."""
+    """Accepts a negative value, which would look like an option: `aios-renice -5 7`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and re.fullmatch(r"-[0-9]+", args[0]):

@@ -57,9 +57,9 @@ FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 JOB_CONTROL = (signal.SIGTSTP, signal.SIGCONT)
 FOREGROUND_POLL_S = 0.2  # between two checks: no signal reports that a running job was brought to the foreground
 STOP_PATIENCE_S = 1.0  # how long to wait for the agent's stop: a shell cannot stop while a child of its vfork runs
-LAST_OUTPUT_S = 2.0  # how long a slow reader of our stdout may take after the agent's end
+LAST_OUTPUT_S = 2.0  # how long a slow reader of stdout may take after the agent's end
 
-#: Who gives one of these by hand means another server than the gateway.
+#: Variables that name another server than the gateway, if the user sets one of them.
 OWN = ("OPENAI_", "CEREBRUM_KERNEL_URL")
 
 EXAMPLES = """
@@ -88,7 +88,8 @@ class RunCommand(click.Command):
 
 
 def split(args: Sequence[str], takes_value: set[str]) -> tuple[list[str], str, list[str]]:
-    """Split the words into our options, the kind ("file", "module" or "exec"), and what to run with its arguments."""
+    """Split the words into options of aios-run, the kind ("file", "module" or "exec"), and the program with its
+    arguments."""
     i = 0
     while i < len(args):
         arg = args[i]
@@ -288,7 +289,7 @@ def command(
 
 
 def _template(kind: str, preload: Sequence[str], python: str | None) -> wire.Template | None:
-    """From which process the agent is forked, None: from aiosd's own."""
+    """The template from which the agent is forked; None: from aiosd's own processes."""
     named = [name.strip() for words in preload for name in words.split(",")]
     if not named and python is None:
         return None
@@ -312,8 +313,8 @@ def _print_pid(pid: int) -> int:
 
 
 def _environment(variables: Sequence[str]) -> dict[str, str]:
-    """The agent's environment: ours, and what -e adds. If an agent runs this command, its channel is not passed on. A
-    name alone only says that a confined agent is to have that variable."""
+    """The agent's environment: this process's, and the variables of -e. If an agent runs this command, its channel is
+    not passed on. (A name without a value only lets a confined agent have that variable.)"""
     environment = dict(os.environ)
     for word in variables:
         key, equals, value = word.partition("=")
@@ -371,19 +372,19 @@ class Attachment:
         self.signals: list[int] = []  # received, not handled yet
         self.early: list[int] = []  # received before there was an agent
         self.relays: list[Relay] = []
-        self.outputs: list[Relay] = []  # those of them that bring what the agent writes
-        self.given: list[int] = []  # descriptors for the agent, which we close when it has them
+        self.outputs: list[Relay] = []  # the relays for the agent's output
+        self.given: list[int] = []  # descriptors for the agent, closed here when it has them
         self.master = -1  # of the pty
         self.raw: RawMode | None = None
         self.wakeup = -1
-        self.asked: Pending | None = None  # brings what the agent needs a person's approval for
+        self.asked: Pending | None = None  # the watch for the agent's asks
 
     def run(self) -> int:
         """Run the agent from spawn to end; returns the exit code."""
         self._catch_signals()
         try:
             self._connect_stdio()
-            self.asked = asks.watch(self.client, WatchAsks(attached=True))  # before: it may ask at once
+            self.asked = asks.watch(self.client, WatchAsks(attached=True))  # before the spawn: an ask may come at once
             spawned: Spawned = self._await(self.client.submit(Sys.SPAWN, self.spawn, self.given_fds), Spawned)
             self._agent_lives(spawned.pid)
             unseen.note_alone(self.spawn, spawned)
@@ -449,7 +450,7 @@ class Attachment:
             self._enter_raw_mode()
 
     def _enter_raw_mode(self) -> None:
-        """Once this process is in the foreground. Started with & it would be stopped for changing the terminal."""
+        """Enter raw mode when this process is in the foreground. In the background (&) it would be stopped for that."""
         if self.raw is not None and not self.raw.entered:
             from aiosd.commands import terminal
 
@@ -465,8 +466,8 @@ class Attachment:
                 self.given.append(opened)
 
     def _for_writing(self, number: int) -> int:
-        """The terminal at this descriptor, for writing only. One that cannot be opened again (of another user, after
-        su) is not given: what the agent writes comes through a pipe."""
+        """The terminal at this descriptor, opened for writing only. If it cannot be opened again (it belongs to another
+        user, after su), the agent does not get it: its output comes through a pipe."""
         try:
             return os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError:

@@ -95,7 +95,7 @@ class _Question:
     """A question on the last line, and the answer that is being typed."""
 
     text: str
-    act: Callable[[str], str]  # called with the answer, returns what to show; raises ValueError with what is wrong
+    act: Callable[[str], str]  # called with the answer, returns the text to show; raises ValueError with a sentence
     typed: str = ""
 
 
@@ -155,7 +155,7 @@ class _Screen:
         return min(ends) - now
 
     def _refresh(self) -> bool:
-        """Ask the system when it is time to, and receive its replies; True: there is a new picture."""
+        """Send requests when it is time to, and receive replies; True: there is a new picture."""
         self.client.pump()
         for call, text in [entry for entry in self.open if entry[0].final is not None]:
             self.open.remove((call, text))

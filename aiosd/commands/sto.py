@@ -1,4 +1,4 @@
-"""aios-sto: the files that agents keep in the store, for a person.
+"""aios-sto: agents' files in the store, for a person.
 
 $ aios-sto ls --of agent:planner
 VERSION  SIZE CHANGED          BY         PATH
@@ -264,7 +264,7 @@ def mounts(of: str) -> int:
 
 
 def _each(items: Iterable[Any], act: Callable[[Any], object]) -> int:
-    """Do it for all; one that fails keeps none of the others from it."""
+    """Call `act` for all items; if it fails for one, go on with the others."""
     failed = False
     for item in items:
         try:
@@ -277,7 +277,7 @@ def _each(items: Iterable[Any], act: Callable[[Any], object]) -> int:
 
 
 def _table(headers: TableRow, rows: Iterable[TableRow], right: int) -> None:
-    """The first `right` columns are figures; the last is not padded."""
+    """Print a table. The first `right` columns are figures; the last is not padded."""
     lines = [headers, *([edge.escaped(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     for line in lines:

@@ -185,7 +185,7 @@ def _readable() -> Iterator[Path]:
 
 
 def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
-    """The file is there when all of it is on the disk, and not before. One that exists is left alone."""
+    """Write a file. It gets its name when all of it is on the disk. An existing file is not overwritten."""
     if file.exists():
         raise edge.CommandFailed(f"{file}: exists already")
     if not file.parent.is_dir():

@@ -1,4 +1,4 @@
-"""What `aiosd status` prints: a few lines, or with -v all that the system reports."""
+"""Makes the text of `aiosd status`: a few lines, or with -v all figures that the system reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from aiosd.commands.edge import escaped
 from aiosd.units import format_duration, format_size
 
 LINE = 80  # characters in a line of the short form
-LABEL = 16  # at most in the column of names; a longer name has a line of its own
+LABEL = 16  # width of the column of names at most; a longer name has a line of its own
 
 
 def brief(found: dict[str, Any], machine: str = "") -> list[str]:
@@ -66,7 +66,7 @@ def _policy(found: dict[str, Any]) -> str:
 
 
 def _sandbox(found: dict[str, Any]) -> str:
-    """How agents are confined, and why no more than that is possible."""
+    """How agents are confined, and why a stronger level is not possible."""
     if not found:
         return ""
     default = str(found.get("default", ""))
@@ -80,14 +80,14 @@ def _sandbox(found: dict[str, Any]) -> str:
 
 
 def _granted(rest: dict[str, Any]) -> dict[str, Any]:
-    """How agents are confined, and what all of them may use nevertheless, in a row each."""
+    """How agents are confined, and the paths that all of them may use, in a row each."""
     sandbox = dict(rest.get("sandbox") or {})
     granted = sandbox.pop("every_agent", {})
     return {"sandbox": sandbox or ""} | {f"agents' {name}": paths for name, paths in granted.items()}
 
 
 def _access(found: dict[str, Any]) -> str:
-    """The rules, and what waits for a person."""
+    """The rules, and the asks that wait for a person."""
     parts = [f"{found.get(name)} {name}" for name in ("rules",) if found.get(name)]
     if found.get("always"):
         parts.append(f"{found['always']} allowed for all times")
@@ -150,7 +150,7 @@ def _model_of_route(model: dict[str, Any]) -> str:
 
 
 def _errors(service: dict[str, Any]) -> str:
-    """What a service that is ready could not do."""
+    """Errors of a service that is ready."""
     errors = (service.get("stats") or {}).get("errors") or {}
     first = next(iter(errors.items()), None)
     if first is None:
@@ -222,7 +222,7 @@ def _full_model(model: dict[str, Any]) -> list[str]:
     default = " (default)" if model.pop("default", False) else ""
     lines = [f"model {model.pop('name', '?')}{default}, {model.pop('state', '?')}, pid {model.pop('pid', '?')}"]
     rows = {"path": model.pop("path", info.get("path", ""))}
-    info.pop("route", None)  # a model that is started has none
+    info.pop("route", None)  # a started model has none
     if info.get("url"):
         rows = {"url": info["url"], "runs": f"{info.get('n_slots', '?')} requests at a time"}
         info = {}

@@ -46,7 +46,7 @@ def cpu_time(seconds: float) -> str:
 
 
 def lived_s(p: ProcInfo) -> float:
-    """How long it has lived, or did."""
+    """How long the agent has lived (until its end, if it is dead)."""
     return (p.ended or time.time()) - p.started
 
 

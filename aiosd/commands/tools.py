@@ -1,4 +1,4 @@
-"""aiosd tools: which tools agents have, and trying one.
+"""aiosd tools: lists the tools of agents, and calls one.
 
 $ aiosd tools
 NAME        SOURCE    WHAT IT DOES
@@ -84,7 +84,7 @@ def tools(name: str | None, arguments: tuple[str, ...], schema: bool, trust: boo
 
 
 def _show(result: Any) -> None:
-    """What was written while the tool ran has been shown; of a program only its exit code is left."""
+    """Show the result. Output was shown while the tool ran; of a program's result only the exit code is left."""
     if isinstance(result, dict) and set(result) == {"output", "exit_code"}:
         if result["exit_code"]:
             print(f"aiosd: exit code {result['exit_code']}", file=sys.stderr)

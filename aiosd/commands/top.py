@@ -87,7 +87,7 @@ def _batch(client: Client, view: View, iterations: int, delay: float) -> None:
 
 
 def sample(client: Client) -> Sample:
-    """Ask the system, and wait for its replies."""
+    """Request a sample from the system, and wait for the replies."""
     asked = client.submit(Sys.STATUS, Status())
     found = client.call(Sys.PS, Ps(all=True), list[ProcInfo])
     status = client.result(asked, dict)

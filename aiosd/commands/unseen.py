@@ -1,5 +1,5 @@
-"""What aios-run tells a person about the sandbox of its agent: which files that the person has named it cannot see, and
-which keys of the person's environment it has not got.
+"""Notes of aios-run for a person about the sandbox of an agent: files that the person has named and the agent cannot
+see, and keys of the person's environment that the agent has not got.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from libaios.wire import Spawn, Spawned
 
 MOST_LOOKED_AT = 64  # arguments
 MOST_SHOWN = 3
-#: In the cage these are an agent's own: writing there succeeds, and nothing of it is left.
+#: In the cage an agent has these folders of its own: writing there succeeds, but nothing of it is kept.
 PRIVATE = ("/tmp", "/dev/shm")
-#: Variables that others give an agent, or that are of no use to it.
+#: Variables that an agent gets anyway, or that are of no use to it.
 NOT_MISSED = ("AIOS", "OPENAI_", "CEREBRUM_", "OLLAMA_")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
 
 
 def note_alone(spawn: Spawn, spawned: Spawned) -> None:
-    """A script in the home folder itself does not bring the whole home into its sandbox."""
+    """Note that a script in the home folder itself does not get the whole home into its sandbox."""
     if spawned.sandbox != "none" and spawn.sandbox.alone:
         script = wire.os_shown(spawn.sandbox.own[0])
         folder = os.path.dirname(script)
@@ -44,7 +44,7 @@ def named_outside(spawn: Spawn, spawned: Spawned) -> list[str]:
 
 
 def note_files(named: list[str], pid: int, agent: dict[str, Any]) -> None:
-    """`agent`: as aios-inspect has it, and with it what settings grant."""
+    """Note files that the agent cannot see. `agent`: its report as in aios-inspect, with grants by settings."""
     from aiosd.sandbox import plan
 
     seen = plan.machine(plan.common_rules(sys.path)).system
@@ -58,7 +58,7 @@ def note_files(named: list[str], pid: int, agent: dict[str, Any]) -> None:
 
 
 def note_variables(spawn: Spawn, spawned: Spawned) -> None:
-    """After a program has failed: of a person's environment it may have missed a key."""
+    """After a program has failed: name keys of the person's environment that it may have missed."""
     if spawned.sandbox == "none" or wire.ENV_PID in os.environ:
         return
     from aiosd.sandbox import box
@@ -76,7 +76,7 @@ def _granted(wish: wire.Sandbox) -> list[str]:
 
 
 def _is_there(word: str, cwd: str) -> bool:
-    """Whether an argument names something that is there. Most are words, and options."""
+    """Whether an argument names an existing file. Most arguments are plain words or options."""
     try:
         return bool(word) and not word.startswith("-") and os.path.lexists(os.path.join(cwd, word))
     except (OSError, ValueError):

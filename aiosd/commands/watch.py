@@ -47,8 +47,8 @@ def _one_after_another(picture: Callable[[], list[str]], seconds: float) -> int:
 
 
 def _quits(keys: RawMode, until: float) -> bool:
-    """Wait for the time of the next picture; True: somebody has typed q. Keys that are typed for other programs, while
-    this one is in the background, are left to them."""
+    """Wait for the time of the next picture; True: the user has typed q. Keys that are typed for other programs, while
+    this one is in the background, are not read."""
     while (left := until - time.monotonic()) > 0:
         if not os.isatty(0) or not in_foreground(0):
             time.sleep(left)

@@ -10,10 +10,10 @@
 
     [[model]]                               AIOSD_MODEL (several: with ':' between), --model
     name = "writer"
-    path = "models/writer.gguf"             as seen from the folder of the file; or a name (`aiosd models`)
+    path = "models/writer.gguf"             relative to the folder of the file; or a name (`aiosd models`)
     slots = 4                               for this model alone
 
-    [[model]]                               one that another server runs, behind OpenAI's API
+    [[model]]                               a model on another server, with OpenAI's API
     url = "https://host/v1"
     model = "its-name-there"                --model NAME=https://host/v1#its-name-there
     key_file = "host.key"                   or "keyring:NAME": a key of that name in Linux's user keyring
@@ -36,14 +36,14 @@
     name = "web"
     sandbox = "flat"
     tokens = 1000000                        what they may use together, see aiosd.budgets.limits,
-    each = { time = "10m" }                 … and what each may that a person starts
+    each = { time = "10m" }                 … and what each agent that a person starts may use
 
 An unknown key is an error with its place, not silently ignored.
 
 keys.py       the only list of settings; file, environment and command line are all read with it
 values.py     readers of single settings
 file.py       aiosd.toml, table by table
-models.py     which models there are, and with which options
+models.py     the models, with the options of each; routes
 autostart.py  agents that start with the system
 """
 
@@ -96,12 +96,12 @@ class Settings:
     log_keep: int = 3  # full files of a log beside the one that is being written
     agents: tuple[AgentSpec, ...] = ()  # those that start with the system;
     sealed: int = -1  # … or a descriptor with them and the MCP servers, see `aiosd.ipc.sealed`,
-    sealed_digest: str = ""  # … and what tells whether these have changed
+    sealed_digest: str = ""  # … and a digest that shows whether these have changed
     ready_fd: int | None = None  # where to write one line, `ready …` or `error …`, for a starter that waits
     flags: Mapping[str, Any] = field(default_factory=dict)  # the values from the command line, for `reload`
     config: Path | None = None  # a file named on the command line
     cwd: str = "/"  # where relative paths on the command line start
-    # What came of the last SIGHUP: its number, settings that changed, settings that wait for a restart, or an error.
+    # The result of the last SIGHUP: its number, settings that changed, settings that wait for a restart, or an error.
     reread: Mapping[str, Any] = field(default_factory=dict)
     orphans: str = "kill"  # or "term": the first signal to a process that outlives its agent
     store_ram: int = 32 << 20
@@ -117,20 +117,20 @@ class Settings:
     embedder: ModelSpec | None = None  # the model that makes vectors of notes,
     embed_table: str = ""  # … or the file of a table that does
     services: tuple[ServiceSpec, ...] = ()  # besides the cores
-    gateway: Endpoint = field(default_factory=Endpoint)  # as it was asked for, …
+    gateway: Endpoint = field(default_factory=Endpoint)  # as requested, …
     door: Endpoint | None = None  # … and where it listens
     passages: Passages | None = None  # between aiosd's own processes
     sandbox: SandboxSettings = field(default_factory=SandboxSettings)  # of groups that `groups` does not name
     sandbox_chosen: bool = False  # its level was set by an option, a variable or a file
     groups: Mapping[str, SandboxSettings] = field(default_factory=dict)
-    access: AccessPolicy = field(default_factory=AccessPolicy)  # what agents may do, …
-    access_warnings: tuple[str, ...] = ()  # … and which rules never decide
+    access: AccessPolicy = field(default_factory=AccessPolicy)  # the rules, …
+    access_warnings: tuple[str, ...] = ()  # … and warnings about rules that never decide
     budgets: Mapping[str, GroupLimits] = field(default_factory=dict)  # of groups
     soft_limit: int = 0  # percent of a budget at which its agent gets a message
     strict: bool = False  # no agent is confined less than in the cage
 
     def schedule(self) -> Schedule:
-        """The settings that cores get."""
+        """The settings for cores."""
         return Schedule(self.policy, *self.quantum, dict(self.shares))
 
 
@@ -145,10 +145,10 @@ def load(
     cwd: str | None = None,
     locate: Locate | None = None,
 ) -> Settings:
-    """Settings from everywhere. `flags` holds what was given on the command line, by key, and `model`: a list of
-    `[NAME=]MODEL`, paths or names that `locate` knows (None: `found.find`); it may fetch what is not here, which only a
-    command may do. Raises UsageError that names the place of what is wrong."""
-    # Here, because the process from which agents are forked has settings, and has them read in another one (`apart`).
+    """Settings from all sources. `flags`: the values from the command line, by key, and `model`: a list of
+    `[NAME=]MODEL`, paths or names that `locate` finds (None: `found.find`); `locate` may fetch missing models, which
+    only a command may do. Raises UsageError that names the place of the error."""
+    # Imported here, because the process from which agents are forked has the settings read in another one (`apart`).
     from aiosd.config import file as toml
     from aiosd.config import models as of_models
     from aiosd.models import found
@@ -224,14 +224,14 @@ def load(
 
 
 def seal(settings: Settings, fd: int) -> Settings:
-    """With agents and MCP servers of the file in `fd` instead: the supervisor's memory must not have their keys."""
+    """The settings with agents and MCP servers moved into `fd`: the supervisor's memory must not have their keys."""
     content = sealed.write(fd, settings.agents, settings.mcp_servers)
     shown = digest.of(content).hex()
     return dataclasses.replace(settings, agents=(), mcp_servers={}, sealed=fd, sealed_digest=shown)
 
 
 def agents_of(settings: Settings) -> tuple[AgentSpec, ...]:
-    """Those that start with the system."""
+    """The agents that start with the system."""
     return settings.agents if settings.sealed < 0 else sealed.agents(settings.sealed)
 
 
@@ -250,7 +250,7 @@ def reload(settings: Settings) -> tuple[Settings, list[str]]:
 
 
 def reload_and_report(settings: Settings) -> Settings:
-    """The same, with what came of it in `reread`. Settings that cannot be read change nothing."""
+    """The same, with the result in `reread`. Settings that cannot be read change nothing."""
     report: dict[str, Any] = {"number": settings.reread.get("number", 0) + 1, "changed": [], "after_restart": []}
     report["error"] = ""
     new = settings
@@ -266,7 +266,7 @@ def reload_and_report(settings: Settings) -> Settings:
 
 
 def change(settings: Settings, name: str, text: str) -> Settings:
-    """With one of LIVE set anew, as the command line would. Raises ValueError with a sentence."""
+    """The settings with one of LIVE changed, given as on the command line. Raises ValueError with a sentence."""
     from aiosd.config import file as toml
 
     name = name.replace("-", "_")
@@ -281,7 +281,7 @@ def change(settings: Settings, name: str, text: str) -> Settings:
 
 
 def show(settings: Settings, name: str) -> str:
-    """One of LIVE, as on the command line."""
+    """The value of one of LIVE, as on the command line."""
     value = getattr(settings, LIVE[name.replace("-", "_")])
     if isinstance(value, tuple):
         return ",".join(f"{part:g}" for part in value)
@@ -309,7 +309,7 @@ def _working_directory() -> str:
 
 
 def _tool_files(names: Sequence[str], folder: str) -> tuple[str, ...]:
-    """Their whole paths. Raises UsageError for one that is not there."""
+    """The full paths of tool files. Raises UsageError if one is missing."""
     paths = [os.path.abspath(os.path.join(folder, os.path.expanduser(name))) for name in names]
     for name in paths:
         if not name.endswith(".py") or not os.path.isfile(name):

@@ -1,20 +1,20 @@
-"""Agents that start with the system: what stands under [[agent]] in aiosd.toml.
+"""Agents that start with the system: the tables [[agent]] of aiosd.toml.
 
     [[agent]]
     name = "planner"                  in aios-ps; else that of the script, as with aios-run
     file = "agents/planner.py"        or module = "my.planner", or command = "node planner.js" or a list of words
     args = ["--fast"]
-    cwd = "agents"                    as seen from the folder of aiosd.toml, which is also what it is without
+    cwd = "agents"                    relative to the folder of aiosd.toml, which is the default
     nice = 5
     group = "web"
     tokens = 100000                   budgets: tokens, time (60, "10m"), memory ("512M"), … see aiosd.budgets.limits
     restart = "on-failure:3"          see aiosd.init.restart
     env = { PLAN = "day" }            beside the environment that aiosd has
     sandbox = "flat"                  also net, read, write: see aiosd.sandbox.boxgroups
-    preload = "openai,my.tools"       forked from a process that has imported these, of the interpreter or environment
-    python = "venv"                   … that is named here, else of aiosd's
+    preload = "openai,my.tools"       forked from a process that has imported these, in the interpreter or environment
+    python = "venv"                   … that is named here, else in aiosd's
 
-`READERS` checks one such table key by key, `read` as a whole; `spawn` makes of it what `aios-run -d` would send.
+`READERS` checks one such table key by key, `read` as a whole; `spawn` makes the call that `aios-run -d` would send.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from aiosd.init import restart
 from aiosd.sandbox import boxgroups
 from libaios import sandbox, template, wire
 
-KINDS = {"file": "file", "module": "module", "command": "exec"}  # a key, and what wire.Spawn calls it
+KINDS = {"file": "file", "module": "module", "command": "exec"}  # a key, and its name in wire.Spawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class AgentSpec:
 
 
 def spawn(spec: AgentSpec, environ: Mapping[str, str], umask: int = 0o022) -> wire.Spawn:
-    """The system call that starts it, in the environment `environ` and what the file adds to it."""
+    """The system call that starts the agent, in the environment `environ` with the variables of the file."""
     env = {key: value for key, value in environ.items() if key not in (wire.ENV_CHANNEL, wire.ENV_PID)}
     return wire.Spawn(
         kind=spec.kind,
@@ -75,7 +75,7 @@ def spawn(spec: AgentSpec, environ: Mapping[str, str], umask: int = 0o022) -> wi
 
 
 def read(values: Mapping[str, Any], folder: str) -> AgentSpec:
-    """One agent of its keys, each of which has been read by its reader. ValueError with a sentence."""
+    """Make an agent from its values, each of which its reader has checked. Raises ValueError with a sentence."""
     given = [key for key in KINDS if key in values]
     if len(given) != 1:
         found = f", not {' and '.join(given)}" if given else ""
@@ -112,7 +112,7 @@ def read(values: Mapping[str, Any], folder: str) -> AgentSpec:
 
 
 def _template(kind: str, values: Mapping[str, Any], folder: str) -> wire.Template | None:
-    """The process from which it is forked, None: aiosd's own."""
+    """The template from which it is forked; None: aiosd's own processes."""
     if "preload" not in values and "python" not in values:
         return None
     if "preload" not in values or kind == "exec":
@@ -205,7 +205,7 @@ def _restart(value: Any) -> restart.RestartPolicy:
     return restart.parse(value)
 
 
-#: Every key of [[agent]], and what makes its value of what TOML gave, or raises ValueError.
+#: Every key of [[agent]], with the function that makes its value from that of TOML, or raises ValueError.
 READERS: dict[str, Callable[[Any], Any]] = {
     "file": _one_word,
     "module": _one_word,

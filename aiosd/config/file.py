@@ -1,4 +1,4 @@
-"""aiosd.toml: its tables, checked key by key. What is wrong is named with its line."""
+"""aiosd.toml: its tables, checked key by key. Errors have the number of the line."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def read(path: Path, must_exist: bool) -> ConfigFile:
 
 
 def access_of(path: Path, file: ConfigFile, more_tools: bool) -> tuple[AccessPolicy, tuple[str, ...]]:
-    """What agents may do. `more_tools`: there are tools whose names are not known yet."""
+    """The rules about agents. `more_tools`: there are tools whose names are not known yet."""
     if file.access is None:
         return AccessPolicy(), ()
     names = access_table.Names(BUILT_IN_KINDS, file.servers, more_tools)
@@ -138,7 +138,7 @@ def meant(name: str, known: set[str]) -> str:
 
 
 def _line(text: str, name: str, first: int = 0) -> int:
-    """The number of the line at or after `first` that sets `name`. tomllib does not tell where a key stood."""
+    """The number of the line at or after `first` that sets `name`. tomllib does not report the place of a key."""
     lines = text.splitlines()
     pattern = re.compile(rf"""\s*\[*\s*(?:\w+\s*\.\s*)?["']?{re.escape(name)}["']?\s*[]=.]""")
     for number in range(max(first, 1), len(lines) + 1):
@@ -148,7 +148,7 @@ def _line(text: str, name: str, first: int = 0) -> int:
 
 
 def _line_of_table(text: str, name: str, number: int) -> int:
-    """Where the `number`th [[name]] begins."""
+    """The line in which the `number`th [[name]] begins."""
     starts = [n for n, line in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[\[\s*{name}\s*\]\]", line)]
     return starts[number - 1] if number <= len(starts) else 1
 

@@ -48,7 +48,7 @@ class Key:
     help: str
     default: Any = None
     per_model: bool = False  # belongs to a ModelSpec; may stand in [[model]]
-    many: bool = False  # on the command line it may be given again and again; the value is a tuple
+    many: bool = False  # on the command line it may be repeated; the value is a tuple
 
     @property
     def env(self) -> str:
@@ -56,7 +56,7 @@ class Key:
 
     @property
     def words(self) -> list[str]:
-        """What there is to choose from, where that is written down."""
+        """The possible values, if they are listed in `shown`."""
         return [word for word in self.metavar.split("|") if word.islower()] if "|" in self.metavar else []
 
     @property
@@ -64,7 +64,7 @@ class Key:
         return "--" + self.name.replace("_", "-")
 
 
-#: How the file of a table of vectors ends (`aiosd.store.static`).
+#: The suffix of the file of a table of vectors (`aiosd.store.static`).
 TABLE_SUFFIX = ".vectors"
 
 KEYS = (

@@ -1,4 +1,4 @@
-"""Which models there are: from words such as NAME=PATH and from tables, with the options of each; and routes."""
+"""The models of the settings: from words such as NAME=PATH and from tables, with the options of each; and routes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def read_model(
 def embedder(
     word: str, values: Mapping[str, Any], given: set[str], locate: found.Locate, folder: str, home: Home
 ) -> tuple[str, ModelSpec | None]:
-    """What makes vectors, as `embed_model` has it: the file of a table, or a model; or neither."""
+    """The embedder that `embed_model` names: the file of a table, or a model; or neither."""
     if not word:
         return "", None
     if word.endswith(TABLE_SUFFIX):
@@ -68,7 +68,7 @@ def embedder(
 
 
 def with_paths(values: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Those of the values that hold paths, with full ones, as seen from this folder."""
+    """The values that are paths, made absolute from this folder."""
     found: dict[str, Any] = {}
     if values.get("lora"):
         found["lora"] = tuple(
@@ -81,14 +81,14 @@ def with_paths(values: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def refuse_for_many(values: Mapping[str, Any], count: int) -> None:
-    """What fits one model only must be said of that model."""
+    """Refuse general options that fit one model only: they must be given for that model."""
     for name in ("lora", "chat_template_file"):
         if count > 1 and values[name]:
             raise UsageError(f"{BY_NAME[name].flag}: with {count} models, write it under [[model]] in aiosd.toml")
 
 
 def word_of(table: Mapping[str, Any]) -> str:
-    """What `--model` would be for a [[model]]."""
+    """The value of `--model` that would stand for a [[model]]."""
     return table["path"] if "path" in table else f"{table['url']}#{table['model']}"
 
 

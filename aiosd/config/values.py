@@ -1,4 +1,4 @@
-"""Readers of single settings: each converts a string or a TOML value to what it stands for, or raises ValueError."""
+"""Readers of single settings: each converts a string or a TOML value to the setting's value, or raises ValueError."""
 
 from __future__ import annotations
 

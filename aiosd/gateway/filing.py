@@ -136,7 +136,7 @@ _OPERATIONS: dict[str, Callable[[HttpRequest, dict[str, Any]], Awaitable[str]]] 
 }
 
 
-# ── for a model that chooses file operations ──────────────────────────────────────────────────────────────────
+# ── for a model that chooses file operations ──────────────────────────────────────────────────────────────
 
 PARSER = "You turn instructions about files into calls of the tools that you have, and do nothing else."
 _PATH = {"file_path": {"type": "string", "description": "path of the file"}}

@@ -1,7 +1,7 @@
-"""Agents, as the supervisor has them: their births, their starts again, signals to them, their ends.
+"""The supervisor's part of agents: their births, their restarts, signals to them, their ends.
 
-What a kernel asks for is carried out once, whichever kernel asks, and however often (`Memo`). A spawn is answered when
-the new process has reported that it runs (`births`).
+A request from a kernel is carried out once, whichever kernel sends it, and however often (`Memo`). A spawn is answered
+when the new process has reported that it runs (`births`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from libaios.home import Home
 logger = logging.getLogger("supervisor")
 
 RING_BYTES = 1 << 16  # of each direction between an agent and the kernel
-ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # signals that ask an agent to end
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)  # signals that request an agent's end
 Spare = tuple[int, socket.socket]
 
 
@@ -77,7 +77,7 @@ class AgentSupervisor:
         return [child for child in self._children.values() if isinstance(child, Agent)]
 
     def look(self, fd: int) -> None:
-        """Something has come through this descriptor; a new process may have reported."""
+        """Handle an event of this descriptor: a new process may have reported."""
         self._births.look(fd)
 
     # ── births ────────────────────────────────────────────────────────────────────────────────────────────
@@ -113,7 +113,7 @@ class AgentSupervisor:
         kept = [os.dup(fd) for fd in fds]
 
         def over() -> bool:
-            """Whether the kernel that waits for it is still there: another one knows nothing of it."""
+            """Whether the kernel that sent this order still waits for it. (Another kernel has no record of it.)"""
             return self._orders.pop(spec.key, -1) == self._link.epoch and not self.stopping
 
         def done(ospid: int, sock: socket.socket) -> None:
@@ -142,8 +142,8 @@ class AgentSupervisor:
             raise
 
     def _born(self, birth: Birth) -> None:
-        """An agent runs, or cannot start: the kernel gets its reply, unless the agent has rung for it. A kernel that
-        was forked during the birth has inherited the agent, and asks again."""
+        """An agent runs, or cannot start: send the kernel its reply, unless the agent has rung for it. A kernel that
+        was forked during the birth has inherited the agent, and sends its request again."""
         agent, epoch = birth.agent, self._link.epoch
         doors = (agent.door, *agent.gates) if agent.door >= 0 else ()
         if agent.restarts is not None and agent.restarts.total:
@@ -165,7 +165,7 @@ class AgentSupervisor:
                 os.unlink(agent.log)
 
     def _born_again(self, birth: Birth, doors: tuple[int, ...]) -> None:
-        """The same when it was started again. If it cannot start, it ends now, which is handled like any other end."""
+        """The same for a restart. If the agent cannot start, it ends now, which is handled like any other end."""
         agent, epoch = birth.agent, self._link.epoch
         if birth.refusal is not None:
             doors = ()
@@ -181,7 +181,7 @@ class AgentSupervisor:
         log_path = os.path.join(self._home.texts["logs"], f"{pid}.log") if spec.detached else ""
         policy = restart.parse(spec.restart)
         again = policy.when is not restart.When.NO
-        kept = again or spec.sandbox != "none"  # else nothing in it is needed any more
+        kept = again or spec.sandbox != "none"  # else its letter is not needed any more
         letter = os.dup(fds[0]) if kept else -1
         try:
             ospid, report, memfd, bell = self._start(spec, pid, fds, log_path, spare)
@@ -211,7 +211,7 @@ class AgentSupervisor:
         self._link.send(link.Forking(_forked(spec.key, agent)), (memfd, bell))
 
     def _enrol(self, spec: link.Fork, fds: list[int]) -> None:
-        """An agent without a process: a record, for the next kernel."""
+        """Add an agent without a process: a record, for the next kernel."""
         pid, now = self._pids.next(), time.monotonic()
         agent = Agent(
             pid=pid,
@@ -234,8 +234,8 @@ class AgentSupervisor:
     def _start(
         self, spec: link.Fork, pid: int, fds: list[int], log_path: str, spare: Spare | None = None
     ) -> tuple[int, socket.socket, int, int]:
-        """`fds`: its letter, and what was given as its stdin, stdout and stderr. Returns its Linux pid, the socket of
-        its report, and its channel: memfd and the kernel's end of the bell."""
+        """Start an agent's process. `fds`: its letter, and its stdin, stdout and stderr, if given. Returns its Linux
+        pid, the socket of its report, and its channel: memfd and the kernel's end of the bell."""
         letter, *given = fds
         stdio, opened = self._stdio(spec, given, log_path)
         try:
@@ -282,7 +282,7 @@ class AgentSupervisor:
 
     def _restart(self, agent: Agent, spare: Spare | None = None) -> None:
         ospid, report, agent.memfd, agent.bell = self._start(agent.spec, agent.pid, [agent.letter], agent.log, spare)
-        agent.ospid, agent.forked_at, agent.told_to_end = ospid, time.monotonic(), False
+        agent.ospid, agent.forked_at, agent.got_term = ospid, time.monotonic(), False
         self._children[ospid] = agent
         self._births.expect(Birth(agent, report, self._link.epoch))
 
@@ -295,8 +295,8 @@ class AgentSupervisor:
         agent.again = self._timers.after(seconds, lambda: self._start_again(agent))
 
     def _signal_waiting(self, agent: Agent, number: int) -> None:
-        """To an agent that waits to be started again: what would end it ends the wait, STOP and CONT hold it. One that
-        has no process at all ends in the same way."""
+        """A signal to an agent that waits to be started again: one that would end it ends the wait, STOP and CONT hold
+        the wait. An agent that never has a process ends in the same way."""
         if number in (*ENDING, signal.SIGKILL):
             agent.last_status = -number if agent.spec.outside else agent.last_status
             self._end_waiting(agent)
@@ -318,7 +318,7 @@ class AgentSupervisor:
         self._link.send(link.ChildExited(agent.pid, agent.status))
 
     def _stdio(self, spec: link.Fork, fds: list[int], log_path: str) -> tuple[tuple[int, int, int], list[int]]:
-        """stdin, stdout, stderr of a new agent, and those of them that we opened and must close."""
+        """stdin, stdout, stderr of a new agent, and those of them that were opened here and must be closed."""
         if len(fds) >= 3 and (spec.tty or not spec.detached):  # a detached one's terminal is held by a client
             return (fds[0], fds[1], fds[2]), []
         opened: list[int] = []
@@ -355,7 +355,7 @@ class AgentSupervisor:
             self._signal_waiting(agent, message.signal)
             return
         if message.signal in ENDING:
-            agent.told_to_end = True
+            agent.got_term = True
         agent.meant = agent.meant or message.signal in (*ENDING, signal.SIGKILL)
         if message.signal == signal.SIGSTOP:
             # The agent itself first, the rest when it has stopped (see `_child_stopped`): a process between vfork and
@@ -387,7 +387,7 @@ class AgentSupervisor:
             raise Bug(f"agent {agent.pid} forgotten while alive")
 
     def stopped(self, agent: Agent, stopped: bool) -> None:
-        """It has stopped or continued: do the same to all that it started, whatever caused it."""
+        """An agent has stopped or continued: do the same to all processes that it started, whatever the cause."""
         agent.stopped = stopped
         signal_tree(agent.ospid, signal.SIGSTOP if stopped else signal.SIGCONT)
         self._link.send(link.ChildStopped(agent.pid, stopped))
@@ -405,7 +405,7 @@ class AgentSupervisor:
             os.close(fd)
         agent.gates = ()
         agent.ended, agent.stopped = time.time(), False
-        self._orphans.agent_ended(agent.ospid, agent.told_to_end)
+        self._orphans.agent_ended(agent.ospid, agent.got_term)
         wait_s = self._wait_before_restart(agent, status)
         if wait_s is None:
             agent.status = status
@@ -427,18 +427,18 @@ class AgentSupervisor:
     # ── all of them ───────────────────────────────────────────────────────────────────────────────────────────
 
     def stop(self) -> None:
-        """The system stops: none is started any more, and those that live get TERM."""
+        """The system stops: start no agent any more, and send TERM to live ones."""
         self.stopping = True
         self._spares.dismiss()
         for agent in [agent for agent in self.records.values() if agent.status is None and not agent.ospid]:
             self._end_waiting(agent)
         for agent in self.live():
-            agent.told_to_end = True
+            agent.got_term = True
             signal_tree(agent.ospid, signal.SIGTERM)
             signal_tree(agent.ospid, signal.SIGCONT)  # a stopped agent must be able to act on its TERM
 
     def kill(self) -> int:
-        """Returns how many there were."""
+        """Kill all agents; returns their number."""
         live = self.live()
         for agent in live:
             signal_tree(agent.ospid, signal.SIGKILL)
@@ -450,7 +450,7 @@ def _forked(key: CallKey, agent: Agent) -> link.Forked:
 
 
 def _drop(agent: Agent) -> None:
-    """The letter of an agent that is not started again."""
+    """Close the letter of an agent that is not started again."""
     if agent.letter >= 0:
         os.close(agent.letter)
         agent.letter = -1

@@ -1,8 +1,8 @@
-"""Doing something in a process of its own, so that nothing of it stays in this process's memory.
+"""Runs a function in a process of its own, so that none of its data stay in this process's memory.
 
-What a Python process has read once is found in its memory for long, in freed blocks too. The settings name secrets of
+Data that a Python process has read stay in its memory for long, in freed blocks, too. The settings contain secrets of
 agents that start with the system, and all agents begin with a copy of the memory of aiosd's first processes. So these
-let a child read them.
+processes let a child read the settings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def run(make: Callable[[], T]) -> T:
-    """What `make` returns in a forked child, or raises there; both must be picklable."""
+    """Run `make` in a forked child; returns its result, or raises its exception. Both must be picklable."""
     fd = os.memfd_create("aios-apart")
     try:
         child = os.fork()
@@ -46,6 +46,6 @@ def _outcome(make: Callable[[], object]) -> tuple[bool, object]:
     except BaseException as err:
         try:
             pickle.loads(pickle.dumps(err))
-        except Exception:  # an exception that cannot be sent: its traceback can
+        except Exception:  # if the exception cannot be sent, its traceback is
             return False, Bug(traceback.format_exc())
         return False, err

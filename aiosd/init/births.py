@@ -2,8 +2,8 @@
 
 A child looks up its folder and its program itself (see `birth.report` for the reason), which takes as long as the file
 system needs. The supervisor does not wait; the report is an event of its loop like any other. A child that has not
-reported after `PATIENCE_S` is killed, and its spawn fails. One that is stopped has more time: it may have been stopped
-between its ring, after which anyone can signal it, and its report.
+reported after `PATIENCE_S` is killed, and its spawn fails. A child that is stopped has more time: it may have been
+stopped between its ring, after which any process can signal it, and its report.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ PATIENCE_S = 30.0
 class Birth:
     agent: Agent
     report: socket.socket
-    epoch: int  # of the kernel of its beginning; a later one has inherited the agent
-    claimed: int = 0  # the epoch of the kernel that has asked once more, and waits for a reply
-    rung: bool = False  # the agent runs, and has rung for the kernel of its beginning
+    epoch: int  # of the kernel at its beginning; a later one has inherited the agent
+    claimed: int = 0  # the epoch of the kernel that sent the request again, and waits for a reply
+    rung: bool = False  # the agent runs, and has rung for the kernel at its beginning
     refusal: Refusal | None = None  # if the agent cannot start; its descriptor is open during `over`
     timer: Timer | None = None
 
@@ -81,8 +81,8 @@ class Births:
             self._end(birth, None)
 
     def ended(self, agent: Agent) -> None:
-        """Its process has ended: what it has reported before is all that will come. (The end of its socket may come
-        later: a process that was forked beside it holds a copy until it first runs.)"""
+        """Its process has ended: there will be no more reports than it has sent before. (The end of its socket may be
+        noticed later: a process that was forked at the same time has a copy until it first runs.)"""
         for fd, birth in list(self._by_fd.items()):
             if birth.agent is agent:
                 self.look(fd)

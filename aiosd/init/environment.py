@@ -1,9 +1,9 @@
-"""The environment in which aiosd was started, out of the agents' sight.
+"""Hides the environment in which aiosd was started from agents.
 
 There are secrets in it, such as the user's API keys, and every agent begins as a copy of the supervisor's memory. So
-the supervisor writes it to a memfd, and overwrites what is no setting of aiosd and of no use to itself: in the objects
-of Python and in the strings of the C library. The kernel and the services, which pass it on to agents that start with
-the system, and to programs that they run, read it again.
+the supervisor writes the environment to a memfd, and overwrites all variables that it does not need and that are no
+settings of aiosd: in Python's objects and in the strings of the C library. The kernel and the services, which pass
+variables on to agents that start with the system and to programs that they run, read them again from the memfd.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from aiosd.birth.fork import LIBC
 from aiosd.sandbox.box import VARIABLES
 
-#: Besides those that any confined agent gets.
+#: Variables that stay, besides those that any confined agent gets.
 _KEPT = (*VARIABLES, "HOME", "TMPDIR", "XDG_*", "NOTIFY_SOCKET", "LD_PRELOAD", "SSL_CERT_*")
 _LENGTH = 4  # bytes, before each name and value
 _BYTES_HEAD = bytes.__basicsize__ - 1  # of a bytes object, before its content
@@ -24,7 +24,7 @@ _environ = ctypes.POINTER(ctypes.c_void_p).in_dll(LIBC, "environ")
 
 
 def hide() -> int:
-    """Keep the environment in a memfd, which is returned, and forget it here. No copy of a value is made."""
+    """Keep the environment in a memfd, which is returned, and erase it here. No copy of a value is made."""
     fd = os.memfd_create("aios-environment")
     values: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
     for name, value in values.items():
@@ -32,7 +32,7 @@ def hide() -> int:
     hidden = {name for name in values if not _is_kept(os.fsdecode(name))}
     _overwrite_strings(hidden)
     for name in hidden:
-        if len(values[name]) > 1:  # those of one byte are shared by all of Python, and no secret
+        if len(values[name]) > 1:  # values of one byte are shared by all of Python, and are no secrets
             _overwrite(id(values[name]) + _BYTES_HEAD, len(values[name]))
         os.unsetenv(name)
         del values[name]
@@ -40,7 +40,7 @@ def hide() -> int:
 
 
 def restore(fd: int) -> None:
-    """In one of aiosd's own processes: have all of it again."""
+    """Restore the whole environment, in one of aiosd's own processes."""
     content = os.pread(fd, os.fstat(fd).st_size, 0)
     words, at = [], 0
     while at < len(content):
@@ -55,7 +55,7 @@ def _is_kept(name: str) -> bool:
 
 
 def _overwrite_strings(names: set[bytes]) -> None:
-    """The values in the C library's array of `NAME=value`, which also lie where Linux put them at the start."""
+    """Overwrite the values in the C library's array of `NAME=value`, and where Linux put them at the start."""
     at = 0
     while address := _environ[at]:
         entry = ctypes.string_at(address, _length_of_name(address))

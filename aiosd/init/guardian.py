@@ -77,7 +77,8 @@ def prepare(home: Home) -> None:
 
 
 def _check_private(folder: Path) -> None:
-    """Also for root: another user who owns the folder controls its files, and where its links lead."""
+    """Check a folder's owner and mode. Also for root: another owner would control its files, and where its links
+    lead."""
     me = os.getuid()
     link, found = os.lstat(folder), os.stat(folder)
     if found.st_uid != me or link.st_uid not in (me, 0):
@@ -88,7 +89,7 @@ def _check_private(folder: Path) -> None:
 
 
 def take_lock(home: Home) -> int:
-    """The home is ours as long as the returned descriptor is open, here or in the supervisor."""
+    """Take the lock of the home. It is held as long as the returned descriptor is open, here or in the supervisor."""
     fd = os.open(home.data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,7 +103,7 @@ def take_lock(home: Home) -> int:
 
 
 def bind(home: Home) -> socket.socket:
-    """Listen on the control socket. An existing one belongs to a dead aiosd, because we hold the lock.
+    """Listen on the control socket. An existing one belongs to a dead aiosd, because this process holds the lock.
 
     The folder is reached through /proc/self/fd, because a socket's path is limited to 107 bytes.
     """
@@ -162,9 +163,9 @@ def _watch(supervisor: int, heart: Heart) -> int:
 
 
 def _is_refused(info: signal.struct_siginfo, supervisor: int) -> bool:
-    """Processes that agents have started may not stop the system. But a sender that has already ended is obeyed: Linux
-    no longer knows its parent, and a user's `kill` or `pkill` has always ended by now. So an agent's `kill` can stop
-    the system. (An agent runs as the same user, and could send KILL just as well.)"""
+    """Whether a signal is refused: processes that agents have started may not stop the system. But a sender that has
+    already ended is obeyed: Linux no longer knows its parent, and a user's `kill` or `pkill` has always ended by now.
+    So an agent's `kill` can stop the system. (An agent runs as the same user, and could send KILL just as well.)"""
     number, sender = info.si_signo, info.si_pid
     what = f"{signals.signal_name(number)} {signals.describe_sender(sender)}"
     if not sender:  # Linux itself (Ctrl-C, a closed terminal), or a sender outside of the container

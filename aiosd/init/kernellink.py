@@ -1,4 +1,4 @@
-"""The supervisor's link to the kernel of the moment."""
+"""The supervisor's link to the current kernel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from libaios.stream import FrameSocket
 
 
 class KernelLink:
-    """Without a kernel nothing that is sent is lost: the next one inherits the records. A kernel that has just died may
-    have left messages, so the link stays open until all of them are read."""
+    """The link. While there is no kernel nothing that is sent is lost, because the next one inherits the records. A
+    kernel that has just died may have left messages, so the link stays open until all of them are read."""
 
     def __init__(self, epoll: select.epoll, kernel: SystemProcess) -> None:
         self._epoll = epoll
@@ -46,11 +46,11 @@ class KernelLink:
             pass  # it has just died
 
     def receive(self) -> Iterator[tuple[link.ToSupervisor, list[int]]]:
-        """What it has sent. The descriptors that come with a message are the caller's to close."""
+        """The messages that have come. The caller must close the descriptors that come with them."""
         frames = self._frames
         if frames is None:
             return
-        with contextlib.suppress(OSError):  # it died; what it has sent is still handled
+        with contextlib.suppress(OSError):  # the kernel died; its messages are still handled
             if self._kernel.ospid:
                 frames.flush()
         try:

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def ready(settings: Settings, line: str, notes: Sequence[str] = ()) -> None:
-    _tell_starter(settings, f"ready {line}\n" + "".join(f"{note}\n" for note in notes))
+    _notify_starter(settings, f"ready {line}\n" + "".join(f"{note}\n" for note in notes))
     _sd_notify(f"READY=1\nSTATUS={line}\n")
 
 
 def failed(settings: Settings, error: str) -> None:
-    _tell_starter(settings, f"error {error}\n")
+    _notify_starter(settings, f"error {error}\n")
     _sd_notify(f"STATUS={error}\n")
 
 
@@ -26,7 +26,7 @@ def stopping(settings: Settings) -> None:
     _sd_notify("STOPPING=1\n")
 
 
-def _tell_starter(settings: Settings, lines: str) -> None:
+def _notify_starter(settings: Settings, lines: str) -> None:
     """Write lines to the descriptor that `aiosd -d` reads, then close it."""
     if settings.ready_fd is None:
         return

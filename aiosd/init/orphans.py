@@ -1,9 +1,9 @@
-"""Orphans: processes that a dead agent had started, and that are now children of the supervisor.
+"""Orphans: processes that a dead agent had started, and that are children of the supervisor now.
 
 An orphan is killed, because no agent is charged for it any more, and no signal to an agent stops it. It is killed at
 once (unlike `setsid` children of a closed terminal), unless its agent was ended by TERM: then the agent's other
-processes got TERM too (`sh -c 'server; true'` is a shell around a server), and have `grace_s` to end in order. With
-`orphans = "term"` in the settings every orphan gets TERM first, and that time.
+processes got TERM, too (`sh -c 'server; true'` is a shell around a server), and have `grace_s` to end in order. With
+`orphans = "term"` in the settings every orphan first gets TERM and `grace_s`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from aiosd.timers import Timer, Timers
 logger = logging.getLogger("supervisor")
 
 FEW = 5  # orphans that the log names one by one
-COST_SHARE = 0.05  # at most this part of the time is spent on looking for orphans
+COST_SHARE = 0.05  # at most this part of the time is spent on searches for orphans
 
 
 class Orphans:
@@ -34,35 +34,37 @@ class Orphans:
         self._grace_s = grace_s
         self._term_first = term_first
         self._spared: dict[int, float] = {}  # orphans that still have time to end, each with its deadline
-        self._told: dict[int, float] = {}  # sessions of agents that ended after a TERM, and how long that is remembered
-        self._due: Timer | None = None  # the next look
-        self._deadline: Timer | None = None  # when the time of the first of these is over
-        self._cost_s = 0.0  # of the last look
-        self._left: list[tuple[int, str]] = []  # killed in this look: Linux pid and name
+        self._terminated: dict[int, float] = {}  # sessions of agents that ended after a TERM, and until when
+        self._due: Timer | None = None  # the next search
+        self._deadline: Timer | None = None  # when the time of the first spared orphan is over
+        self._cost_s = 0.0  # processor seconds of the last search
+        self._left: list[tuple[int, str]] = []  # killed in this search: Linux pid and name
 
-    def agent_ended(self, ospid: int, told_to_end: bool) -> None:
-        """An agent has ended; the processes it left are our children now. Every agent has its own session."""
-        if told_to_end:
-            self._told[ospid] = self._timers.clock() + self._grace_s
+    def agent_ended(self, ospid: int, got_term: bool) -> None:
+        """An agent has ended; the processes it left are children of the supervisor now. Every agent has its own
+        session."""
+        if got_term:
+            self._terminated[ospid] = self._timers.clock() + self._grace_s
         self._look_after(self._cost_s / COST_SHARE)
 
     def ended(self) -> None:
-        """An orphan has ended; the processes it left, or forked while it was killed, are our children now."""
+        """An orphan has ended; processes that it left, or forked while it was killed, are children of the supervisor
+        now."""
         self._look_after(self._cost_s / COST_SHARE)
 
     def any(self) -> bool:
-        """Whether an orphan is known that still has time to end."""
+        """Whether there is an orphan that still has time to end."""
         return bool(self._spared) or self._due is not None
 
     def _look_after(self, seconds: float) -> None:
-        """Schedule one look for several deaths, because with thousands of children a look takes long."""
+        """Schedule one search for several deaths, because with thousands of children a search takes long."""
         if self._due is None:
             self._due = self._timers.after(seconds, self._look)
 
     def _look(self) -> None:
         self._due = None
         began = self._timers.clock()
-        self._told = {session: until for session, until in self._told.items() if until > began}
+        self._terminated = {session: until for session, until in self._terminated.items() if until > began}
         orphans = set(procfs.children(os.getpid())) - self._known()
         self._spared = {ospid: until for ospid, until in self._spared.items() if ospid in orphans}
         for ospid in sorted(orphans):
@@ -90,11 +92,11 @@ class Orphans:
         stat = procfs.read_stat(ospid)
         if stat is None or stat.state in ("Z", "X"):
             return None
-        told = self._told.get(stat.session)
-        if told is None and stat.session == ospid and self._told:  # it has made its own session
-            told = max(self._told.values())
-        if told is not None:
-            return told
+        until = self._terminated.get(stat.session)
+        if until is None and stat.session == ospid and self._terminated:  # it has made its own session
+            until = max(self._terminated.values())
+        if until is not None:
+            return until
         if self._term_first:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(ospid, signal.SIGTERM)
@@ -116,7 +118,7 @@ class Orphans:
 
 
 def _kill(ospid: int) -> None:
-    """Kill a child of ours: its number cannot have been given to another process."""
+    """Kill a child of the supervisor: its number cannot have been given to another process."""
     signal_descendants(ospid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(ospid, signal.SIGKILL)

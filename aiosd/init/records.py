@@ -77,17 +77,17 @@ class Agent:
     stopped: bool = False
     status: int | None = None  # exit code or -signal; None while alive
     ended: float = 0.0  # Unix time
-    cpu_s: float = 0.0  # what its last process has used, with the children that it had waited for
-    # of an agent that is started again when it ends (its `ospid` is 0 while it waits for that)
+    cpu_s: float = 0.0  # processor seconds of its last process, with the children that it had waited for
+    # for an agent that is started again when it ends (its `ospid` is 0 while it waits for that)
     restarts: Restarts | None = None
     forked_at: float = 0.0  # when its process was forked, on the monotonic clock
-    letter: int = -1  # what it runs: a descriptor, kept for its next start and for the next kernel
-    door: int = -1  # of a confined one: a descriptor, see `sandbox.doors`
-    gates: tuple[int, ...] = ()  # of one with a network of single hosts: descriptors, see `birth.gates`
+    letter: int = -1  # a descriptor of its letter, kept for its next start and for the next kernel
+    door: int = -1  # of a confined agent: a descriptor, see `sandbox.doors`
+    gates: tuple[int, ...] = ()  # of an agent with a network of its own: descriptors, see `birth.gates`
     last_status: int = 0
     again: Cancellable | None = None  # its next start; None while it waits: STOP holds it
     # changed by signals sent to it
-    told_to_end: bool = False  # by TERM: its orphans get time to end in order
+    got_term: bool = False  # so its orphans get time to end in order
     meant: bool = False  # a signal that ends it was sent through aiosd: it is not started again
 
 
@@ -126,7 +126,7 @@ class Inheritance:
     ledger: int  # a memfd, see kernel.ledger
     memo: Memo[CallKey, bytes]  # replies of calls that take effect once
     ready: bool = False  # the system has been ready before
-    offer: Offer = field(default_factory=lambda: Offer("none"))  # which sandbox this machine can do
+    offer: Offer = field(default_factory=lambda: Offer("none"))  # the sandbox that this machine can do
     agents: list[Agent] = field(default_factory=list)
     services: list[SystemProcess] = field(default_factory=list)
     templates: list[TemplateShown] = field(default_factory=list)

@@ -30,7 +30,7 @@ class When(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """What was asked for. `tries`: restarts in a row; None: without end."""
+    """The policy of one agent. `tries`: restarts in a row; None: no limit."""
 
     when: When = When.NO
     tries: int | None = None
@@ -64,9 +64,9 @@ class Restarts:
     total: int = 0
 
     def after(self, status: int, lived_s: float, meant: bool = False) -> float | None:
-        """The agent has ended, with an exit code or -signal, after `lived_s` seconds: how many seconds to wait before
-        it is started again, or None when it is not. `meant`: this end was asked for (by aios-kill, a budget, the stop
-        of the system). Counts the restart that it announces."""
+        """The agent has ended, with an exit code or -signal, after `lived_s` seconds. Returns how many seconds to wait
+        before it is started again, or None when it is not. `meant`: this end was requested (by aios-kill, a budget, the
+        stop of the system). Counts the restart."""
         if lived_s >= HEALTHY_S:
             self.in_row = 0
         if meant or not self._wanted(status) or self.exhausted:
@@ -78,7 +78,7 @@ class Restarts:
 
     @property
     def exhausted(self) -> bool:
-        """All tries that the policy allows were used up, one after another."""
+        """Whether all tries that the policy allows were used up in a row."""
         return self.policy.tries is not None and self.in_row >= self.policy.tries
 
     def _wanted(self, status: int) -> bool:

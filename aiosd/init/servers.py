@@ -1,9 +1,9 @@
-"""MCP servers, from the supervisor's side: forked for the toolbox, ended with the worker that uses it.
+"""MCP servers, from the supervisor's side: each is forked for the toolbox, and ended with the worker that uses it.
 
-The toolbox asks over a socket that all toolboxes of this system share (`theirs`). A request brings the server's
-settings, which are not read here, the pipes that become its stdin and stdout, and the end of a *lease*: a pipe whose
-other end only the toolbox's worker for this server has (`tools.bridge`). When that worker ends, by whatever means, the
-lease hangs up, and the server is killed with all that it has started.
+The toolbox sends requests over a socket that all toolboxes of this system share (`theirs`). A request has descriptors
+of the server's settings, which are not read here, of the pipes that become its stdin and stdout, and of the end of a
+*lease*: a pipe whose other end only the toolbox's worker for this server has (`tools.bridge`). When that worker ends,
+by whatever cause, the lease hangs up, and the server is killed with all processes that it has started.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ REQUEST_BYTES = 4096
 
 @dataclass(slots=True, eq=False)
 class ServerProcess:
-    number: int  # as the toolbox knows it
+    number: int  # the toolbox's number for it
     name: str
     ospid: int
     lease: int
-    pid: int  # as people know it
+    pid: int  # its number for people
     started: float  # Unix time
 
 
 class McpServerPool:
-    """`children`: the supervisor's map of live children. `house` is there when the first one is wanted. `new_pid` gives
-    each its number; `changed` is called when there are others than before."""
+    """All servers. `children`: the supervisor's map of live children. `house` is made when the first server is
+    requested. `new_pid` returns the number for a new one; `changed` is called when servers have begun or ended."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class McpServerPool:
         epoll.register(self._ours.fileno(), select.EPOLLIN)
 
     def look(self, fd: int) -> bool:
-        """Handle an event of this descriptor; whether it is one of ours."""
+        """Handle an event of this descriptor; returns whether it belongs here."""
         if fd == self._ours.fileno():
             self._requested()
             return True
@@ -86,7 +86,7 @@ class McpServerPool:
             wanted = msgspec.msgpack.decode(payload, type=link.StartServer)
             if len(fds) == FDS:
                 self._start(wanted, fds)
-        except (msgspec.MsgspecError, OSError) as err:  # the worker sees its pipes end
+        except (msgspec.MsgspecError, OSError) as err:  # the worker notices the end of its pipes
             logger.error("an MCP server cannot be started: %s", err)
         finally:
             for fd in fds:
@@ -105,15 +105,15 @@ class McpServerPool:
         self._answer(link.ServerIs(wanted.number, ospid))
 
     def ended(self, one: ServerProcess, why: str) -> None:
-        """Its process has ended, and was reaped."""
-        if self._by_lease.get(one.lease) is one:  # else it is closed, and its number may be another's
+        """A server's process has ended, and was reaped."""
+        if self._by_lease.get(one.lease) is one:  # else it is closed, and another descriptor may have its number
             logger.debug("the MCP server %s ended: %s", one.name, why)
             self._drop_lease(one)
         self._answer(link.ServerIs(one.number, 0))
         self._changed(self.shown())
 
     def shown(self) -> list[link.ServerShown]:
-        """Those whose process has not ended."""
+        """The servers whose process has not ended."""
         return [
             link.ServerShown(one.name, one.pid, one.ospid, one.started)
             for one in self._children.values()

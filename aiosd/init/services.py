@@ -1,4 +1,4 @@
-"""Which services a system has: one record each, from its settings."""
+"""The services of a system: one record each, made from the settings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def of(settings: Settings, servers: int) -> list[ServiceSpec]:
-    """In the order in which they are started. The first core is the default one. `servers`: the socket over which the
-    toolbox has MCP servers forked."""
+    """The services in the order in which they are started. The first core is the default one. `servers`: the socket
+    over which the toolbox has MCP servers forked."""
     alone = len(settings.models) == 1
     cores = [
         ServiceSpec(
@@ -95,7 +95,7 @@ def _proxy(settings: Settings) -> list[ServiceSpec]:
 
 
 def _gateway(settings: Settings) -> list[ServiceSpec]:
-    """None where its packages are not installed, or it was not wanted."""
+    """The gateway; [] if its packages are not installed, or it is switched off."""
     door, ends = settings.door, settings.passages
     if door is None:
         return []

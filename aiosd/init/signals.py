@@ -61,7 +61,7 @@ def signal_name(number: int) -> str:
 
 
 def describe_sender(ospid: int) -> str:
-    """For the log."""
+    """A sender's name and pid, for the log."""
     if not ospid:
         return "from Linux"
     return f"from pid {ospid} ({procfs.name(ospid) or 'it has ended'})"
@@ -71,7 +71,7 @@ def describe_sender(ospid: int) -> str:
 
 
 def signal_tree(ospid: int, number: int) -> None:
-    """Signal a child of ours with its process group, then every descendant that has left the group."""
+    """Signal a child of this process with its process group, then every descendant that has left the group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # it now belongs to another user
         try:
             os.killpg(ospid, number)

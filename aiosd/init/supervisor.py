@@ -1,10 +1,10 @@
 """The supervisor: init of the system. It forks everything, reaps everything, and owns every channel.
 
 One thread, few imports, no rings mapped, no model: so a fork is cheap, and this process is unlikely to die. It never
-waits for another process, nor for a disk, and what belongs to one agent it passes on without reading it
+waits for another process, nor for a disk, and it passes on data of single agents without reading them
 (`aiosd.ipc.letter`). All that must survive the kernel is in its records: `Agent` and `SystemProcess` (the kernel, and
 one for each service). A new kernel is forked with copies of them and needs no other source. `children` has the record
-of every live child; the end of every child is handled in one place (`_child_ended`). What it does for agents is in
+of every live child; the end of every child is handled in one place (`_child_ended`). Its work for agents is in
 `agents`.
 
 It answers two kinds of events: messages from the kernel (`link.ToSupervisor`) and signals.
@@ -12,7 +12,7 @@ It answers two kinds of events: messages from the kernel (`link.ToSupervisor`) a
     SIGCHLD           reap: an agent, the kernel, a service; any other child is an orphan of an agent (`orphans`)
     SIGTERM, SIGINT   stop the system: TERM to agents, KILL after a while, then kernel and services, exit 0
     SIGHUP            read the settings again
-    SIGUSR1           the guardian died (our parent-death signal): end everything at once
+    SIGUSR1           the guardian died (this is the parent-death signal): end everything at once
 
 The supervisor sends the guardian a heartbeat.
 """
@@ -63,7 +63,7 @@ SERVICE_RING_BYTES = 1 << 20  # between kernel and service: a step of 256 sequen
 BOOT_TRIES = 3  # deaths of a kernel that has never been ready
 PAYS_OFF = 0.2  # each second of life shortens the next wait by this number of seconds
 LAST_WAIT_S = 2.0  # for kernel and services at the end
-ORPHANS_LOOK_S = 0.05  # at the end, between two looks for orphans
+ORPHANS_LOOK_S = 0.05  # at the end, between two searches for orphans
 GUARDIAN_DIED = signal.SIGUSR1
 ORDERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SIGNALS = (signal.SIGCHLD, *ORDERS, GUARDIAN_DIED)
@@ -92,7 +92,7 @@ class Supervisor:
         self.link = KernelLink(self.epoll, self.kernel)
         self.orphans = Orphans(self.timers, self._known_children, settings.stop_timeout_s, settings.orphans == "term")
         self.templates = TemplatePool(
-            self.epoll, self.timers, self.children, self.pids.next, self._tell_templates, settings.template_idle_s
+            self.epoll, self.timers, self.children, self.pids.next, self._send_templates, settings.template_idle_s
         )
         self.servers = McpServerPool(
             self.epoll, self.children, self._house, self.pids.next, lambda shown: self.link.send(link.McpServers(shown))
@@ -121,18 +121,18 @@ class Supervisor:
         }
         # the end
         self.stopping = ""
-        self.last_step: Stopped | None = None  # which of our own processes have been ordered to end
+        self.last_step: Stopped | None = None  # which of aiosd's own processes have been ordered to end
         self.exit_code: int | None = None
         self.signals = open_signals(SIGNALS)
         self.journal = (os.memfd_create("aios-journal"), os.memfd_create("aios-journal"))
         self.ledger = os.memfd_create("aios-ledger")
         self.environment = environment.hide()
-        self.offer = Offer("none")  # which sandbox this machine can do
+        self.offer = Offer("none")  # the sandbox that this machine can do
 
     def _known_children(self) -> set[int]:
         return {*self.children, *self.spares.ospids()}
 
-    def _tell_templates(self) -> None:
+    def _send_templates(self) -> None:
         self.link.send(link.Templates(self.templates.shown()))
 
     def _house(self) -> House:
@@ -142,7 +142,7 @@ class Supervisor:
     # ── life ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> int:
-        """Boot, serve until told to stop, leave nothing behind. Returns aiosd's exit code."""
+        """Boot, serve until the system is stopped, leave nothing behind. Returns aiosd's exit code."""
         self.epoll.register(self.signals, select.EPOLLIN)
         for service in services.of(self.settings, self.servers.theirs.fileno()):
             self.services[service.name] = SystemProcess(service, self.pids.next())
@@ -163,7 +163,8 @@ class Supervisor:
         return self.exit_code
 
     def _release_pids(self) -> None:
-        """The last act, which waits for the disk. Nothing is forked any more, so a thread may beat meanwhile."""
+        """The last step, which waits for the disk. Nothing is forked any more, so a thread may send heartbeats
+        meanwhile."""
         rounds = Rounds()
         rounds.begin()
         beat_in_background(self.heartbeat, rounds)
@@ -225,7 +226,7 @@ class Supervisor:
         return True
 
     def _agent_above(self, ospid: int) -> Agent | None:
-        """The agent that a process is or descends from, if that can still be found out."""
+        """The agent that a process is or descends from; None: there is none, or it cannot be found any more."""
         while ospid > 1:
             child = self.children.get(ospid)
             if isinstance(child, Agent):
@@ -241,8 +242,8 @@ class Supervisor:
         return self._on_terminal and not os.isatty(2)
 
     def _reload(self) -> None:
-        """SIGHUP: some settings can change in a running system (`config.keys.LIVE`); the rest needs a restart, and the
-        log says so."""
+        """SIGHUP: some settings can change in a running system (`config.keys.LIVE`); the rest needs a restart, which
+        the log reports."""
         from aiosd.config import reload_and_report
 
         try:
@@ -321,7 +322,7 @@ class Supervisor:
         return fork.fork(child)
 
     def _refork_kernel(self) -> None:
-        """A new kernel inherits every channel; the raised epoch tells each peer to submit its open calls again."""
+        """A new kernel inherits every channel; because of the raised epoch each peer submits its open calls again."""
         if self.stopping:
             return
         agents = self.agents.live()
@@ -380,7 +381,7 @@ class Supervisor:
 
         return fork.fork(child)
 
-    # ── life and death of our own processes ───────────────────────────────────────────────────────────────
+    # ── life and death of aiosd's own processes ───────────────────────────────────────────────────────────
 
     def _forked(self, process: SystemProcess, ospid: int, heart: Heart) -> None:
         process.ospid, process.heart, process.forked_at = ospid, heart, time.monotonic()
@@ -488,7 +489,7 @@ class Supervisor:
             self.templates.ended(child, restart.exit_in_words(status))
         elif isinstance(child, ServerProcess):
             self.servers.ended(child, restart.exit_in_words(status))
-            self.orphans.ended()  # what it had started is ours now
+            self.orphans.ended()  # processes that it had started are children of the supervisor now
         elif child is not None:
             child.cpu_s = cpu_s
             self.agents.ended(child, status)
@@ -530,8 +531,8 @@ class Supervisor:
         self.timers.after(LAST_WAIT_S, look)
 
     def _continue_stop(self) -> None:
-        """Agents first, so that the kernel can reply to processes that wait for them; then orphans that still have time
-        to end; then the system's own processes."""
+        """The order of the end: agents first, so that the kernel can reply to processes that wait for them; then
+        orphans that still have time to end; then the system's own processes."""
         if self.exit_code is not None or self.agents.live():
             return
         if self.orphans.any():
@@ -555,7 +556,7 @@ class Supervisor:
         self.timers.after(LAST_WAIT_S, lambda: self._step_over(processes))
 
     def _step_over(self, processes: list[SystemProcess]) -> None:
-        """Whether or not all of them have ended: the next step follows."""
+        """Go on with the next step, whether or not all of these processes have ended."""
         if self.kernel in processes:
             self._give_up()
         for process in processes:

@@ -17,15 +17,16 @@ SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.05
 
 def sweep(patience_s: float = 5.0, meanwhile: Callable[[], None] = lambda: None) -> None:
     """KILL everything below this process until nothing is left, and reap it. A killed process may have forked before
-    its death, and its children become ours, as we are a subreaper: hence the loop. `meanwhile` is called in each round.
+    its death, and its children become children of this process, a subreaper: hence the loop. `meanwhile` is called in
+    each round.
 
     KILL does not end every process: not one of another user (setuid), nor one blocked in a driver or by a dead disk.
     When only such processes are left for `patience_s`, they are given up and named in the log: waiting for them would
     keep the lock and the socket for an unlimited time."""
-    pause_s = waited_s = 0.0  # time slept, not clock time: while we were stopped ourselves, nothing could be reaped
+    pause_s = waited_s = 0.0  # time slept, not clock time: while this process was stopped, nothing could be reaped
     while True:
         killed = [victim for victim in procfs.descendants(os.getpid()) if _kill(victim)]
-        if any(map(_runs, killed)):  # it is ending, which may take long: a model has many pages to free
+        if any(map(_runs, killed)):  # a process is ending, which may take long: a model has many pages to free
             waited_s = 0.0
         meanwhile()
         try:
@@ -42,7 +43,7 @@ def sweep(patience_s: float = 5.0, meanwhile: Callable[[], None] = lambda: None)
 
 
 def _kill(ospid: int) -> bool:
-    """Whether KILL may be sent to it."""
+    """Send KILL; returns whether that was allowed."""
     try:
         os.kill(ospid, signal.SIGKILL)
     except PermissionError:
@@ -53,7 +54,8 @@ def _kill(ospid: int) -> bool:
 
 
 def _runs(ospid: int) -> bool:
-    """Whether one of its threads is running or ready to run; the first thread may have ended before others."""
+    """Whether one of the process's threads is running or ready to run; the first thread may have ended before
+    others."""
     try:
         threads = os.listdir(f"/proc/{ospid}/task")
     except OSError:

@@ -1,11 +1,11 @@
-"""Templates, from the supervisor's side: started when an agent asks for one, ended when none has for a while.
+"""Templates, from the supervisor's side: started when an agent needs one, ended when none has needed it for a while.
 
 A template (`birth.template`) is executed, not forked: it may be the interpreter of another environment, and it has
-nothing of the supervisor's memory. `TemplatePool.order` wants one agent's process from it; when the template has loaded
-it is sent one end of a socket pair, and reports the process over that. Orders never fail silently: each ends in `done`
-or `failed`, unless it is cancelled.
+nothing of the supervisor's memory. `TemplatePool.order` requests one agent's process from it; when the template has
+loaded, one end of a socket pair is sent to it, over which it reports the process. Orders never fail silently: each ends
+in `done` or `failed`, unless it is cancelled.
 
-    LOADING ──ready──▶ READY ──its files have changed──▶ it ends, and what it has not served goes to a new one
+    LOADING ──ready──▶ READY ──its files have changed──▶ it ends, and its open orders go to a new one
        │                 │──no order for `idle_s`──────▶ it ends
        │                 └──it dies────────────────────▶ the same
        └──it cannot load, or dies──────────────────────▶ its orders fail, and the next order starts a new one
@@ -36,7 +36,7 @@ from aiosd import procfs
 from aiosd.birth import confinement, fork, spares
 from aiosd.birth.spares import PID
 from aiosd.ipc import endpoint, link
-from aiosd.ipc.link import TemplateSaid
+from aiosd.ipc.link import TemplateReport, TemplateState
 from aiosd.sandbox import cage
 from aiosd.timers import Timer, Timers
 from libaios import wire
@@ -46,8 +46,8 @@ logger = logging.getLogger("supervisor")
 LOADING_S = 300.0
 FORK_S = 30.0
 MOST = 16  # templates at a time: each may have hundreds of megabytes
-TRIES = 3  # templates that an order is given to, when each finds its files changed
-SAID_BYTES = 65536
+TRIES = 3  # how many templates an order is given to, if each finds its files changed
+REPORT_BYTES = 65536
 
 #: Pools of threads in C libraries: with more than one thread a process cannot be forked.
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -60,19 +60,19 @@ OnFailed = Callable[[int, str], None]  # errno and a sentence
 
 @dataclass(slots=True, eq=False)
 class Order:
-    """One agent's process, wanted from a template."""
+    """A request for one agent's process from a template."""
 
     of: wire.Template
     done: OnForked
     failed: OnFailed
     tries: int = 0
     template: TemplateProcess | None = None
-    sock: socket.socket | None = None  # our end, once the template has been sent the other
+    sock: socket.socket | None = None  # the supervisor's end, after the other was sent to the template
     timer: Timer | None = None
     cancelled: bool = False
 
     def cancel(self) -> None:
-        """A process that comes nevertheless is sent away."""
+        """Cancel the order. A process that comes nevertheless is dismissed."""
         self.cancelled = True
 
 
@@ -85,18 +85,18 @@ class TemplateProcess:
     sock: socket.socket
     started: float  # Unix time
     orders: list[Order] = field(default_factory=list)  # not served yet
-    said: TemplateSaid | None = None
+    report: TemplateReport | None = None
     agents: int = 0
-    timer: Timer | None = None  # it has loaded too long, or is of no more use
-    over: bool = False  # its process has closed the socket, and is reaped in a moment
+    timer: Timer | None = None  # for a template that loads too long, or is idle
+    over: bool = False  # its process has closed the socket, and will be reaped in a moment
 
     @property
     def ready(self) -> bool:
-        return self.said is not None and self.said.ready
+        return self.report is not None and self.report.ready
 
 
 class TemplatePool:
-    """`children`: the supervisor's map of live children. `changed`: called after each change that people may see."""
+    """All templates. `children`: the supervisor's map of live children. `changed`: called after each visible change."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class TemplatePool:
     # ── orders ────────────────────────────────────────────────────────────────────────────────────────────
 
     def order(self, of: wire.Template, done: OnForked, failed: OnFailed) -> Order:
-        """Want a process. Raises OSError when its template cannot be started."""
+        """Request a process. Raises OSError when its template cannot be started."""
         order = Order(of, done, failed)
         self._place(order)
         return order
@@ -145,11 +145,11 @@ class TemplatePool:
             try:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))]
                 template.sock.sendmsg([b"+"], rights, socket.MSG_DONTWAIT)
-            except BlockingIOError:  # many are under way: what the template takes next makes room
+            except BlockingIOError:  # many orders are under way: there is room when the template takes the next one
                 ours.close()
                 self._timers.after(0.01, lambda: self._send_again(template, order))
                 return
-            except OSError:  # it has just died, which is handled when it is reaped
+            except OSError:  # the template has just died, which is handled when it is reaped
                 ours.close()
                 return
         order.sock = ours
@@ -177,7 +177,7 @@ class TemplatePool:
             self._changed()
 
     def _drop(self, order: Order) -> None:
-        """It is the template's no more. Its socket stays open."""
+        """Take an order away from its template. Its socket stays open."""
         if order.template is not None:
             order.template.orders.remove(order)
         if order.sock is not None:
@@ -189,13 +189,13 @@ class TemplatePool:
     def _too_slow(self, template: TemplateProcess) -> None:
         self._end(template, errno.ETIMEDOUT, f"{template.name} does not fork agents; killed")
 
-    # ── what happens ──────────────────────────────────────────────────────────────────────────────────────
+    # ── events ────────────────────────────────────────────────────────────────────────────────────────────
 
     def look(self, fd: int) -> bool:
-        """Handle an event of this descriptor; whether it is one of ours."""
+        """Handle an event of this descriptor; returns whether it belongs here."""
         source = self._by_fd.get(fd)
         if isinstance(source, TemplateProcess):
-            self._hear(source)
+            self._receive(source)
         elif isinstance(source, Order):
             self._look_at(source)
         return source is not None
@@ -214,7 +214,7 @@ class TemplatePool:
         if _is_from(ospid, template.ospid):
             self._served(order, ospid)
             return
-        self._hear(template)  # its reason: it sends that before it ends
+        self._receive(template)  # it sends its reason before it ends
         if order.template is template and not template.over:
             self._drop(order)
             sock.close()
@@ -223,10 +223,10 @@ class TemplatePool:
         elif order.sock is sock:
             self._unwatch(sock)
 
-    def _hear(self, template: TemplateProcess) -> None:
-        """What a template reports. One that reports nonsense is ended."""
+    def _receive(self, template: TemplateProcess) -> None:
+        """Handle the reports of a template. A template that sends an invalid report is ended."""
         try:
-            payload = template.sock.recv(SAID_BYTES, socket.MSG_DONTWAIT)
+            payload = template.sock.recv(REPORT_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -235,41 +235,41 @@ class TemplatePool:
             self._close(template)
             return
         try:
-            said = msgspec.json.decode(payload, type=TemplateSaid)
+            report = msgspec.json.decode(payload, type=TemplateReport)
         except msgspec.MsgspecError as err:
-            said = TemplateSaid(errno=errno.EIO, words=f"{template.name} reports nonsense: {err}")
-        if said.stale:
+            report = TemplateReport(errno=errno.EIO, words=f"{template.name} reports nonsense: {err}")
+        if report.stale:
             self._renew(template, "files that it has imported have changed")
-        elif said.ready and not template.ready:
-            self._loaded(template, said)
+        elif report.ready and not template.ready:
+            self._loaded(template, report)
         else:
-            self._end(template, said.errno or errno.EIO, said.words or f"{template.name} reports nonsense")
+            self._end(template, report.errno or errno.EIO, report.words or f"{template.name} reports nonsense")
 
     def _close(self, template: TemplateProcess) -> None:
-        """It is dying, or may as well: what becomes of its orders is decided when it is reaped."""
+        """Its socket is closed: kill it. Its orders are handled when it is reaped."""
         template.over = True
         self._unwatch(template.sock)
         self._kill(template)
 
-    def _loaded(self, template: TemplateProcess, said: TemplateSaid) -> None:
-        template.said = said
+    def _loaded(self, template: TemplateProcess, report: TemplateReport) -> None:
+        template.report = report
         if template.timer is not None:
             template.timer.cancel()
-        logger.info("%s is ready: Python %s, %d modules", template.name, said.version, said.loaded)
+        logger.info("%s is ready: Python %s, %d modules", template.name, report.version, report.loaded)
         for order in list(template.orders):
             self._send(template, order)
         self._rest(template)
         self._changed()
 
     def _rest(self, template: TemplateProcess) -> None:
-        """Without orders it ends after a while."""
+        """End it after a while without orders."""
         if not template.orders and template in self._all:
             if template.timer is not None:
                 template.timer.cancel()
             template.timer = self._timers.after(self._idle_s, lambda: self._end(template, 0, "idle"))
 
     def _renew(self, template: TemplateProcess, why: str) -> None:
-        """It is of no more use; what it has not served goes to another."""
+        """It is of no more use: give its open orders to another one."""
         logger.info("%s ended: %s", template.name, why)
         orders = self._remove(template)
         for order in orders:
@@ -283,14 +283,14 @@ class TemplatePool:
                 order.failed(err.errno or errno.EIO, err.strerror or str(err))
 
     def _end(self, template: TemplateProcess, number: int, words: str) -> None:
-        """Kill it, and tell those that wait for it."""
+        """Kill it; its orders fail."""
         orders = self._remove(template)
         logger.info("%s ended: %s", template.name, words)
         for order in orders:
             _fail(order, number, words)
 
     def _remove(self, template: TemplateProcess) -> list[Order]:
-        """Forget it; returns its orders."""
+        """Remove it; returns its orders."""
         orders = list(template.orders)
         for order in orders:
             sock = order.sock
@@ -312,16 +312,16 @@ class TemplatePool:
                 os.kill(template.ospid, signal.SIGKILL)
 
     def ended(self, template: TemplateProcess, why: str) -> None:
-        """Its process has ended. What it has reported before still counts."""
+        """Its process has ended. Its earlier reports still count."""
         while template in self._all and not template.over:
-            self._hear(template)
+            self._receive(template)
         if template in self._all and template.ready:
             self._renew(template, f"died ({why})")
         elif template in self._all:
             self._end(template, errno.EIO, f"{template.name} died ({why})")
 
     def stop(self) -> None:
-        """aiosd ends."""
+        """End all templates, because aiosd ends."""
         for template in list(self._all):
             self._end(template, errno.EAGAIN, "aiosd is shutting down")
 
@@ -354,7 +354,7 @@ class TemplatePool:
         return False
 
     def _name(self, of: wire.Template) -> str:
-        """In aios-ps."""
+        """The name of a new template in aios-ps."""
         taken = Counter(one.name.partition("#")[0] for one in self._all)[of.name]
         return f"{of.name}#{taken + 1}" if taken else of.name
 
@@ -373,17 +373,17 @@ def _fail(order: Order, number: int, words: str) -> None:
 
 
 def _is_from(ospid: int, template: int) -> bool:
-    """Whether it is the grandchild of a template that it is to be."""
+    """Whether a process is a grandchild of the template, as a spare must be."""
     spare = procfs.read_stat(ospid) if ospid > 1 else None
     middle = procfs.read_stat(spare.ppid) if spare is not None else None
     return middle is not None and middle.ppid == template
 
 
 def _shown(one: TemplateProcess) -> link.TemplateShown:
-    said = one.said or TemplateSaid()
-    state = "ready" if one.ready else "loading"
+    report = one.report or TemplateReport()
+    state = TemplateState.READY if one.ready else TemplateState.LOADING
     return link.TemplateShown(
-        one.name, one.pid, one.ospid, state, one.of, said.version, said.loaded, one.agents, one.started
+        one.name, one.pid, one.ospid, state, one.of, report.version, report.loaded, one.agents, one.started
     )
 
 
@@ -409,8 +409,8 @@ def _execute(of: wire.Template, sock: socket.socket) -> int:
         os.chdir("/")
         os.execve(python, words, _environment())
     except OSError as err:
-        said = TemplateSaid(errno=err.errno or errno.EIO, words=f"{python}: {err.strerror}")
-        os.write(number, msgspec.json.encode(said))
+        report = TemplateReport(errno=err.errno or errno.EIO, words=f"{python}: {err.strerror}")
+        os.write(number, msgspec.json.encode(report))
         return 1
 
 
@@ -419,7 +419,7 @@ def _folder_of(package: object) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """What modules find when they are imported: as at a login, and in the same way for everybody."""
+    """The environment in which modules are imported: as at a login, and the same for all agents."""
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "TOKENIZERS_PARALLELISM": "false"}
     home = os.environ.get("HOME")
     if home:

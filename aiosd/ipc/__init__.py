@@ -1,1 +1,1 @@
-"""What aiosd's own processes exchange, and how they watch each other: messages, letters, passages, heartbeats."""
+"""Communication between aiosd's own processes: messages, letters, passages, heartbeats."""

@@ -1,4 +1,4 @@
-"""Where the gateway listens, and what programs are told about it.
+"""The address at which the gateway listens, and the variables from which programs learn it.
 
 The guardian makes the socket, before anything else runs, and it lives as long as the system. So a port that is taken is
 an error at the start, agents know the address from their birth on, and while the gateway is dead and forked again
@@ -56,7 +56,7 @@ def read(value: Any) -> Endpoint:
 
 
 def _loopback(host: str) -> str:
-    """Which process is at the other end can only be found out on the machine itself."""
+    """Only loopback addresses are allowed: the process at the other end can only be identified on the same machine."""
     import ipaddress  # takes milliseconds, and most systems never need it
 
     try:
@@ -68,7 +68,7 @@ def _loopback(host: str) -> str:
 
 
 def why_none(wanted: Endpoint) -> str:
-    """Why there is no gateway."""
+    """Why there is no gateway, in a sentence."""
     return "off" if not wanted.on else f"none, it needs more packages: {INSTALL}"
 
 
@@ -77,7 +77,7 @@ def installed() -> bool:
 
 
 def listen(wanted: Endpoint) -> Endpoint | None:
-    """Open the socket. None: there is to be no gateway, or its packages are not installed. Raises UsageError."""
+    """Open the socket. None: the gateway is switched off, or its packages are not installed. Raises UsageError."""
     if not wanted.on:
         return None
     if not installed():
@@ -99,7 +99,7 @@ def listen(wanted: Endpoint) -> Endpoint | None:
 
 # ── the environment of an agent ───────────────────────────────────────────────────────────────────────────
 
-#: They would lead somewhere else, or tell the gateway what is meant for another server.
+#: Variables to remove: they would lead somewhere else, or send the gateway data for another server.
 LEAKING = (
     "OPENAI_ORG_ID",
     "OPENAI_ORGANIZATION",
@@ -110,8 +110,8 @@ LEAKING = (
     "OPENAI_API_KEY_PATH",
 )
 
-#: Frameworks that report home, or look things up on the network at import, unless they are told not to. What the
-#: environment says already stays.
+#: Switches off frameworks' reports to their makers, and look-ups on the network at import. Variables that the
+#: environment has already stay.
 QUIET = {
     "ANONYMIZED_TELEMETRY": "False",
     "CREWAI_DISABLE_TELEMETRY": "true",
@@ -129,7 +129,7 @@ _PROXIES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
 
 
 def variables(url: str, token: str) -> dict[str, str]:
-    """What leads a program to the gateway at `url`."""
+    """The variables that lead a program to the gateway at `url`."""
     return {
         "OPENAI_BASE_URL": f"{url}/v1",
         "OPENAI_API_BASE": f"{url}/v1",
@@ -139,7 +139,7 @@ def variables(url: str, token: str) -> dict[str, str]:
 
 
 def environment(given: Mapping[str, str], door: Endpoint, token: str) -> dict[str, str]:
-    """The variables of a program that shall find the gateway, made from those that it was given."""
+    """The environment of a program that shall find the gateway, made from its given one."""
     env = {**QUIET, **given}
     for name in LEAKING:
         env.pop(name, None)

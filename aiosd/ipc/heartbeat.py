@@ -2,12 +2,12 @@
 
     guardian ◀─ supervisor ◀─ kernel, llm cores
 
-The supervisor and the kernel beat in their loops, so a loop that hangs falls silent. A core beats from a thread of
-its own, because one step of a big model may take long and is no hang: a core falls silent when it is stopped, or stuck
-with the interpreter's lock held; and its thread stops beating when the loop has not come round for too long (`Rounds`
-has how long that is). A process that has been silent for `HANG_S` is killed by its watcher, and replaced. The
-supervisor waits for the disk twice, at its start and at its end: until its first beat it has `START_S`, and at its end
-a thread beats for it.
+The supervisor and the kernel send heartbeats in their loops, so none come when a loop hangs. A core sends them from a
+thread of its own, because one step of a big model may take long and is no hang. So none come when the core is stopped,
+or stuck with the interpreter's lock held; and the thread stops sending when the loop has not finished a round for too
+long (see `Rounds`). A process that has sent no heartbeat for `HANG_S` is killed by its watcher, and replaced. The
+supervisor waits for the disk at its start and at its end: it has `START_S` until its first heartbeat, and at its end a
+thread sends heartbeats for it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ START_S = 60.0
 class Heart:
     """The watcher's side. The writing end is `write`, for the child that is about to be forked."""
 
-    __slots__ = ("_heard", "_looked", "beaten", "read", "write")
+    __slots__ = ("_looked", "_received", "beaten", "read", "write")
 
     def __init__(self) -> None:
         self.read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._heard = self._looked = time.monotonic()
-        self.beaten = False  # at least once
+        self._received = self._looked = time.monotonic()
+        self.beaten = False  # at least one heartbeat has come
 
     def forked(self) -> None:
-        """The child has its end; ours would keep the pipe open."""
+        """Close the writing end here: the child has it, and this one would keep the pipe open."""
         os.close(self.write)
         self.write = -1
 
@@ -46,32 +46,32 @@ class Heart:
             os.close(self.write)
 
     def hangs(self, clock: Callable[[], float] = time.monotonic, silent_s: float = HANG_S) -> bool:
-        """Whether no beat came for `silent_s`; to be asked about every `BEAT_S`. A watcher that was stopped itself has
-        received nothing meanwhile, which proves nothing: then the count starts anew."""
+        """Whether no heartbeat came for `silent_s`; to be called about every `BEAT_S`. If the watcher itself was
+        stopped, no heartbeat could be read meanwhile, which proves nothing: then the count starts anew."""
         now = clock()
         late = now - self._looked > 2 * BEAT_S
         self._looked = now
-        heard = False
+        received = False
         with contextlib.suppress(BlockingIOError):
-            heard = bool(os.read(self.read, 4096))
-        self.beaten = self.beaten or heard
-        if heard or late:
-            self._heard = now
-        return now - self._heard > silent_s
+            received = bool(os.read(self.read, 4096))
+        self.beaten = self.beaten or received
+        if received or late:
+            self._received = now
+        return now - self._received > silent_s
 
 
 def beat(write: int) -> None:
-    """One beat. A full pipe has beats enough; a closed one has no listener."""
+    """Send one heartbeat. If the pipe is full there are enough in it; if it is closed there is no watcher."""
     with contextlib.suppress(BlockingIOError, BrokenPipeError):
         os.write(write, b".")
 
 
 class Rounds:
-    """What the loop of a service notes for its heart: that it comes round.
+    """The rounds of a service's loop, noted so that a hang can be noticed.
 
-    How long a round may take follows from the rounds before it: ten times the longest, and never less than half a
-    minute; the first ones, of which nothing is known, five minutes. While it loads (before the first round) and while
-    it sleeps without work nothing is asked of it. A round that exceeds this is a hang.
+    How long a round may take follows from earlier rounds: ten times the longest, and at least half a minute; five
+    minutes for the first ones. There is no limit while the service loads (before the first round) and while it sleeps
+    without work. A round that exceeds the limit is a hang.
     """
 
     FACTOR, LEAST_S = 10.0, 30.0
@@ -81,17 +81,17 @@ class Rounds:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._since: float | None = None  # when the round under way began
+        self._since: float | None = None  # when the current round began
         self._longest = 0.0
         self._number = 0
 
     def begin(self) -> None:
-        """Another round; the one before it, if any, is over."""
+        """A round begins; the one before it, if any, is over."""
         self.end()
         self._since = self._clock()
 
     def end(self) -> None:
-        """It sleeps."""
+        """The loop sleeps."""
         since, self._since = self._since, None
         if since is not None:
             self._number += 1
@@ -102,14 +102,14 @@ class Rounds:
         return self.FIRST_S if self._number < self.FIRST else max(self.LEAST_S, self.FACTOR * self._longest)
 
     def stuck(self) -> bool:
-        """Asked by another thread."""
+        """Whether the loop hangs. Called by another thread."""
         since = self._since
         return since is not None and self._clock() - since > self.longest_allowed_s
 
 
 def beat_in_background(write: int, rounds: Rounds) -> None:
-    """Beat from a thread for the rest of this process's life, or until the loop is stuck; then its stack goes to
-    stderr, for the reader of the log."""
+    """Send heartbeats from a thread for the rest of this process's life, or until the loop hangs; then its stack is
+    written to stderr, for the log."""
 
     def run() -> None:
         while not rounds.stuck():

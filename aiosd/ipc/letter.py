@@ -1,8 +1,8 @@
-"""Letters: what belongs to one agent alone, on its way from the kernel to the process that becomes the agent.
+"""Letters: data of one agent alone, on their way from the kernel to the process that becomes the agent.
 
-Every agent is forked from the supervisor, and so begins with a copy of all that the supervisor has in its memory. What
-the supervisor has read once, every later agent can find: an API key in the environment of another agent, say. So the
-supervisor never reads what belongs to an agent. It only passes the descriptor on:
+Every agent is forked from the supervisor, and so begins with a copy of the supervisor's memory. Every later agent can
+find all data that the supervisor has read: for example an API key in the environment of another agent. So the
+supervisor never reads data of single agents. It only passes the descriptor on:
 
     kernel ──writes, seals──▶ memfd ──▶ supervisor ──▶ forked child ──reads──▶ the agent
     kernel ◀──reads── memfd ◀── supervisor ◀── forked child: why the agent cannot start
@@ -36,7 +36,7 @@ class Letter(Struct, array_like=True, frozen=True):
     env: dict[str, str]
     cwd: str
     box: Box | None = None  # how its process confines itself
-    sha256: bytes = b""  # what its script must have; b"": that does not matter
+    sha256: bytes = b""  # the hash that its script must have; b"": any
 
 
 _decode = msgpack.Decoder(Letter).decode
@@ -62,7 +62,7 @@ def read_text(fd: int) -> str:
 
 
 def command(letter: Letter) -> str:
-    """What an agent runs, for people."""
+    """The command of an agent, for people."""
     return " ".join(map(os_shown, [letter.target, *letter.args]))
 
 

@@ -1,8 +1,8 @@
 """Messages between aiosd's own processes: kernel ↔ supervisor and kernel ↔ services.
 
-They travel as msgpack frames: to the supervisor over a Unix stream socket (`libaios.stream`, because
-descriptors go with them), to a service over a channel (`libaios.channel`). Both ends are trusted; decoding still
-checks types, because a bug is found where it enters.
+They travel as msgpack frames: to the supervisor over a Unix stream socket (`libaios.stream`, because descriptors go
+with them), to a service over a channel (`libaios.channel`). Both ends are trusted; decoding still checks types, because
+a bug is best found where its data arrive.
 
 Every service gets its calls as `Ask`, answers each with one `Answered` or `Failed`, and may send `Part`s of a long
 answer before that. An llm core gets its generations as `Submit`, because much of them changes while they run.
@@ -13,6 +13,7 @@ key is stable over a restart of kernel and service, so a call that is submitted 
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 from msgspec import Raw, Struct, msgpack
@@ -29,8 +30,8 @@ CallKey = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 
 
 class PurseShare(Struct, array_like=True, frozen=True):
-    """A budget in which a call has a part: whose it is, the tokens that are left of it, and how many its calls may hold
-    at a time; None: it does not limit that."""
+    """A budget that a call shares: its owner, the tokens that are left of it, and how many its calls may hold at a
+    time; None: it does not limit that."""
 
     owner: int
     left: int | None
@@ -48,20 +49,20 @@ class Caller(Struct, array_like=True, frozen=True):
     nice: int = 0
     budget: int | None = None  # how many more tokens it may use; None: unlimited
     box: bytes = b""  # how it is confined: an encoded `sandbox.box.Box`; b"": not at all
-    program: bytes = b""  # which program it is, see `access.deed.Subject`,
+    program: bytes = b""  # the program, see `access.deed.Subject`,
     sha256: bytes = b""  # … and with which content
     shares: list[PurseShare] = []  # its budgets of tokens
-    network: tuple[int, int] = (0, 0)  # of one in a network of its own: Linux pid, and the inode of that network
+    network: tuple[int, int] = (0, 0)  # for an agent in a network of its own: Linux pid, and the inode of that network
 
 
 class Ask(Struct, array_like=True, frozen=True, tag=True):
-    """Do this call; `args` as in the request, checked by the kernel against the call's row. `again`: it was given to a
-    process before that has died since, a kernel or a service.
+    """Carry out this call; `args` as in the request, checked by the kernel against the call's row. `again`: it was
+    given before to a process that has died since, a kernel or a service.
 
-    `settled`: of the calls of this peer that take effect ONCE, those with a lower id are over. Their replies are with
-    the peer, and none of them will be submitted again; 0: that is not known. `life`: how often the peer was started
-    again; its call ids begin anew each time. `approved`: the digest of the deed that the call may do. `moved`: another
-    process of this service had it, and had not begun it."""
+    `settled`: this peer's ONCE calls with a lower id are over: their replies have reached the peer, and none of them
+    will be submitted again; 0: that is not known. `life`: how often the peer was started again; its call ids begin anew
+    each time. `approved`: the digest of the deed that the call may do. `moved`: another process of this service had it,
+    and had not begun it."""
 
     key: CallKey
     caller: Caller
@@ -75,9 +76,9 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):
-    """To an llm core: run a generation. One that the core has already goes on, and its pieces are sent from the end
-    of `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited). `mu`: mirostat's state
-    after `request.given`, where it is known. `shares`: the budgets, so that calls do not go beyond one together."""
+    """To an llm core: run a generation. If the core has it already it goes on, and its pieces are sent from the end of
+    `request.given` on. `budget`: how many more tokens the agent may use (None: unlimited). `mu`: mirostat's state after
+    `request.given`, if known. `shares`: the budgets, so that several calls do not exceed one together."""
 
     key: CallKey
     request: Generate
@@ -85,10 +86,10 @@ class Submit(Struct, array_like=True, frozen=True, tag=True):
     group: str = ""
     budget: int | None = None
     mu: float | None = None
-    others: bool = False  # other models stand ready for it: rather than make it wait, let it fail
+    others: bool = False  # other models are available for it: it must fail instead of waiting
     shares: list[PurseShare] = []
     money: int | None = None  # how much more the agent may spend, in 10^-12 of a unit; None: unlimited
-    price: Price | None = None  # what it pays for tokens, where money is limited
+    price: Price | None = None  # the price of tokens, if money is limited
 
 
 class CancelCall(Struct, array_like=True, frozen=True, tag=True):
@@ -98,8 +99,8 @@ class CancelCall(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Park(Struct, array_like=True, frozen=True, tag=True):
-    """Take the generations of this peer out of decoding (True) or let them go on (False). Answered with `Parked` and
-    the same `number` (not 0), behind the last that was decoded for it."""
+    """Stop decoding the generations of this peer (True) or let them go on (False). Answered with `Parked` and the same
+    `number` (not 0), after the last token that was decoded for it."""
 
     peer: int
     parked: bool
@@ -114,20 +115,20 @@ class ParkCall(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Keep(Struct, array_like=True, frozen=True, tag=True):
-    """Cancel every call of a peer that is not in `peers`: sent to a service that has loaded or got a new kernel."""
+    """Cancel every call of peers that are not in `peers`: sent to a service that has loaded or got a new kernel."""
 
     peers: list[int]
 
 
 class PeerGone(Struct, array_like=True, frozen=True, tag=True):
-    """This peer is dead (or a client that has not come back): what is kept for it alone is of no more use."""
+    """This peer is dead (or a client that has not come back): data kept for it alone are of no more use."""
 
     peer: int
 
 
 class Schedule(Struct, array_like=True, frozen=True, tag=True):
-    """Who runs next from now on; all calls are kept. A quantum ends with the first of tokens and seconds. `shares`:
-    what groups get as a whole, in agents of nice 0. Sent to every core that has loaded, and when it changes."""
+    """The scheduling policy from now on; all calls are kept. A quantum ends with the first of tokens and seconds.
+    `shares`: the weights of groups, in agents of nice 0. Sent to every core that has loaded, and when it changes."""
 
     policy: str
     tokens: int
@@ -136,28 +137,28 @@ class Schedule(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Renice(Struct, array_like=True, frozen=True, tag=True):
-    """The nice value of all calls of this peer."""
+    """The new nice value of all calls of this peer."""
 
     peer: int
     nice: int
 
 
 class Rules(Struct, array_like=True, frozen=True, tag=True):
-    """What agents may do. Sent to every service that has loaded, and when it changes. A service may know from it that
-    a deed needs nobody's leave; whatever else is to be decided it leaves to the kernel (`Needs`)."""
+    """The rules about agents. Sent to every service that has loaded, and when they change. If no rule is about a deed
+    and it has no default, a service lets it pass; all other decisions it leaves to the kernel (`Needs`)."""
 
     policy: AccessPolicy
 
 
 class ErrandDone(Struct, array_like=True, frozen=True, tag=True):
-    """What the system call of an `Errand` got: an encoded `wire.Reply`, whose id is the number again."""
+    """The result of an `Errand`: an encoded `wire.Reply`, whose id is the errand's number."""
 
     number: int
     reply: bytes
 
 
 class CopiesUsed(Struct, array_like=True, frozen=True, tag=True):
-    """By promise (`Answered.promise`): how often the kernel has given that answer again since the last such report."""
+    """For each promise (`Answered.promise`): how often the kernel has given that answer again since the last report."""
 
     counts: dict[int, int]
 
@@ -181,41 +182,41 @@ class LoadProgress(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Loaded(Struct, array_like=True, frozen=True, tag=True):
-    """The service serves: sent when it has loaded, and again to every new kernel. `info` of an llm core has the fields
-    of `wire.ModelInfo` without name and default."""
+    """The service is ready: sent when it has loaded, and again to every new kernel. `info` of an llm core has the
+    fields of `wire.ModelInfo` without name and default."""
 
     info: dict[str, Any] = {}
 
 
 class LoadFailed(Struct, array_like=True, frozen=True, tag=True):
-    """One line that says why; the service exits after it."""
+    """The service cannot load: one line with the reason. It exits after this."""
 
     message: str
 
 
 class Working(Struct, array_like=True, frozen=True, tag=True):
-    """From now on a core works on this call alone; None: not any more. A death in between is this call's fault. (Other
-    services, whose calls are shorter than this message takes, write it into their channel.)"""
+    """From now on a core works on this call alone; None: not any more. A death in between is blamed on this call.
+    (Other services, whose calls take less time than this message, write the call into their channel.)"""
 
     key: CallKey | None
 
 
 class Begun(Struct, array_like=True, frozen=True, tag=True):
-    """A call that had waited in the service begins now, beside others."""
+    """A call that had waited in the service begins now, in parallel with others."""
 
     key: CallKey
 
 
 class Needs(Struct, array_like=True, frozen=True, tag=True):
-    """This call amounts to a deed that the kernel has to decide on. The service keeps nothing of the call: it is
-    denied, or comes again with `Ask.approved`."""
+    """This call needs a decision of the kernel about a deed. The service keeps nothing of the call: it is denied, or
+    comes again with `Ask.approved`."""
 
     key: CallKey
     deed: Deed
 
 
 class Parked(Struct, array_like=True, frozen=True, tag=True):
-    """The `Park` of this number is in force: what comes from now on was decoded after it."""
+    """The `Park` of this number is in force: later tokens were decoded after it."""
 
     number: int
 
@@ -223,10 +224,10 @@ class Parked(Struct, array_like=True, frozen=True, tag=True):
 class Delta(Struct, array_like=True, frozen=True):
     """New output of one generation. `offset`: how much was given out before it, in the core's unit (`wire.Progress`).
 
-    `text` is exactly the text of `tokens`: where text is held back (half a character, a stop string or a tool call that
-    may be under way), so are its tokens. So what was given out is always a list of whole tokens, and can be forced back
-    after a death. A core whose model is elsewhere sends text alone. `charged`: how many tokens it costs; None: as many
-    as there are in `tokens`. `mu`: mirostat's state after them, where the call uses it."""
+    `text` is exactly the text of `tokens`: if text is held back (half a character, the possible beginning of a stop
+    string or a tool call), so are its tokens. So the output so far is always a list of whole tokens, and can be forced
+    again after a death. A core with a remote model sends text alone. `charged`: how many tokens it costs; None: as many
+    as there are in `tokens`. `mu`: mirostat's state after them, if the call uses it."""
 
     key: CallKey
     offset: int
@@ -238,7 +239,7 @@ class Delta(Struct, array_like=True, frozen=True):
 
 
 class Started(Struct, array_like=True, frozen=True):
-    """A call got its slot, with what its prompt cost; 0 tokens: that is known at its end."""
+    """A call got its slot. With the cost of its prompt; 0 tokens: that will be known at its end."""
 
     key: CallKey
     prompt_tokens: int
@@ -246,8 +247,8 @@ class Started(Struct, array_like=True, frozen=True):
 
 
 class Spent(Struct, array_like=True, frozen=True):
-    """Prompt tokens that a core charges when it knows them, in place of `Started` and of what `GenerationDone.usage`
-    says: of an attempt at an endpoint when it is sent. Negative: an attempt that cost nothing is given back."""
+    """Prompt tokens that a core charges when it knows them, instead of those in `Started` and `GenerationDone.usage`:
+    for an attempt at an endpoint when it is sent. Negative: the charge of a free attempt is given back."""
 
     key: CallKey
     prompt_tokens: int
@@ -255,19 +256,19 @@ class Spent(Struct, array_like=True, frozen=True):
 
 
 class Step(Struct, array_like=True, frozen=True, tag=True):
-    """What one or several steps brought. Calls that stream are in every step's message, others now and then
-    (so that their tokens are known should the core die)."""
+    """The results of one or several steps. Calls that stream are in the message of every step, others now and then (so
+    that their tokens are known if the core dies)."""
 
     deltas: list[Delta] = []
-    started: list[Started] = []  # they have a slot: the first time, or again
-    preempted: list[CallKey] = []  # they have none any more, and wait
+    started: list[Started] = []  # calls that got a slot, for the first time or again
+    preempted: list[CallKey] = []  # calls that have lost their slot, and wait
     spent: list[Spent] = []
 
 
 class GenerationDone(Struct, array_like=True, frozen=True, tag=True):
-    """The one final word on a generation; `tokens` and `text` are those after the last delta. `charged`: as in a delta;
-    negative where the deltas had charged too many, so that in the end `usage` is what was charged. `short`: the kind of
-    budget that has ended it, where the core knows."""
+    """The only final message about a generation; `tokens` and `text` are those after the last delta. `charged`: as in a
+    delta; negative if the deltas had charged too many, so that the sum of all charges is `usage`. `short`: the kind of
+    budget that has ended it, if the core knows it."""
 
     key: CallKey
     offset: int
@@ -279,11 +280,11 @@ class GenerationDone(Struct, array_like=True, frozen=True, tag=True):
     logprobs: Logprobs | None = None
     charged: int | None = None
     short: str = ""
-    spent: Spent | None = None  # what is still to be charged for the prompt, or given back
+    spent: Spent | None = None  # the charge for the prompt that is still missing, or is given back
 
 
 class Answered(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on an `Ask`: `body` is the reply's, already encoded. `prompt_tokens` are charged to the caller.
+    """The final answer to an `Ask`: `body` is the reply's, already encoded. `prompt_tokens` are charged to the caller.
     `promise`: a number, not 0: until the service names it in `Stale` the caller would get this answer again for the
     same call, so the kernel may give it from memory."""
 
@@ -294,8 +295,8 @@ class Answered(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Stale(Struct, array_like=True, frozen=True, tag=True):
-    """These promises are taken back. Sent before the answer to the call that has changed what they were about; with a
-    `Loaded` all promises made before it are void."""
+    """These promises are taken back. Sent before the answer to the call that has changed their data; a `Loaded` ends
+    all promises made before it."""
 
     promises: list[int]
 
@@ -310,8 +311,8 @@ class Part(Struct, array_like=True, frozen=True, tag=True):
 
 class Errand(Struct, array_like=True, frozen=True, tag=True):
     """Make this system call in the name of the caller of `key`, a call that the service has open. Answered with one
-    `ErrandDone`, unless that call ends before. `number`: no two errands of a service have the same, and a later one has
-    a higher one; `again`: it was sent before, to a kernel that has died since."""
+    `ErrandDone`, unless that call ends before. `number`: unique among the errands of a service, and increasing;
+    `again`: it was sent before, to a kernel that has died since."""
 
     key: CallKey
     number: int
@@ -321,8 +322,8 @@ class Errand(Struct, array_like=True, frozen=True, tag=True):
 
 
 class ToolUse(Struct, array_like=True, frozen=True, tag=True):
-    """From the toolbox: what calls of this agent have used since the last such message, in microseconds on processors,
-    and the memory that they hold now, in bytes. Sent while they run, and before they are answered."""
+    """From the toolbox: usage of this agent's calls since the last such message, in microseconds of processor time, and
+    the memory that they hold now, in bytes. Sent while they run, and before they are answered."""
 
     pid: int
     cpu_us: int
@@ -330,8 +331,8 @@ class ToolUse(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Failed(Struct, array_like=True, frozen=True, tag=True):
-    """Final word on any call that could not be served. `elsewhere`: another model may be able to. `short`: the kind of
-    budget of which it would need more than is left."""
+    """The final answer to any call that could not be served. `elsewhere`: another model may be able to serve it.
+    `short`: the kind of budget of which too little is left for it."""
 
     key: CallKey
     errno: int
@@ -341,13 +342,13 @@ class Failed(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Health(Struct, array_like=True, frozen=True, tag=True):
-    """From an llm core, when it changes: why a call that comes now would have to wait long; "": it would not."""
+    """From an llm core, when this changes: why a call that comes now would have to wait long; "": it would not."""
 
     why: str
 
 
 class Denied(Struct, array_like=True, frozen=True, tag=True):
-    """From the proxy: it has not connected this agent to a host. Told once in a while for each."""
+    """From the proxy: it has not connected this agent to a host. Sent once in a while for each host."""
 
     pid: int
     host: str
@@ -356,15 +357,15 @@ class Denied(Struct, array_like=True, frozen=True, tag=True):
 
 
 class ProxyUse(Struct, array_like=True, frozen=True, tag=True):
-    """From the proxy: what it has used for this agent since the last such message, in microseconds on processors."""
+    """From the proxy: microseconds of processor time for this agent since the last such message."""
 
     pid: int
     cpu_us: int
 
 
 class Contexts(Struct, array_like=True, frozen=True, tag=True):
-    """Where the contexts of peers lie that have one: "slot", "ram" or "disk", and how many tokens they have.
-    Sent now and then while calls run."""
+    """Where the contexts of peers are kept: "slot", "ram" or "disk", and how many tokens they have. Sent now and then
+    while calls run."""
 
     places: dict[int, tuple[str, int]]
 
@@ -418,8 +419,8 @@ FromService = (
 
 
 class BudgetShare(Struct, array_like=True, frozen=True):
-    """A budget that an agent shares: that of `owner`, itself or an ancestor, with what it allows since when
-    (monotonic clock, s). Whatever becomes of the owner, it lasts as long as any that shares it."""
+    """A budget that an agent shares: that of `owner`, itself or an ancestor, with its limits and its start (monotonic
+    clock, s). It lasts as long as any agent that shares it, even if the owner is dead."""
 
     owner: int  # 0: the agent that is about to be forked
     limits: Limits
@@ -427,10 +428,10 @@ class BudgetShare(Struct, array_like=True, frozen=True):
 
 
 class Fork(Struct, array_like=True, frozen=True, tag=True):
-    """Fork an agent, or (`outside`) only remember one. The same `key` again names the same agent. What it runs, its
-    arguments, environment and folder are in its letter (see `aiosd.ipc.letter`), which the supervisor does not read.
-    Descriptors with the frame: the letter, and then stdin, stdout, stderr; without these the agent inherits those of
-    agent `ppid`, or gets /dev/null and its log.
+    """Fork an agent, or (`outside`) only record one. The same `key` again names the same agent. Its program, arguments,
+    environment and folder are in its letter (see `aiosd.ipc.letter`), which the supervisor does not read. Descriptors
+    with the frame: the letter, and then stdin, stdout, stderr; without these the agent inherits those of agent `ppid`,
+    or gets /dev/null and its log.
     """
 
     key: CallKey
@@ -444,7 +445,7 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     detached: bool
     attached: bool
     tty: bool
-    named: bool = False  # the name was given, not made from the program's
+    named: bool = False  # the name was given, and not made from the program's name
     shares: list[BudgetShare] = []
     client: tuple[int, int] = (0, 0)  # the process that it is attached to: Linux pid and start time
     restart: str = "no"  # see aiosd.init.restart
@@ -452,12 +453,12 @@ class Fork(Struct, array_like=True, frozen=True, tag=True):
     sandbox: str = "none"  # its level; the rest of its box is in the letter
     program: bytes = b""  # the hash of its path, if a person has started it,
     sha256: bytes = b""  # … and of its content, which its process has checked
-    outside: bool = False  # it has no process: programs from outside are it, see kernel.outside
+    outside: bool = False  # it has no process: programs from outside act as it, see kernel.outside
     template: Template | None = None  # from which it is forked; None: the supervisor
 
 
 class StartServer(Struct, array_like=True, frozen=True, tag=True):
-    """Of the toolbox to the supervisor: fork this MCP server; `number` is for the answers. Descriptors: see
+    """From the toolbox to the supervisor: fork this MCP server; `number` is for the answers. Descriptors: see
     `aiosd.init.servers`."""
 
     number: int
@@ -465,14 +466,15 @@ class StartServer(Struct, array_like=True, frozen=True, tag=True):
 
 
 class ServerIs(Struct, array_like=True, frozen=True, tag=True):
-    """The answer: its Linux pid; 0 when it has ended."""
+    """The answer: the server's Linux pid; 0 when it has ended."""
 
     number: int
     ospid: int
 
 
 class SendSignal(Struct, array_like=True, frozen=True, tag=True):
-    """To the agent's process group, then to every descendant found outside it. A `key` is served once."""
+    """Send a signal to the agent's process group, then to every descendant found outside it. Done once for each
+    `key`."""
 
     pid: int
     signal: int
@@ -480,9 +482,9 @@ class SendSignal(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Mark(Struct, array_like=True, frozen=True, tag=True):
-    """Remember about the agent what a successor of this kernel must know: a new nice value, a new parent, the
-    budget that ended it, that its exit status has been collected. `by` is the call that did it, and `answer` the
-    encoded body of its reply: submitted again to a new kernel, it gets that and does nothing."""
+    """Record about the agent what a successor of this kernel must know: a new nice value, a new parent, the budget that
+    ended it, that its exit status has been collected. `by` is the call that caused it, and `answer` the encoded body of
+    its reply: if it is submitted to a new kernel again it gets that reply and does nothing."""
 
     pid: int
     nice: int | None = None
@@ -501,20 +503,21 @@ class Forget(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Ready(Struct, array_like=True, frozen=True, tag=True):
-    """The system can serve. `line` is what the terminal shows, `notes` are lines of what has failed all the same."""
+    """The system can serve. `line` is shown on the terminal, `notes` are lines about things that failed
+    nevertheless."""
 
     line: str
     notes: list[str] = []
 
 
 class Shutdown(Struct, array_like=True, frozen=True, tag=True):
-    """Begin to stop the system (`aiosd stop`), or do not come up (`error` set)."""
+    """Begin to stop the system (`aiosd stop`), or give up the start (`error` set)."""
 
     error: str = ""
 
 
 class SettingChanged(Struct, array_like=True, frozen=True, tag=True):
-    """A setting was changed at run time: what is forked from now on must know."""
+    """A setting was changed at run time: for processes that are forked from now on."""
 
     name: str
     value: str
@@ -524,8 +527,9 @@ class SettingChanged(Struct, array_like=True, frozen=True, tag=True):
 
 
 class Forked(Struct, array_like=True, frozen=True, tag=True):
-    """It runs, or it has no process. Not sent when it has rung for itself and nothing comes with it. Descriptors with
-    the frame: of a confined agent its door, and of one in a network of its own its gates."""
+    """An agent runs, or is recorded without a process. Not sent when it has rung for itself and no descriptors come
+    with the message. Descriptors with the frame: of a confined agent its door, and of one in a network of its own its
+    gates."""
 
     key: CallKey
     pid: int
@@ -538,15 +542,15 @@ class Forked(Struct, array_like=True, frozen=True, tag=True):
 
 class Forking(Struct, array_like=True, frozen=True, tag=True):
     """A process was forked that looks up its program. Descriptors with the frame: the agent's memfd, and the kernel's
-    end of its doorbell. The kernel prepares what it can; then the agent rings as soon as it runs, if it can, or
-    `Forked` or `ForkFailed` comes."""
+    end of its doorbell. The kernel prepares what it can; then the agent rings as soon as it runs, or `Forked` or
+    `ForkFailed` comes."""
 
     forked: Forked
 
 
 class ForkFailed(Struct, array_like=True, frozen=True, tag=True):
-    """With a descriptor: the message is in there (`letter.read_text`), from the process that could not become the
-    agent."""
+    """An agent could not be forked. With a descriptor: the message is behind it (`letter.read_text`), from the process
+    that could not become the agent."""
 
     key: CallKey
     errno: int
@@ -559,9 +563,9 @@ class ChildStopped(Struct, array_like=True, frozen=True, tag=True):
 
 
 class ChildExited(Struct, array_like=True, frozen=True, tag=True):
-    """`status` as from os.waitstatus_to_exitcode; `reason` set when the supervisor knows more. `again_s`: its process
-    has ended, and it is started again after that time. `cpu_s`: what its process has used of processors, with the
-    children that it had waited for."""
+    """An agent's process has ended. `status` as from os.waitstatus_to_exitcode; `reason` set when the supervisor knows
+    more. `again_s`: it is started again after that time. `cpu_s`: processor seconds of its process, with the children
+    that it had waited for."""
 
     pid: int
     status: int
@@ -591,16 +595,23 @@ class ServiceDied(Struct, array_like=True, frozen=True, tag=True):
     reason: str
 
 
-class TemplateSaid(Struct, frozen=True):
+class TemplateReport(Struct, frozen=True):
     """From a template to the supervisor, as JSON. Neither `ready` nor `stale`: it cannot serve, for the reason in
     `words`."""
 
     ready: bool = False
-    stale: bool = False  # what it has imported has changed; it serves no more
+    stale: bool = False  # files that it has imported have changed; it serves no more
     version: str = ""  # of Python
     loaded: int = 0  # modules
     errno: int = 0
     words: str = ""
+
+
+class TemplateState(enum.Enum):
+    """Whether a template can fork agents."""
+
+    LOADING = "loading"  # it imports its modules
+    READY = "ready"
 
 
 class TemplateShown(Struct, array_like=True, frozen=True):
@@ -609,7 +620,7 @@ class TemplateShown(Struct, array_like=True, frozen=True):
     name: str
     pid: int
     ospid: int
-    state: str  # "loading" or "ready"
+    state: TemplateState
     of: Template
     python: str  # version of its interpreter; "": not known yet
     loaded: int  # modules
@@ -618,7 +629,7 @@ class TemplateShown(Struct, array_like=True, frozen=True):
 
 
 class Templates(Struct, array_like=True, frozen=True, tag=True):
-    """All templates that there are now."""
+    """All current templates."""
 
     shown: list[TemplateShown]
 
@@ -644,11 +655,12 @@ class Reread(Struct, array_like=True, frozen=True, tag=True):
     log_level: str
     schedule: Schedule
     access: AccessPolicy
-    report: dict[str, Any]  # what came of it, see config.Settings
+    report: dict[str, Any]  # the result, see config.Settings
 
 
 class Stop(Struct, array_like=True, frozen=True, tag=True):
-    """The system goes down: refuse new calls. Agents are being ended; when they are, `last` is the kernel's turn."""
+    """The system stops: refuse new calls. Agents are being ended. With `last` all have ended, and the kernel must
+    end."""
 
     reason: str
     last: bool = False

@@ -1,9 +1,9 @@
-"""Passages: how descriptors go from one of aiosd's own processes to another.
+"""Passages carry descriptors from one of aiosd's own processes to another.
 
 A channel (`libaios.channel`) carries none. A passage is a pair of sockets, made before anything is forked and kept by
-the supervisor, so what lies in it outlives both ends. There are two:
+the supervisor, so messages in it outlive the processes at both ends. There are two:
 
-    kernel ──gates──▶ proxy      what listens in agents' own networks (`birth.gates`), and the hosts of each
+    kernel ──gates──▶ proxy      listening sockets in agents' own networks (`birth.gates`), and the hosts of each
     proxy ──guests──▶ gateway    connections that were accepted at the gates of the gateway, with the agent of each
 """
 
@@ -26,7 +26,7 @@ MOST_FDS = 16
 
 
 class Gate(Struct, array_like=True, frozen=True, tag=True):
-    """Serve this agent. Descriptors with it: its gates. `life`: how often the agent was started again."""
+    """Serve this agent. With descriptors: its gates. `life`: how often the agent was started again."""
 
     pid: int
     life: int
@@ -40,13 +40,13 @@ class Closed(Struct, array_like=True, frozen=True, tag=True):
 
 
 class GatesKept(Struct, array_like=True, frozen=True, tag=True):
-    """These agents have gates, and no others; each will be sent, once more perhaps."""
+    """These agents have gates, and no others; each gate will be sent, perhaps once more."""
 
     pids: list[int]
 
 
 class Guest(Struct, array_like=True, frozen=True, tag=True):
-    """A connection of this agent, which comes with it."""
+    """A connection of this agent, with its descriptor."""
 
     pid: int
 
@@ -59,7 +59,7 @@ _decode = msgpack.Decoder(PassageMessage).decode
 
 @dataclass(frozen=True, slots=True)
 class Passages:
-    """Their ends: descriptors."""
+    """The ends of both passages: descriptors."""
 
     kernel: int
     gates: int  # the proxy's end
@@ -77,13 +77,14 @@ def _pair() -> tuple[int, int]:
 
 
 def send(sock: socket.socket, message: PassageMessage, fds: list[int] | tuple[int, ...] = ()) -> None:
-    """Raises OSError when it cannot be sent now: BlockingIOError, or too many descriptors are on their way."""
+    """Send a message. Raises OSError when that is not possible now: BlockingIOError, or too many descriptors on their
+    way."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sock.sendmsg([_encode(message)], rights, socket.MSG_DONTWAIT)
 
 
 def receive(sock: socket.socket) -> tuple[PassageMessage, list[int]]:
-    """Raises BlockingIOError when there is none, EOFError when the other end is gone."""
+    """Receive a message. Raises BlockingIOError when there is none, EOFError when the other end is gone."""
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     payload, ancillary, _, _ = sock.recvmsg(BYTES, socket.CMSG_SPACE(MOST_FDS * 4), flags)
     if not payload:
@@ -95,7 +96,7 @@ def receive(sock: socket.socket) -> tuple[PassageMessage, list[int]]:
 def watch(
     loop: asyncio.AbstractEventLoop, sock: socket.socket, handle: Callable[[PassageMessage, list[int]], None]
 ) -> None:
-    """Call `handle` with each message until the supervisor, who keeps both ends, is gone: then there are no more."""
+    """Call `handle` with each message until the supervisor, which keeps both ends, is gone: then there are no more."""
 
     def take() -> None:
         try:

@@ -1,8 +1,8 @@
-"""What of the settings is for one process alone: it lies in a memfd that the supervisor never reads.
+"""Sealed settings: those for one process alone lie in a memfd that the supervisor never reads.
 
-All agents begin as copies of the supervisor's memory. So it has no environment of an agent that starts with the
-system (the kernel reads those), and no key of an MCP server (the toolbox reads these). The process that reads the
-settings (`apart`) writes both here.
+All agents begin as copies of the supervisor's memory. So the supervisor must not have the environment of agents that
+start with the system (only the kernel reads that), nor the keys of MCP servers (only the toolbox reads these). The
+process that reads the settings (`apart`) writes both here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def write(fd: int, agents: tuple[AgentSpec, ...], servers: Mapping[str, McpServer]) -> bytes:
-    """Write both into an empty memfd, and return what was written."""
+    """Write both into an empty memfd, and return the written bytes."""
     content = pickle.dumps(dict(servers)) + pickle.dumps(agents)
     os.pwrite(fd, content, 0)
     return content

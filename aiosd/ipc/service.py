@@ -1,22 +1,21 @@
-"""Services: the processes that answer system calls for the kernel. What one is, and how it serves.
+"""Services: the processes that answer system calls for the kernel; their records, and their loop.
 
 A service is data (`ServiceSpec`): its name, where its code is, whether the system waits for it. The supervisor forks it
-from that record, and forks it again when it dies; the kernel, `aios-ps -e`, `aiosd status` and the logs know it by the
-same record. The calls that it answers are the rows of `wire.TABLE` whose `by` is its kind.
+from that record, and forks it again when it dies; the kernel, `aios-ps -e`, `aiosd status` and the logs use the same
+record. The calls that it answers are the rows of `wire.TABLE` whose `by` is its kind.
 
 A service that is no llm core serves with a `Server`: one function for each call. A function gets the `link.Ask` (with
 key and caller) and the arguments, and returns the body of the reply; a generator yields parts of it before that, or a
-`Pause` when it has to wait for something. What it raises becomes the reply: an OSError as it is, anything else as EIO.
-The server keeps what `wire.Again` promises: it keeps its answers, and sends the one that it has when a call is
-submitted again. Of calls that may be repeated it keeps only what took more than one step, and no large answers; the
-others are done again. A call that must take effect ONCE even if the service dies has to keep its key together with its
-effect.
+`Pause` when it has to wait for something. An exception becomes the reply: an OSError as it is, any other as EIO. The
+server fulfils `wire.Again`: it keeps its answers, and sends the same answer when a call is submitted again. For calls
+that may be repeated it keeps only answers that took more than one step, and no large ones; other calls are done again.
+A call that must take effect ONCE even if the service dies has to store its key together with its effect.
 
-A function that finds out that its call amounts to something which has to be allowed calls `require`; nothing must have
-been done by then, or it must be undone by the exception.
+A function that finds that its call needs a decision (a deed) calls `require`. Nothing must have been done by then, or
+the exception must undo it.
 
 A service that waits for others (workers, files) returns LATER, and answers by `Server.answer`, `part` and `fail`. Its
-loop sleeps on the descriptors that are watched and on timers, too.
+loop sleeps until a message comes, a watched descriptor becomes readable, or a timer is due.
 """
 
 from __future__ import annotations
@@ -55,16 +54,16 @@ PROXY = "proxy"
 #: The name of the service that acts for agents: see `aiosd.kernel.control`.
 GATEWAY = "gateway"
 
-TURNED_BACK = 4096  # calls that were sent back to be allowed, and are no less new when they come again
+TURNED_BACK = 4096  # calls that were sent back for a decision, and still count as new when they come again
 REMEMBERED = 4096  # answers, for calls that are submitted again,
-REMEMBERED_BYTES = 32 << 20  # … and no more than that of them;
-SMALL = 64 << 10  # bytes: a larger answer is not remembered where its call may as well be done again
+REMEMBERED_BYTES = 32 << 20  # … and most bytes of them;
+SMALL = 64 << 10  # bytes: a larger answer is not remembered if its call may be done again
 MESSAGES_AT_ONCE = 64
 SLEEP_S = 5.0  # a back-stop: any message wakes the service at once
-LOOK_S = 0.002  # while messages come one after another: how often the watched descriptors are looked at
-PAUSE_S = 0.05  # without a message, before what can wait is done
+LOOK_S = 0.002  # while messages come one after another: how often the watched descriptors are checked
+PAUSE_S = 0.05  # without a message, before work that can wait is done
 
-#: What a function returns whose answer comes later.
+#: What a function returns if its answer comes later.
 LATER = object()
 
 Handler = Callable[[link.Ask, Any], Any]
@@ -73,24 +72,24 @@ Handler = Callable[[link.Ask, Any], Any]
 class Stopped(enum.IntEnum):
     """The order in which the system's own processes end, after all agents; those of one step together."""
 
-    FIRST = 0  # before the kernel, which still serves: what lets calls in from outside
+    FIRST = 0  # before the kernel, which still serves: services that accept calls from outside
     LAST = 1  # together with the kernel
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceSpec:
     """One system process below the supervisor. `entry` is `module:function`, called in the forked process with its
-    channel, `argument`, and `Rounds`, to which its loop reports that it goes on; it returns the exit code."""
+    channel, `argument`, and `Rounds`, to which its loop reports its rounds; it returns the exit code."""
 
     name: str  # unique in this system: "store", "llm:NAME"
-    kind: str  # whose calls of the table it answers
+    kind: str  # it answers the calls of the table with this `by`
     entry: str
     title: str = ""  # in aios-ps and logs; "": the name
     argument: Any = None
     awaited: bool = True  # the system is not ready before this is
-    silent_s: float = HANG_S  # it is killed, and replaced, when no heartbeat came for this long
-    stopped: Stopped = Stopped.LAST  # when the end of the system is its end
-    keep: tuple[int, ...] = ()  # descriptors of the supervisor's that it needs
+    silent_s: float = HANG_S  # it is killed and replaced when no heartbeat came for this time
+    stopped: Stopped = Stopped.LAST  # when it ends at the end of the system
+    keep: tuple[int, ...] = ()  # descriptors of the supervisor that it needs
     confines: bool = False  # it starts processes that enter the cage
 
     @property
@@ -105,23 +104,23 @@ class ServiceSpec:
 
 
 class Lasting(NamedTuple):
-    """What a function returns whose caller would get the same body again for the same call, until `Server.take_back` is
-    called with this promise (a number, not 0)."""
+    """What a function returns if its caller would get the same body again for the same call, until `Server.take_back`
+    is called with this promise (a number, not 0)."""
 
     body: Any
     promise: int
 
 
 class Pause(NamedTuple):
-    """What a call that cannot go on yields. It is called again when something has come, whatever that is, and at
-    `until` (monotonic clock) at the latest; with 0 after all others have had their turn."""
+    """What a call yields that cannot go on. It is resumed when anything has come, and at `until` (monotonic clock) at
+    the latest; with 0 after all others have had their turn."""
 
     until: float = 0.0
 
 
 @dataclass(slots=True)
 class _KeptAnswer:
-    """What a call got, for when it is submitted again."""
+    """The answer of a call, for when it is submitted again."""
 
     message: link.Answered | link.Failed
     size: int
@@ -136,12 +135,12 @@ class _Begun(NamedTuple):
 
 
 _NOT_BEGUN = _Begun(0, False)
-#: A call that may be done again, and has not been put off: it takes no longer than to remember its answer.
+#: A call that may be done again, and has not been put off: doing it again is as fast as remembering its answer.
 _SHORT = _Begun(0, True)
 
 
 class _Woken(Exception):
-    """Ends a sleep. Python would begin it again after a signal handler that returns."""
+    """Ends a sleep. (After a signal handler that returns, Python would resume it.)"""
 
 
 @dataclass(slots=True)
@@ -152,12 +151,12 @@ class Server:
     channel: Channel
     handlers: Mapping[int, Handler]
     stats: Callable[[], dict[str, Any]] = dict
-    on_gone: Callable[[int], None] = lambda peer: None  # this peer is dead
-    on_keep: Callable[[list[int]], None] = lambda peers: None  # all peers but these are
-    on_cancel: Callable[[link.CallKey], None] = lambda key: None  # of a call whose answer was to come later
-    on_again: Callable[[link.CallKey], None] = lambda key: None  # such a call is open in a new kernel, too
+    on_gone: Callable[[int], None] = lambda peer: None  # called when this peer is dead
+    on_keep: Callable[[list[int]], None] = lambda peers: None  # called when all peers but these are dead
+    on_cancel: Callable[[link.CallKey], None] = lambda key: None  # for a cancelled call whose answer was to come later
+    on_again: Callable[[link.CallKey], None] = lambda key: None  # called when such a call is open in a new kernel, too
     queued: frozenset[int] = frozenset()
-    rest: Callable[[], None] = lambda: None  # there is a pause: time for what can wait
+    rest: Callable[[], None] = lambda: None  # called in a pause: for work that can wait
     timers: Timers = field(default_factory=Timers)
     _watched: dict[int, Callable[[], None]] = field(default_factory=dict)
     _later: set[link.CallKey] = field(default_factory=set)
@@ -165,7 +164,7 @@ class Server:
     others: Callable[[link.ToService], link.FromService | None] = lambda message: None  # any other message, its answer
     charge: Callable[[Any], int] = lambda body: 0  # tokens that the caller pays for this answer
     on_used: Callable[[dict[int, int]], None] = lambda counts: None  # promised answers that the kernel has given again
-    on_begin: Callable[[], None] = lambda: None  # a kernel begins, for which no promise was made
+    on_begin: Callable[[], None] = lambda: None  # called when a new kernel begins, which has no promise
     background: Callable[[], float] = lambda: SLEEP_S  # called in each round; for how many seconds it can wait then
     _answers: OrderedDict[link.CallKey, _KeptAnswer] = field(default_factory=OrderedDict)
     _bytes: int = 0
@@ -175,14 +174,14 @@ class Server:
     _newcomers: Newcomers = field(default_factory=Newcomers)
     _turned_back: OrderedDict[link.CallKey, int] = field(default_factory=OrderedDict)  # with their lives
     _lives: dict[link.CallKey, _Begun] = field(default_factory=dict)  # the calls that were begun and have no answer yet
-    _rested: bool = False  # since the last message
+    _rested: bool = False  # `rest` was called since the last message
     _asleep: bool = False
     _looked_at: float = 0.0
     _paused: dict[link.CallKey, float] = field(default_factory=dict)
     _quit: bool = False
 
     def run(self, rounds: Rounds) -> int:
-        """Serve until told to end, or the kernel's end of the channel is gone for good."""
+        """Serve until the kernel ends the service, or its end of the channel is gone for good."""
         channel = self.channel
         self.send(link.Loaded(dict(self.info)))
         while not self._quit and not channel.hung_up:
@@ -198,7 +197,7 @@ class Server:
                 channel.pump()
             if channel.reborn:  # a new kernel: it submits again what is open
                 channel.renew()
-                channel.work.end()  # it was for the kernel that has died
+                channel.work.end()  # the announced call was for the kernel that has died
                 self.on_begin()
                 self.send(link.Loaded(dict(self.info)))
             wait = min(SLEEP_S, self.background())
@@ -217,28 +216,28 @@ class Server:
         return 0
 
     def _next_turn(self) -> float:
-        """For how many seconds no call can go on."""
+        """The number of seconds for which no call can go on."""
         if len(self._paused) < len(self._under_way):
             return 0.0
         return min(self._paused.values()) - time.monotonic()
 
     def end(self, *_: object) -> None:
-        """For a signal handler: end in order, after the turn that is under way."""
+        """For a signal handler: end in order, after the current turn."""
         self._quit = True
         if self._asleep:
             raise _Woken
 
     def _turn(self, messages: list[link.ToService]) -> None:
-        """All that is at hand."""
+        """Handle all messages that have come."""
         for message in messages:
             self._handle(message)
 
     def _step(self, key: link.CallKey) -> None:
-        """Of a call whose function is a generator."""
+        """Do one step of a call whose function is a generator."""
         self._go_on(key)
 
     def _pause(self, wait: float) -> None:
-        """Until there is something to do. The rest is for a pause, not for the moment between two calls."""
+        """Sleep until there is something to do. `rest` is called in a pause, not in the moment between two calls."""
         try:
             self._asleep = True
             if self._quit:
@@ -256,7 +255,7 @@ class Server:
         self.rest()
 
     def _sleep(self, timeout: float) -> bool:
-        """Until a message comes, or something for a watched descriptor. False: nothing has come."""
+        """Sleep until a message or an event of a watched descriptor comes. False: nothing has come."""
         if not self._watched:
             return self.channel.wait(timeout)
         awake = self.channel.wait(timeout, tuple(self._watched))
@@ -267,18 +266,18 @@ class Server:
         return awake
 
     def _look_in_time(self) -> None:
-        """Messages wait: look at the watched descriptors now and then."""
+        """While messages wait, check the watched descriptors now and then."""
         if self._watched and time.monotonic() >= self._looked_at + LOOK_S:
             self._look()
 
     def _look(self) -> None:
-        """At the watched descriptors, and handle what they bring."""
+        """Check the watched descriptors, and handle their events."""
         self._looked_at = time.monotonic()
         poll = select.poll()
         for fd in self._watched:
             poll.register(fd, select.POLLIN)
         for fd, _ in poll.poll(0):
-            if fd in self._watched:  # an earlier one may have ended it
+            if fd in self._watched:  # an earlier callback may have ended the watch
                 self._watched[fd]()
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
@@ -286,7 +285,7 @@ class Server:
         self._watched[fd] = callback
 
     def forget(self, fd: int) -> None:
-        """Before the descriptor is closed."""
+        """End a watch. To be called before the descriptor is closed."""
         self._watched.pop(fd, None)
 
     def send(self, message: link.FromService) -> None:
@@ -325,7 +324,7 @@ class Server:
 
     @staticmethod
     def _quietly(act: Callable[[], None]) -> None:
-        """What no call waits for: a failure is done again when the service starts the next time."""
+        """Do work for which no call waits. If it fails it is done again at the next start of the service."""
         try:
             act()
         except OSError as err:
@@ -341,7 +340,7 @@ class Server:
         if known is not None and known.life == ask.life:
             self.send(known.message)
         elif ask.key in self._under_way or ask.key in self._later:
-            self.on_again(ask.key)  # it goes on, and its answer goes to the new kernel
+            self.on_again(ask.key)  # the call goes on, and its answer goes to the new kernel
         elif ask.again and row.again is Again.NEVER and not self._may_begin(ask):
             reason = f"{row.name}: it had begun before a process died, and is not done again"
             self.send(link.Failed(ask.key, errno.EIO, reason))
@@ -354,11 +353,12 @@ class Server:
             self._begin(ask)
 
     def _may_begin(self, ask: link.Ask) -> bool:
-        """Whether it is certain that a call that is submitted again has not been begun."""
+        """Whether it is certain that a call that is submitted again was not begun before."""
         return self._turned_back.get(ask.key) == ask.life or self._newcomers.has(ask)
 
     def require(self, ask: link.Ask, deed: Deed) -> None:
-        """Raises Unapproved unless the call may do this: it was allowed to, or nothing stands against it."""
+        """Raises Unapproved unless the call may do this: the deed was allowed, or no rule and no default is against
+        it."""
         caller = ask.caller
         if not caller.pid or ask.approved == deed.digest:
             return
@@ -370,7 +370,7 @@ class Server:
         try:
             handler = self.handlers[ask.sys]
             result = handler(ask, wire.decode_args[ask.sys](ask.args))
-        except Exception as err:  # a bug of one handler: it costs this call, and no other
+        except Exception as err:  # a bug of one handler: it ends this call, and no other
             self._failed(ask.key, err)
             return
         self._turned_back.pop(ask.key, None)
@@ -389,45 +389,46 @@ class Server:
             self._lives[ask.key] = _Begun(ask.life, True)
 
     def _go_on(self, key: link.CallKey) -> None:
-        """One more part of a long answer, so that no call waits for all of another's."""
+        """Make one more part of a long answer, so that no call waits for all of another one's."""
         self.channel.work.begin(*key)
         try:
             part = next(self._under_way[key])
         except StopIteration as end:
             self._answered(key, end.value)
-        except Exception as err:  # a bug of one handler: it costs this call, and no other
+        except Exception as err:  # a bug of one handler: it ends this call, and no other
             self._failed(key, err)
         else:
             self._paused.pop(key, None)
             if isinstance(part, Pause):
                 self._paused[key] = part.until
-                self.channel.work.end()  # a death while it waits is not its fault
+                self.channel.work.end()  # the call is not to blame for a death while it waits
             else:
                 self.send(link.Part(key, self._offsets[key], wire.encode(part)))
                 self._offsets[key] += 1
 
     def begun(self, key: link.CallKey) -> None:
-        """A queued call begins now. From here on one that is made NEVER again is lost with this process."""
-        self.channel.send_silently(link.encode(link.Begun(key)))  # read with what comes next, or at our death
+        """A queued call begins now. From here on, a NEVER call is lost if this process dies."""
+        self.channel.send_silently(link.encode(link.Begun(key)))  # read with the next message, or after a death
 
     def take_back(self, promises: list[int]) -> None:
-        """Of `Lasting` answers. To be called before the answer to the call that has changed what they said."""
+        """Take back promises of `Lasting` answers. To be called before the answer to the call that has changed their
+        data."""
         self.send(link.Stale(promises))
 
     def part(self, key: link.CallKey, body: object) -> None:
-        """A part of an answer that comes later."""
+        """Send a part of an answer that comes later."""
         if key in self._later:
             self.send(link.Part(key, self._offsets[key], wire.encode(body)))
             self._offsets[key] += 1
 
     def answer(self, key: link.CallKey, body: object) -> None:
-        """The answer that was to come later. Without effect for a call that was cancelled."""
+        """Send the answer that was to come later. Without effect for a call that was cancelled."""
         if key in self._later:
             self._later.remove(key)
             self._answered(key, body)
 
     def fail(self, key: link.CallKey, err: Exception) -> None:
-        """The same with an error."""
+        """The same for an error."""
         if key in self._later:
             self._later.remove(key)
             self._failed(key, err)
@@ -452,7 +453,7 @@ class Server:
         self._finish(key, as_failed(key, err), 0)
 
     def _turn_back(self, key: link.CallKey, deed: Deed) -> None:
-        """The kernel decides on it; here it was never begun."""
+        """Send a call back, because the kernel has to decide; here it counts as never begun."""
         life = self._lives.pop(key, _NOT_BEGUN).life
         self._end(key)
         self._turned_back[key] = life
@@ -461,7 +462,7 @@ class Server:
         self.send(link.Needs(key, deed))
 
     def _finish(self, key: link.CallKey, message: link.Answered | link.Failed, size: int) -> None:
-        if key in self._offsets:  # it was to come later
+        if key in self._offsets:  # its answer was to come later
             self._end(key)
         self._out(message, size)
 
@@ -471,7 +472,7 @@ class Server:
         begun = self._lives.pop(key, _NOT_BEGUN)
         if begun is _SHORT or (begun.repeats and size > SMALL):
             return
-        if isinstance(message, link.Answered) and message.promise:  # not again: it may have been taken back by then
+        if isinstance(message, link.Answered) and message.promise:  # not again: it may be taken back by then
             message = link.Answered(key, message.body, message.prompt_tokens)
         old = self._answers.pop(key, None)
         self._answers[key] = _KeptAnswer(message, size, begun.life)
@@ -482,7 +483,7 @@ class Server:
             self._bytes -= answer.size
 
     def _end(self, key: link.CallKey) -> None:
-        """Of a call that goes on: it is over, or not wanted any more."""
+        """End a call that goes on in steps: it is over or cancelled."""
         if key in self._later:
             self._later.remove(key)
             self.on_cancel(key)

@@ -1,4 +1,4 @@
-"""What a service that answers no system calls (gateway, proxy) gets from its kernel, on its channel."""
+"""The channel to the kernel for a service that answers no system calls (gateway, proxy)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from libaios.channel import Channel
 
 
 class Superior:
-    """The service's channel to the kernel: it sends its figures, and receives which agents are dead."""
+    """The service's side of the channel: sends its figures, and receives which agents are dead."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -20,7 +20,8 @@ class Superior:
         self.send(link.Loaded())
 
     def look(self) -> None:
-        """Handle what has come. Afterwards the channel's descriptor becomes readable when there is more."""
+        """Handle the messages that have come. Afterwards the channel's descriptor becomes readable when there are
+        more."""
         channel = self.channel
         while True:
             for payload in channel.receive():

@@ -1,2 +1,2 @@
-"""The kernel process: system calls, process table, access checks, queues. A router, which never waits for another
-process."""
+"""The kernel process: system calls, process table, access checks, queues. It routes messages, and never waits for
+another process."""

@@ -1,13 +1,13 @@
-"""Which caller may do what: default deny.
+"""The rights of each caller. What is not allowed here is denied.
 
 A client of the control socket that is aiosd's own user acts as the person at the terminal and may do
 everything. An agent, and a client that descends from one, may read the process list, and act upon itself and
 its descendants, and nothing else. The identity comes from the connection (see `peer`, `control`).
 
-`check` is asked once for every call, before its handler or its service sees it. It raises OSError (EPERM, …) or returns
-whether the call may go on now or later; "later" is for calls that a person has to allow first. What an agent may do at
-all is said here; what rules and people say to that is `approvals`. Some things that an agent may not do, a person may
-allow it once: to raise its rights (`Call.allowed`).
+`check` is called once for every call, before its handler or its service gets it. It raises OSError (EPERM, …) or
+returns whether the call may go on now or later; "later" is for calls that a person has to allow first. This file
+decides what an agent may do at all; `approvals` applies rules and the answers of people to that. A person may allow an
+agent once to raise its rights, which it may not do otherwise (`Call.allowed`).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from aiosd.kernel.proc import INIT, Proc, ProcTable
 from libaios import wire
 from libaios.wire import Sys
 
-#: What a service (the store) may ask of others, over the control socket. (The gateway asks in the name of an agent.)
+#: The calls that a service (the store) may make over the control socket. (The gateway calls in the name of an agent.)
 _OF_SERVICES = (Sys.EMBED,)
 
 
 class Clearance(enum.Enum):
     NOW = "now"
-    LATER = "later"  # the call stays open, and is taken up again when a person has decided
+    LATER = "later"  # the call stays open, and goes on when a person has decided
 
 
 class Access:
-    """`raised` says in which way a new agent would have more rights than its parent, ""."""
+    """The check of rights. `raised` returns in which way a new agent would have more rights than its parent, or ""."""
 
     def __init__(
         self,
@@ -71,7 +71,8 @@ class Access:
         self._looked_at = {*self._rules, Sys.SPAWN} - {Sys.RECV}
 
     def check(self, call: Call, args: Any, go_on: Callable[[], None]) -> Clearance:
-        """`go_on` is called when a call for which LATER was returned is allowed."""
+        """Check one call; see the top of this file. `go_on` is called when a call for which LATER was returned is
+        allowed."""
         peer, row = call.peer, call.row
         try:
             self._check_identity(peer, row, args)
@@ -92,11 +93,11 @@ class Access:
         return row.sys not in self._looked_at and not self._ruled(row)
 
     def is_at_once(self, call: Call) -> bool:
-        """`check` would return NOW; this finds it out for most calls, in less time."""
+        """Whether `check` would return NOW: a fast answer for most calls; False: it is not known."""
         return call.peer.proc is not None and self.is_free(call.row)
 
     def _deed(self, proc: Proc, row: wire.Row, args: Any) -> Deed | None:
-        """What has to be decided about; None: nothing, as about almost every call."""
+        """The deed that has to be decided about; None: there is nothing to decide, as for almost every call."""
         if row.sys == Sys.SPAWN:
             raised = self._raised(args, proc)
             return deeds.spawned(args, raised) if raised or self._ruled(row) else None
@@ -141,13 +142,13 @@ class Access:
             require_agent(peer, "has a nice value of its own")
 
     def asks_of(self, proc: Proc) -> list[dict[str, str]]:
-        """What it has asked for and waits to be allowed."""
+        """The open asks of an agent."""
         return self._approvals.of(proc)
 
     # ── the objects of calls ──────────────────────────────────────────────────────────────────────────────
 
     def known(self, pid: int) -> Proc:
-        """The agent of this pid, dead ones included that are remembered. Raises OSError: ESRCH, EPERM."""
+        """The agent of this pid, or a dead one of which there is still a record. Raises OSError: ESRCH, EPERM."""
         proc = self._table.find(pid)
         if proc is None:
             raise self.no_agent(pid)
@@ -172,20 +173,21 @@ class Access:
         return [proc]
 
     def _controlled(self, peer: Peer, procs: list[Proc]) -> list[Proc]:
-        """Those of many that the caller may control, without a walk up from each."""
+        """Those of many agents that the caller may control; faster than following the parents of each."""
         if peer.proc is None:
             return procs
         family = {proc.pid for proc in self._table.subtrees([peer.proc])}
         return [proc for proc in procs if proc.pid in family]
 
     def no_agent(self, pid: int) -> OSError:
-        """What a caller gets that takes this pid for an agent's."""
+        """The error for a caller that takes this pid for an agent's."""
         if pid in self._system_pids():
             return wire.error(errno.EPERM, f"{pid}: is part of aiosd itself (see aiosd status, aiosd stop)")
         return wire.error(errno.ESRCH, f"{pid}: no such agent")
 
     def may_control(self, peer: Peer, target: Proc) -> bool:
-        """Signal, renice, inspect: a person all, an agent itself and its descendants."""
+        """Whether it may signal, renice and inspect the target: a person may for all, an agent for itself and its
+        descendants."""
         return peer.proc is None or self._table.is_ancestor(peer.proc.pid, target)
 
     def require_control(self, peer: Peer, target: Proc) -> None:
@@ -194,7 +196,7 @@ class Access:
 
 
 def new_nice(target: Proc, args: wire.NiceArgs) -> int:
-    """What the call would make of its nice value."""
+    """The nice value that the call would set."""
     if args.value is None:
         return target.nice
     return max(-20, min(19, target.nice + args.value if args.relative else args.value))
@@ -212,7 +214,7 @@ def require_agent(peer: Peer, what: str) -> Proc:
 
 
 def may_wait(peer: Peer, target: Proc) -> bool:
-    """A person for any agent; an agent for its children."""
+    """Whether it may wait for the target: a person may for any agent, an agent for its children."""
     return peer.proc is None or target.ppid == peer.proc.pid
 
 
@@ -222,5 +224,5 @@ def reaps(peer: Peer, target: Proc) -> bool:
 
 
 def parent_pid(peer: Peer) -> int:
-    """The parent of what this peer spawns."""
+    """The parent of agents that this peer spawns."""
     return INIT if peer.proc is None else peer.proc.pid

@@ -1,7 +1,7 @@
-"""The life of agents, from the kernel's side: made, signalled, ended, collected.
+"""The life of agents, from the kernel's side: they are made, signalled, ended, collected.
 
-The supervisor forks, signals and reaps; here is what that means for the process table, for the agents' calls, and for
-the calls of others that wait for it.
+The supervisor forks, signals and reaps. This file applies its reports to the process table, to the agents' calls, and
+to the calls of others that wait for an agent.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kernel")
 
-FORKS_BYTES = 1 << 20  # of spawns that the supervisor has not read: some thousand, and a descriptor for each
+FORKS_BYTES = 1 << 20  # of spawn requests that the supervisor has not read: some thousand, with a descriptor for each
 COMMAND_SHOWN = 4096  # characters of an agent's command in listings
 REATTACH_S = 10.0  # how long clients have to come back to a new kernel before their agents get HUP
-ATTACHED_LOOK_S = 1.0  # between two looks at clients that are stopped and cannot come back to a new kernel
+ATTACHED_LOOK_S = 1.0  # between two checks of clients that are stopped and cannot come back to a new kernel
 
 
 @dataclass(slots=True)
 class UnderWay:
     """A spawn that the supervisor has not answered yet."""
 
-    call: Call | None  # None: the system's own
+    call: Call | None  # None: the system made it itself
     spec: link.Fork
     command: str
     box: Box | None
-    used: Mapping[int, int]  # what its row in the ledger begins with, from an earlier life of the system
-    newborn: Newborn | None = None  # its process, once it was forked
+    used: Mapping[int, int]  # the usage with which its row in the ledger begins, from an earlier run of the system
+    newborn: Newborn | None = None  # its process, as soon as it was forked
 
 
 @dataclass(slots=True)
 class Newborn:
-    """A process that looks up its agent's program."""
+    """A process that was forked and still looks up its agent's program."""
 
     forked: link.Forked
-    channel: Channel | str  # or what is wrong with it
+    channel: Channel | str  # or a sentence: what is wrong with it
     bell: EventSource | None
     stopped: bool = False
 
@@ -110,11 +110,11 @@ class Lifecycle:
         self.sandboxes = sandboxes
         self.by_ospid: dict[int, Proc] = {}  # live ones
         self.forks: dict[link.CallKey, UnderWay] = {}
-        self._adopted: set[link.CallKey] = set()  # the calls that a dead kernel has started agents for
+        self._adopted: set[link.CallKey] = set()  # the calls for which a dead kernel has started agents
         self._patience: dict[int, float] = {}  # attached agents whose client may still come back, until when
         self.listed = Listed(table, timers)
         tokens.agent = table.get
-        self.stopping = False  # the system goes down
+        self.stopping = False  # the system is stopping
         self.process_begun: Callable[[Proc], None]  # see `measure`
         self.process_over: Callable[[Proc, float], None]  # with the seconds that it has used, see `measure`
         self.outside_changed: Callable[[], None] = lambda: None  # an agent without a process has come, or ended
@@ -168,7 +168,7 @@ class Lifecycle:
             self._reap(proc)
 
     def _repair_families(self) -> None:
-        """Of agents that ended while there was no kernel: their children are pid 1's, and so is the collecting."""
+        """Agents may have ended while there was no kernel: make their children pid 1's, which also collects them."""
         for proc in list(self.table):
             parent = self.table.get(proc.ppid)
             if proc.ppid != INIT and (parent is None or not parent.alive):
@@ -180,14 +180,14 @@ class Lifecycle:
     def shares(
         self, args: wire.Spawn, parent: Proc | None, key: link.CallKey, allowed: bool = False
     ) -> list[link.BudgetShare]:
-        """The budgets that a new agent will share. `allowed`: as for `spawning.fork`. Raises OSError (EDQUOT, EAGAIN):
-        one has no room for it."""
+        """The budgets that a new agent will share. `allowed`: as for `spawning.fork`. Raises OSError (EDQUOT, EAGAIN)
+        if one of them has no room for it."""
         group = spawning.group_of_child(parent, args.group, allowed)
         shares = self.budgets.of_new(None if parent is None else parent.budgets, group, args.limits)
         if shares and not self.ledger.room:
             raise wire.error(errno.EAGAIN, f"at most {ledger.ROWS} agents can be remembered while budgets are kept")
         if key in self._adopted or key in self.forks:
-            return shares  # asked for once more: that agent is counted
+            return shares  # submitted again: that agent is counted already
         full = self.budgets.full(shares, "children")
         if full is not None and full.stage >= Stage.TERM:
             raise wire.error(errno.EDQUOT, sentence(full))
@@ -198,9 +198,9 @@ class Lifecycle:
         return shares
 
     def fork(self, call: Call, spec: link.Fork, content: Letter, fds: tuple[int, ...]) -> None:
-        """Have the supervisor fork an agent; the call is finished when it has."""
+        """Request an agent from the supervisor; the call is finished when the agent was forked."""
         under_way = self.forks.get(call.key)
-        if under_way is not None:  # asked for once more, under the same id: one process, whose pid this call gets
+        if under_way is not None:  # submitted again under the same id: there is one process, and this call gets its pid
             under_way.call = call
             return
         if self.uplink.pending > FORKS_BYTES:
@@ -224,7 +224,8 @@ class Lifecycle:
         self.forks[spec.key] = UnderWay(call, spec, letter.command(content)[:COMMAND_SHOWN], content.box, used or {})
 
     def forking(self, message: link.Forking, fds: list[int]) -> None:
-        """Its process looks up its program; its channel is opened meanwhile. It rings when it runs."""
+        """An agent was forked and looks up its program. Meanwhile its channel is opened; it rings when the program
+        runs."""
         under_way = self.forks[message.forked.key]
         channel = _open(*fds)
         bell = None
@@ -244,7 +245,7 @@ class Lifecycle:
             os.close(fd)
 
     def _begin(self, under_way: UnderWay, message: link.Forked) -> None:
-        """An agent begins, or is known already; its spawn is answered."""
+        """An agent begins, or is known already; answer its spawn."""
         del self.forks[message.key]
         self.listed.started(message.key, message.pid)
         call, spec = under_way.call, under_way.spec
@@ -290,13 +291,14 @@ class Lifecycle:
         return proc
 
     def _grown(self, newborn: Newborn) -> Channel | str:
-        """Its channel, to which nothing listens any more."""
+        """The agent's channel, taken from the code that waited for its first ring."""
         if newborn.bell is not None:
             self.turns.leave(newborn.bell)
         return newborn.channel
 
     def _known(self, pid: int) -> Proc | None:
-        """The agent of which the supervisor reports. It has rung, though that may not have been noticed yet."""
+        """The agent that a report of the supervisor is about. It may have rung without the kernel having noticed
+        yet."""
         if pid not in self.table.procs and (under_way := self._newborn(pid)) is not None:
             assert under_way.newborn is not None
             self._begin(under_way, under_way.newborn.forked)
@@ -310,7 +312,7 @@ class Lifecycle:
 
     def fork_failed(self, message: link.ForkFailed, fds: list[int]) -> None:
         under_way = self.forks.pop(message.key, None)
-        if under_way is None:  # it has rung though it cannot run, and ends now: modules of its template may do that
+        if under_way is None:  # it rang although it cannot run, and ends now: modules of its template may do that
             for fd in fds:
                 os.close(fd)
             return
@@ -337,7 +339,7 @@ class Lifecycle:
             proc.reason = proc.reason or "aiosd was stopped"
 
     def start_with_system(self, specs: Sequence[AgentSpec]) -> None:
-        """Those that the settings list, once, when the system is ready."""
+        """Start the agents that the settings list, once, when the system is ready."""
         self.listed.expect(specs)
         for number, spec in enumerate(specs, 1):
             try:
@@ -357,13 +359,13 @@ class Lifecycle:
         self._send_fork(call, spec, content, used=used)
 
     def _enrolled(self, proc: Proc) -> None:
-        """It has no process: it never had one, or is between two."""
+        """Record an agent that has no process: it never has one, or is between two."""
         self.table.advance(proc, ProcEvent.FAIL)
         if proc.outside:
             self.tokens.add(proc)
 
     def _connect_all(self, proc: Proc, fds: list[int]) -> None:
-        """Its channel, of a confined agent its door, and then its gates."""
+        """Take over its descriptors: its channel; of a confined agent its door, and then its gates."""
         memfd, bell, *doors = fds
         self._connect(proc, _open(memfd, bell))
         self._open_doors(proc, doors)
@@ -386,7 +388,7 @@ class Lifecycle:
         self.turns.serve(peer)
 
     def offended(self, proc: Proc, why: str) -> None:
-        """It broke the protocol: it is killed, and aios-inspect shows why."""
+        """The agent broke the protocol: kill it; aios-inspect shows why."""
         if proc.alive:
             self.enforcer.set_reason(proc, f"EPROTO: {why}")
             self.deliver(proc, signal.SIGKILL)
@@ -443,8 +445,8 @@ class Lifecycle:
                     self.deliver(proc, signal.SIGHUP)
 
     def hang_up_unclaimed(self) -> None:
-        """Clients had time to come back to a new kernel. One that is stopped (Ctrl-Z) could not, and has the same time
-        when it goes on; any other is gone."""
+        """Clients had time to come back to a new kernel. A client that is stopped (Ctrl-Z) could not do that, and gets
+        the same time when it continues; any other is gone."""
         now, patience = self.timers.clock(), self._patience
         self._patience = {}
         for proc in self.table.live():
@@ -461,7 +463,7 @@ class Lifecycle:
     # ── signals ───────────────────────────────────────────────────────────────────────────────────────────
 
     def renice(self, proc: Proc, nice: int, by: link.CallKey, answer: bytes) -> None:
-        """Its open calls get the new value too, and those of clients that descend from it."""
+        """Set the nice value of an agent, and of its open calls, those of clients that descend from it included."""
         proc.nice = nice
         self.uplink.send(link.Mark(proc.pid, nice=nice, by=by, answer=answer))
         self.generations.renice(proc, nice)
@@ -478,7 +480,7 @@ class Lifecycle:
         proc = self.table.get(message.pid)
         if proc is None and (under_way := self._newborn(message.pid)) is not None:
             assert under_way.newborn is not None
-            under_way.newborn.stopped = message.stopped  # it counts when it has begun
+            under_way.newborn.stopped = message.stopped  # it is applied when the agent begins
         if proc is None or not proc.alive:
             return
         self.table.advance(proc, ProcEvent.STOP if message.stopped else ProcEvent.CONT)
@@ -489,19 +491,20 @@ class Lifecycle:
             self._goes_on(proc)
 
     def _goes_on(self, proc: Proc) -> None:
-        """Linux tells nothing, or not all, of a STOP with a CONT right behind it: a call that waits for that stop has
-        waited long enough."""
+        """Linux reports a STOP that is followed at once by a CONT not at all, or only in part: a call that waits for
+        that stop need not wait any longer."""
         proc.continued += 1
         self.generations.park(proc, False)
         self.waiters.on_change(proc)
 
     def stood_still(self, proc: Proc) -> None:
-        """A core has taken generations of this agent out of decoding: if it has stopped, its STOP may be done."""
+        """A core has stopped decoding generations of this agent: if the agent is stopped, too, its STOP may be
+        complete."""
         if proc.state is ProcState.STOPPED or proc.outside:
             self.waiters.on_change(proc)
 
     def is_parked(self, proc: Proc) -> bool:
-        """Stopped, and nothing of it is generated any more."""
+        """Whether it is stopped and nothing is generated for it any more."""
         stopped = proc.halted if proc.outside else proc.state is ProcState.STOPPED
         return stopped and self.generations.stands_still(proc)
 
@@ -534,7 +537,7 @@ class Lifecycle:
             self._reap(proc)
 
     def _process_ended(self, proc: Proc, cpu_s: float) -> None:
-        """Its connections are gone, and what was kept for them."""
+        """The process of an agent has ended: drop its connections, and all that was kept for them."""
         self._used(proc, cpu_s)
         for peer in self.peers.of(proc):
             self.calls.drop(peer)
@@ -545,14 +548,14 @@ class Lifecycle:
         proc.ospid = 0
 
     def _used(self, proc: Proc, cpu_s: float) -> None:
-        """Count what its process had used at its end, once, whichever kernel counts it."""
+        """Count the processor time of its ended process, once, whichever kernel counts it."""
         proc.cpu_s = max(proc.cpu_s, cpu_s)  # the last sample may be older, or missing
         if not proc.row[ledger.ENDED]:
             self.process_over(proc, cpu_s)
             proc.row[ledger.ENDED] = 1
 
     def restarted(self, message: link.ChildRestarted, fds: list[int]) -> None:
-        """It goes on under its pid, with its mailbox, its budgets and its children."""
+        """An agent was started again: it keeps its pid, its mailbox, its budgets and its children."""
         proc = self._known(message.pid)
         assert proc is not None
         self.table.advance(proc, ProcEvent.START)
@@ -562,7 +565,7 @@ class Lifecycle:
         self._connect_all(proc, fds)
 
     def _orphaned(self, child: Proc) -> None:
-        """Its parent is dead."""
+        """The parent of an agent is dead."""
         if child.ppid != INIT:
             self.table.adopt_orphan(child)
         self.uplink.send(link.Mark(child.pid, ppid=INIT))
@@ -578,13 +581,13 @@ class Lifecycle:
         self.logs.forget(forgotten, len(self.table.history))
 
     def collect(self, proc: Proc, by: link.CallKey, result: wire.Waited) -> None:
-        """The parent gets the exit status with this call."""
+        """Give the exit status to the parent, by this call."""
         if proc.state is ProcState.ZOMBIE:
             self._reap(proc, by, wire.encode(result))
 
 
 def _open(memfd: int, bell: int) -> Channel | str:
-    """The channel of an agent, or what is wrong with it: it may have ruined its header already."""
+    """The channel of an agent, or a sentence about what is wrong: the agent may have overwritten its header already."""
     try:
         return Channel(memfd, bell, Side.KERNEL)
     except ProtocolError as err:

@@ -1,6 +1,7 @@
-"""What a person has allowed for all times: a file of its own, which people can read, and `aios-approve` revokes from.
+"""The permissions that a person has given for all times. They are in a file of their own, which people can read, and
+`aios-approve` can revoke them.
 
-It is read when the kernel starts and written by the kernel alone. One that cannot be read allows nothing.
+The file is read when the kernel starts, and written by the kernel alone. A file that cannot be read allows nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class LastingApprovals:
         return next((entry for entry in self._entries.values() if entry.covers(subject, deed)), None)
 
     def add(self, subject: Subject, deed: Deed, agent: str, now: float) -> LastingApproval:
-        """Raises OSError: it could not be written, and is not in force."""
+        """Add a permission. Raises OSError if it could not be written; then it is not in force."""
         entry = lasting(max(self._entries, default=0) + 1, subject, deed, agent, now)
         if len(self._entries) >= MOST:
             raise OSError(28, f"{MOST} approvals for all times are kept; revoke some: aios-approve --revoke")
@@ -44,7 +45,7 @@ class LastingApprovals:
         return entry
 
     def revoke(self, number: int) -> LastingApproval | None:
-        """None: there is none of this number. Raises OSError."""
+        """Remove a permission and return it; None: there is none of this number. Raises OSError."""
         entry = self._entries.get(number)
         if entry is not None:
             self._save({other: one for other, one in self._entries.items() if other != number})

@@ -1,12 +1,12 @@
-"""Which process is at the other end of a connection: a descendant of an agent, or a process of the user?
+"""Finds whether a connection comes from a descendant of an agent, or from another process of the user.
 
-Linux gives the process that made the connection, and a pidfd of it. From there we follow the parents upwards, to an
-agent, or to the top of the process tree. Agents are subreapers and children of the supervisor, another subreaper; so
-a process that an agent starts has that agent or the supervisor above it, however often it forks and detaches.
+Linux gives the process that made the connection, and a pidfd of it. From there this code follows the parents upwards,
+to an agent, or to the top of the process tree. Agents are subreapers and children of the supervisor, another subreaper;
+so a process that an agent starts has that agent or the supervisor above it, however often it forks and detaches.
 
-Only a complete and consistent result counts. A process that has ended has no parents to follow; if a parent ends while
-we follow it, the path is inconsistent, and we start again. A connection that cannot be shown to come from outside is
-refused.
+Only a complete and consistent result counts. A process that has ended has no parents to follow; if a parent ends in the
+meantime, the path is inconsistent, and is followed again from the start. A connection that cannot be shown to come from
+outside is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar
 from aiosd import procfs
 
 SO_PEERPIDFD = 77  # Linux 6.5
-TRIES = 20  # a path that changes while we follow it is followed again
+TRIES = 20  # at most this often a path is followed again because it changed
 
 A = TypeVar("A")
 
@@ -80,7 +80,7 @@ def agent_above(origin: Origin, agents: Mapping[int, A], supervisor: int) -> A |
 
 
 def is_child(origin: Origin, supervisor: int) -> bool:
-    """Whether it lives, as a child of the supervisor: a service is one, with the number that the supervisor told."""
+    """Whether the process is a live child of the supervisor, as every service is."""
     stat = procfs.read_stat(origin.ospid)
     return stat is not None and stat.ppid == supervisor and not has_ended(origin.pidfd)
 

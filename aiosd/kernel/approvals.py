@@ -1,20 +1,22 @@
-"""What has to be allowed: the decision about a deed, and the asks that wait for a person.
+"""Decides whether an agent may do a deed, and keeps the *asks*: questions that wait for the answer of a person.
 
-    deed → rules (`aiosd.access.rules`) → denied, allowed, or asked for
-    asked for → allowed for all times? → does a person listen? → the call stays open until a person has answered
+    deed → rules (`aiosd.access.rules`) → denied, allowed, or a person must be asked
+    an ask → allowed for all times? → is a client watching asks? → the call stays open until a person has answered
 
 Promises:
 
-    * Nobody listening: denied at once, by a message that names the rule; with `ask_timeout` after that time.
+    * While no client watches asks: denied at once, with a message that names the rule; with `ask_timeout` after that
+      time.
     * An ask holds nothing but its call. When the call ends (its timeout, its agent's end) the ask is gone.
-    * An answer is for a digest: of the deed as it was shown. If the call amounts to something else by then, it is asked
-      anew (`link.Ask.approved`).
-    * No agent answers, lists or watches: all of that is for persons (`Access`).
+    * An answer is for a digest: of the deed as it was shown. If the call amounts to something else by then, there is a
+      new ask (`link.Ask.approved`).
+    * No agent answers, lists or watches asks: all of that is for persons (`Access`).
     * An ask outlives the kernel: its call is submitted again to the next one, and becomes the same ask, by the same
-      name. Listeners come back meanwhile: for BACK_S it is not denied for lack of them. An answer that the
-      dead kernel had taken and not passed on is lost, and the person is asked again.
+      name. Watching clients come back meanwhile: for BACK_S it is not denied for lack of them. An answer that the dead
+      kernel had taken and not passed on is lost, and the person is asked again.
 
-A person listens by `aios-approve -f`, and at the terminal that an agent is attached to, to it and its descendants.
+A person watches all asks with `aios-approve -f`; the terminal to which an agent is attached shows its asks and those of
+its descendants.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ from aiosd.timers import Timer
 from libaios import wire
 
 OPEN_OF_AGENT, OPEN_OF_ALL = 16, 1024  # asks
-BACK_S = 10.0  # for listeners to come back after a kernel's death, to what had been asked before,
-BACK_NEW_S = 1.0  # … and to what is asked then
+BACK_S = 10.0  # for watching clients to come back after a kernel's death: for older asks,
+BACK_NEW_S = 1.0  # … and for new ones
 REMEDY = "aios-approve -f would, and [access] in aiosd.toml can have it allowed"
 
 
@@ -51,11 +53,11 @@ class _Ask:
     deed: Deed
     go_on: Callable[[], None]
     shown: wire.Asked
-    patience: Timer | None = None  # while nobody listens
+    patience: Timer | None = None  # runs while no client watches
 
 
 class Approvals:
-    """`boot` and `reborn`: of this system, and whether another kernel has served it before."""
+    """All asks, and the decisions. `boot`: of this system; `reborn`: another kernel has served it before."""
 
     def __init__(
         self,
@@ -73,13 +75,13 @@ class Approvals:
         self._table = table
         self._calls = calls
         self._boot = boot
-        self._ruled: dict[int, bool] = {}  # by the number of the call
+        self._ruled: dict[int, bool] = {}  # whether a rule names a call, by its number
         self._asks: dict[str, _Ask] = {}
         self._watchers: dict[Call, wire.WatchAsks] = {}
         self._born = calls.timers.clock() if reborn else -BACK_S
 
     def concerns(self, row: wire.Row) -> bool:
-        """Whether any rule names this system call. Asked for almost every call."""
+        """Whether any rule names this system call. This runs for almost every call."""
         known = self._ruled.get(row.sys)
         if known is None:
             known = self._ruled[row.sys] = self.policy.concerns(row.name, False)
@@ -128,7 +130,7 @@ class Approvals:
         call.forget = lambda: self._over(ask, wire.AskState.GONE)
         self._note("asked", proc, deed, rule=rule, ask=ask.shown.id)
         self._set_clock(ask, wait_s)
-        self._tell(ask)
+        self._notify(ask)
 
     def denied(self, proc: Proc, deed: Deed, rule: str, **more: str) -> None:
         self._note("denied", proc, deed, rule=rule, **more)
@@ -155,7 +157,7 @@ class Approvals:
     # ── those who can answer ──────────────────────────────────────────────────────────────────────────────
 
     def watch(self, call: Call, args: wire.WatchAsks) -> None:
-        """The call stays open, and brings what is asked and what became of it."""
+        """Open a watch: the call stays open, and its pieces are new asks and their results."""
         self._watchers[call] = args
         call.forget = lambda: self._unwatch(call)
         for ask in self._asks.values():
@@ -178,7 +180,7 @@ class Approvals:
         return proc is not None
 
     def _patience(self, ask: _Ask) -> float | None:
-        """For how many seconds it waits from now on; None: as long as a person listens."""
+        """For how many seconds the ask waits from now on; None: as long as a client watches."""
         if any(self._concerns(watcher, ask) for watcher in self._watchers):
             return None
         back_s = BACK_S if ask.call.again else BACK_NEW_S
@@ -204,7 +206,8 @@ class Approvals:
     # ── answers ───────────────────────────────────────────────────────────────────────────────────────────
 
     def answer(self, peer: Peer, args: wire.AnswerAsk) -> None:
-        """Raises OSError: ESRCH, EAGAIN; of an answer for all times that could not be kept, what was wrong."""
+        """Answer an ask. Raises OSError: ESRCH, EAGAIN, or the error of the file if an answer for all times cannot be
+        kept."""
         ask = self._asks.get(args.id)
         if ask is None:
             raise wire.error(errno.ESRCH, f"{args.id}: nothing with this ID is asked (any more)")
@@ -227,7 +230,7 @@ class Approvals:
             self._calls.fail(ask.call, errno.EPERM, f"{ask.deed.shown}: a person has denied it{reason}")
 
     def revoke(self, peer: Peer, number: int) -> None:
-        """Raises OSError: ENOENT, or what was wrong with the file."""
+        """Revoke a permission. Raises OSError: ENOENT, or the error of the file."""
         entry = self.always.revoke(number)
         if entry is None:
             raise wire.error(errno.ENOENT, f"{number}: nothing of this number is allowed for all times")
@@ -236,7 +239,7 @@ class Approvals:
     # ── the end of an ask ─────────────────────────────────────────────────────────────────────────────────
 
     def _close(self, ask: _Ask, state: wire.AskState) -> None:
-        """It was answered; its call goes on, or is failed by the caller."""
+        """Remove an ask that was answered. Its call goes on, or the caller of this method fails it."""
         ask.call.forget = None
         self._over(ask, state)
 
@@ -246,7 +249,7 @@ class Approvals:
         ask.shown = msgspec.structs.replace(ask.shown, state=state)
         if state is wire.AskState.GONE:
             self._note(state, ask.proc, ask.deed, ask=ask.shown.id)
-        self._tell(ask)
+        self._notify(ask)
 
     # ── what is shown ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -272,7 +275,7 @@ class Approvals:
             "ask_timeout_s": self.policy.ask_timeout_s,
         }
 
-    def _tell(self, ask: _Ask) -> None:
+    def _notify(self, ask: _Ask) -> None:
         for watcher in list(self._watchers):
             if watcher in self._watchers and self._concerns(watcher, ask):
                 self._send(watcher, ask.shown)

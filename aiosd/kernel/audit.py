@@ -1,12 +1,12 @@
-"""What was decided about agents' deeds, as JSON lines in a file that only aiosd's user can open.
+"""The audit: decisions about agents' deeds, as JSON lines in a file that only aiosd's user can open.
 
-A line has the time, the agent (pid, name, group), what it was about, what was decided, and by which rule or whom. It
-has no arguments, because they may be secrets, but the digest of the deed. What is allowed because nothing stands
-against it has no line.
+A line has the time, the agent (pid, name, group), the subject of the decision, its result, and the rule or person that
+made it. It has the digest of the deed, but no arguments, because these may be secrets. A deed that is allowed because
+no rule is against it has no line.
 
-A thread writes, because a disk may hang, and the kernel waits for none. So the last lines before the kernel is killed
-may be missing. An agent that is denied again and again has LINES_PER_S lines in a second, then one that counts the
-rest.
+A thread writes, because a disk may hang, and the kernel does not wait for disks. So the last lines before the kernel is
+killed may be missing. An agent that is denied again and again gets LINES_PER_S lines a second, and then one line with
+the number of the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger("kernel.audit")
 FILE_BYTES = 8 << 20  # of a file, before the next begins,
 FILES = 8  # … and how many full ones are kept
 LINES_PER_S = 20  # of one agent
-WAITING = 10_000  # lines that the disk has not taken
+WAITING = 10_000  # lines that have not been written yet
 
 _NEW = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -46,7 +46,7 @@ class Audit:
         self._lost = 0
 
     def note(self, event: str, pid: int = 0, **fields: Any) -> None:
-        """What was decided; of agent `pid`, 0: of none."""
+        """Record a decision about agent `pid` (0: about no agent)."""
         now = self._clock()
         if int(now) != self._second:
             self._report_rest()
@@ -56,7 +56,7 @@ class Audit:
             self._write({"time": _iso(now), "event": event, **({"pid": pid} if pid else {}), **fields})
 
     def close(self) -> None:
-        """Write what waits. For tests and the end of the kernel."""
+        """Write all lines that wait. For tests and the end of the kernel."""
         self._report_rest()
         if self._thread is not None:
             self._lines.put(None)

@@ -1,8 +1,8 @@
-"""Whether the kernel's books balance: against each other, and against what Linux tells.
+"""Checks whether the kernel's books (its counts) agree with each other, and with what Linux reports.
 
-`check` is asked for by `aiosd status --check`, by the tests after each test, by benchmarks/chaos.py after each fault.
-It changes nothing. What is on its way between two processes at this moment may show as a line that is gone a moment
-later; `status` looks twice for that reason.
+`check` is requested by `aiosd status --check`, by the tests after each test, by benchmarks/chaos.py after each fault.
+It changes nothing. A message on its way between two processes may cause a line that is gone a moment later; therefore
+`status` checks twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from aiosd.kernel.waiters import Waiters
 
 @dataclass(slots=True)
 class Books:
-    """What is compared. `by_ospid`: live agents by Linux pid. `strangers`: clients that have sent no Hello yet."""
+    """The parts whose counts are compared. `by_ospid`: live agents by Linux pid. `strangers`: clients that have sent no
+    Hello yet."""
 
     table: ProcTable
     calls: CallTable
@@ -58,8 +59,8 @@ class Books:
 
 
 def processes(books: Books) -> Iterator[str]:
-    """Live agents and aiosd's own processes are the supervisor's children, and there are no others. Yields "" where all
-    is well: reading about thousands takes long."""
+    """Live agents and aiosd's own processes are the supervisor's children, and there are no others. Yields "" for each
+    one without a fault, so that the job can be interrupted: reading about thousands takes long."""
     supervisor = os.getppid()
     children = set(procfs.children(supervisor))
     live = {proc.ospid: proc for proc in books.table.live() if proc.state is not ProcState.WAITING}
@@ -92,7 +93,7 @@ def families(books: Books) -> Iterator[str]:
 
 
 def calls(books: Books) -> Iterator[str]:
-    """Every call that lies with a service, or waits for an end, is open."""
+    """Every call that a service has, or that waits for an end, is open."""
     is_open = {call.key for peer in books.peers for call in peer.calls.values()}
     for service in books.services:
         for key in service.calls:
@@ -126,8 +127,8 @@ def mailboxes(books: Books) -> Iterator[str]:
 
 
 def tokens(books: Books) -> Iterator[str]:
-    """What an agent and its budgets show is what closed calls have used (the ledger) and open ones, over whatever
-    connection of it."""
+    """The usage that an agent and its budgets show is that of closed calls (in the ledger) plus that of open ones, over
+    all connections of the agent."""
     for proc in books.table:
         open_ones = _generations(books, proc)
         shown = (proc.prompt_tokens, proc.cached_tokens, proc.completion_tokens, proc.cost)
@@ -152,7 +153,7 @@ def tokens(books: Books) -> Iterator[str]:
 
 
 def processors(books: Books) -> Iterator[str]:
-    """What its live agents have used, and their calls of tools, has been charged to each budget; and no call that has
+    """The processor time of live agents and their calls of tools has been charged to each budget; and no call that has
     ended holds memory."""
     for budget in books.budgets:
         sharers = [one for pid in budget.sharers if (one := books.table.get(pid)) is not None]
@@ -171,7 +172,7 @@ def _generations(books: Books, proc: Proc) -> list[OpenGeneration]:
 
 
 def sizes(books: Books) -> Iterator[str]:
-    """What is counted along the way is what is there."""
+    """Sizes that are counted along the way are equal to the real ones."""
     held = sum(peer.assembling for peer in [*books.peers, *books.strangers])
     if held != books.calls.assembly.total:
         yield f"unfinished frames: {held} bytes with peers, {books.calls.assembly.total} in the books"

@@ -1,18 +1,18 @@
-"""Budgets: what an agent may use, all that it starts included (`aiosd.budgets.limits` has the kinds).
+"""Budgets: how much an agent and all that it starts may use (the kinds are in `aiosd.budgets.limits`).
 
-A budget belongs to the agent that it was given to (its owner), or to a group, and is shared by all that the owner
+A budget belongs to the agent that it was given to (its owner), or to a group. It is shared by all agents that the owner
 starts, directly or not, or by all agents of the group. It lasts as long as any agent that shares it, whether or not the
-owner is alive, a group's as long as aiosd; and a new kernel finds it again in what the supervisor remembers of each
-agent (`link.BudgetShare`) and in the ledger. So spawning is no way out of it, and no death is. A reached budget never
+owner is alive; a group's lasts as long as aiosd. A new kernel finds it again in the supervisor's records of agents
+(`link.BudgetShare`) and in the ledger. So neither spawning nor a death is a way out of a budget. A reached budget never
 fails open (`enforce`). How each kind is counted:
 
     tokens, context       by the model's core, before it computes them (`llm.purse`), and here once they are given out
     cost                  here, by the prices of the models: of a prompt when it is sent, of an answer as it comes
     tool_calls            here, when a call goes to the toolbox
-    children              here, when an agent is forked; those that are being forked count
+    children              here, when an agent is forked; agents that are being forked count, too
     disk                  here, when bytes go to the store; and its workspace, sampled
     time                  wall seconds since the spawn (a group's: since its first agent's)
-    cpu, memory, processes    sampled (`measure`); of cpu and memory what its calls of tools use counts, too
+    cpu, memory, processes    sampled (`measure`); cpu and memory include what its calls of tools use
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from aiosd.kernel.ledger import (
     COST_CHARGED,
     COUNTED,
     CPU_US,
+    NOTIFIED,
     SINCE_US,
     STORED,
-    TOLD,
     TOOL_CALLS,
     Ledger,
     LedgerRow,
@@ -43,15 +43,15 @@ from libaios.wire import Limits
 
 GRACE_S = 5.0
 NEVER = 1 << 63
-#: Owners of budgets from this number on are groups.
+#: Owners with this number or a higher one are groups.
 FIRST_GROUP = 1 << 53
 
-#: Counted as it happens, in the ledger.
+#: Kinds that are counted in the ledger as they are used.
 _COUNTERS = {"tool_calls": TOOL_CALLS, "children": CHILDREN, "disk": STORED}
 
 
 class Stage(enum.IntEnum):
-    """How far the end of those that share a reached budget has come."""
+    """The stages in which agents that share a reached budget are ended."""
 
     OPEN = 0
     NOTICE = 1  # EDQUOT; the next stage follows after `GRACE_S`
@@ -59,7 +59,7 @@ class Stage(enum.IntEnum):
     KILL = 3
 
 
-def _nobody(budget: Budget, which: str) -> None:
+def _ignore(budget: Budget, which: str) -> None:
     pass
 
 
@@ -70,18 +70,18 @@ class Budget:
     since: float = 0.0  # on the monotonic clock
     tokens_used: int = 0
     cost_used: int = 0  # in 10^-12 of the currency's unit
-    group: str = ""  # whose it is; "": the owner is an agent
-    reached: str = ""  # the first kind that was
+    group: str = ""  # the group that owns it; "": the owner is an agent
+    reached: str = ""  # the first kind that was reached
     stage: Stage = Stage.OPEN
     row: LedgerRow = field(default_factory=loose_row)  # its owner's, in the ledger
-    timers: list[Timer] = field(default_factory=list)  # of its seconds
+    timers: list[Timer] = field(default_factory=list)  # for its seconds
     sharers: set[int] = field(default_factory=set)  # pids of live agents
     coming: int = 0  # agents that are being forked and will share it
-    levels: dict[str, float] = field(default_factory=dict)  # what was sampled last, by kind,
+    levels: dict[str, float] = field(default_factory=dict)  # the last samples, by kind,
     sampled: float = 0.0  # … and when
-    soft: float = 0.0  # at this part of each kind its agent gets a message; 0: never
-    tokens_near: int = NEVER  # from here on it gets a message that tokens run short
-    near: Callable[[Budget, str], None] = _nobody  # called then
+    soft: float = 0.0  # the fraction of each kind at which its agent gets a message; 0: never
+    tokens_near: int = NEVER  # the number of used tokens at which it gets a message
+    near: Callable[[Budget, str], None] = _ignore  # called then
 
     @property
     def tokens_left(self) -> int | None:
@@ -113,7 +113,7 @@ class Budget:
         return counted + self.levels.get(kind, 0.0) + (self.coming if kind == "children" else 0)
 
     def left(self, kind: str) -> float | None:
-        """How much of a counted or sampled kind is left; None: it is not limited."""
+        """How much of a counted or sampled kind is left; None: it has no limit."""
         amount = kinds.BY_NAME[kind].of(self.limits)
         return None if amount is None else amount - self.used(kind)
 
@@ -122,8 +122,8 @@ class Budget:
 
 
 class Budgets:
-    """All budgets that a live agent shares, and those of groups. `time_is_up` is called with one whose seconds are
-    over, `near` when a kind is nearly used up: at the part that its limits name, else at `soft` (0: never)."""
+    """All budgets that a live agent shares, and those of groups. `time_is_up` is called with a budget whose seconds are
+    over; `near` when a kind is nearly used up: at the fraction that its limits name, else at `soft` (0: never)."""
 
     def __init__(
         self, ledger: Ledger, timers: Timers, groups: Mapping[str, GroupLimits] | None = None, soft: float = 0.0
@@ -136,7 +136,7 @@ class Budgets:
         self._of_group: dict[str, Budget] = {}
         self._soft = soft
         self.time_is_up: Callable[[Budget], None]
-        self.near: Callable[[Budget, str], None] = _nobody
+        self.near: Callable[[Budget, str], None] = _ignore
         for number, (name, group) in enumerate(sorted((groups or {}).items())):
             if kinds.is_any(group.all):
                 self._of_group[name] = self._group(FIRST_GROUP + number, name, group.all)
@@ -145,15 +145,16 @@ class Budgets:
         return iter(self._by_owner.values())
 
     def lasts(self, budget: Budget) -> bool:
-        """Whether it still counts: an agent that shared it may be dead, and so may all others."""
+        """Whether the budget is still in use: all agents that shared it may be dead."""
         return self._by_owner.get(budget.owner) is budget
 
     def owners(self) -> set[int]:
         return set(self._by_owner)
 
     def of_new(self, parent: Sequence[Budget] | None, group: str, wanted: Limits) -> list[link.BudgetShare]:
-        """What an agent will share that is started in a group: by an agent with these budgets, or by a person (None).
-        A child's group is its parent's, whose budgets have that of the group, or one that a person has allowed."""
+        """The budgets that a new agent in this group will share. `parent`: the budgets of the agent that starts it;
+        None: a person does. A child is in its parent's group, whose budget is among its parent's; or in one that a
+        person has allowed."""
         if parent is not None:
             shares = [budget.share for budget in parent]
             shares += [share for share in self.of_group(group) if all(share.owner != one.owner for one in shares)]
@@ -163,20 +164,20 @@ class Budgets:
         return [*shares, link.BudgetShare(0, wanted)] if kinds.is_any(wanted) else shares
 
     def each_of(self, group: str) -> Limits:
-        """What each agent of the group may use that a person starts."""
+        """The limits of each agent of the group that a person starts."""
         return self._each.get(group, Limits())
 
     def of_group(self, group: str) -> list[link.BudgetShare]:
-        """That of the group, where it has one."""
+        """The budget of the group, if it has one."""
         return [self._of_group[group].share] if group in self._of_group else []
 
     def full(self, shares: Sequence[link.BudgetShare], kind: str) -> Budget | None:
-        """One of these of which nothing is left for one more, or that is over."""
+        """One of these budgets that has no room for one more, or is used up; None: there is none."""
         found = [budget for share in shares if (budget := self._by_owner.get(share.owner)) is not None]
         return next((budget for budget in found if budget.stage >= Stage.TERM), None) or without_room(found, kind, 1)
 
     def join(self, pid: int, since: float, shares: Sequence[link.BudgetShare]) -> list[Budget]:
-        """What a new agent, or one adopted from a dead kernel, has a share in. `since`: when it was forked."""
+        """The budgets of a new agent, or of one adopted from a dead kernel. `since`: when it was forked."""
         joined = []
         for share in shares:
             budget = self._find(share.owner or pid, share.limits, share.since or since)
@@ -216,19 +217,19 @@ class Budgets:
         budget = Budget(owner, limits, tokens_used=row[CHARGED], cost_used=row[COST_CHARGED], row=row, soft=soft)
         self._by_owner[owner] = budget
         budget.near = lambda budget, which: self.near(budget, which)
-        if limits.tokens is not None and soft and not told(budget, "tokens"):
+        if limits.tokens is not None and soft and not notified(budget, "tokens"):
             budget.tokens_near = int(soft * limits.tokens)
         return budget
 
     def _run(self, budget: Budget, since: float) -> None:
-        """Its time runs from now on, or since then."""
+        """Start the budget's time, now or at the time `since`."""
         budget.since = since
         seconds = budget.limits.time_s
         if seconds is None:
             return
         budget.timers.append(self._timers.at(since + seconds, lambda: self.time_is_up(budget)))
         if budget.soft:
-            budget.timers.append(self._timers.at(since + budget.soft * seconds, lambda: tell_near(budget, "time")))
+            budget.timers.append(self._timers.at(since + budget.soft * seconds, lambda: notify_near(budget, "time")))
 
     def expect(self, shares: Sequence[link.BudgetShare]) -> None:
         """An agent is being forked that will share these: they last until `arrived`, though all others may be dead."""
@@ -238,7 +239,7 @@ class Budgets:
                 budget.coming += 1
 
     def arrived(self, shares: Sequence[link.BudgetShare]) -> None:
-        """It has joined, or it could not be forked."""
+        """The expected agent has joined, or could not be forked."""
         for share in shares:
             budget = self._by_owner.get(share.owner)
             if budget is not None:
@@ -246,7 +247,7 @@ class Budgets:
                 self._drop_if_unused(budget)
 
     def leave(self, pid: int, budgets: Sequence[Budget]) -> None:
-        """The agent is dead."""
+        """An agent is dead: it does not share its budgets any more."""
         for budget in budgets:
             budget.sharers.discard(pid)
             self._drop_if_unused(budget)
@@ -265,20 +266,20 @@ class Budgets:
             self._ledger.forget(budget.owner)
 
     def forget(self, pid: int) -> None:
-        """The dead agent has left the history: its row in the ledger goes, now or with its budget."""
+        """A dead agent has left the history: drop its row in the ledger, now or together with its budget."""
         if pid in self._by_owner:
             self._forgotten.add(pid)
         else:
             self._ledger.forget(pid)
 
     def adopt(self, known: set[int]) -> None:
-        """After a kernel's death: of the rows in the ledger, keep those of agents that are `known`, and of owners."""
+        """After a kernel's death: keep only the rows of the ledger that belong to agents in `known`, or to owners."""
         for pid in self._ledger.pids() - known:
             self.forget(pid)
 
 
 def _recover(budget: Budget) -> None:
-    """Of a group without an agent: what its agents had at a time is free again, what they have used is not."""
+    """A group has no agent any more: amounts that were held at a time are free again, used amounts are not."""
     for kind in ("memory", "processes", "context"):
         budget.levels.pop(kind, None)
     if budget.reached in ("memory", "processes", "context"):
@@ -289,13 +290,13 @@ def _recover(budget: Budget) -> None:
 
 
 def tokens_left(budgets: list[Budget]) -> int | None:
-    """The smallest of what is left; None: unlimited."""
+    """The smallest number of tokens left in any of them; None: unlimited."""
     left = [budget.tokens_left for budget in budgets if budget.limits.tokens is not None]
     return min((n for n in left if n is not None), default=None)
 
 
 def purses(budgets: Sequence[Budget]) -> list[link.PurseShare]:
-    """For a core: of which budgets its calls pay."""
+    """For a core: the budgets from which its calls are paid."""
     return [
         link.PurseShare(budget.owner, budget.tokens_left, budget.limits.context)
         for budget in budgets
@@ -318,14 +319,14 @@ def charge(budgets: list[Budget], tokens: int) -> Budget | None:
         budget.tokens_used += tokens
         if budget.tokens_used >= budget.tokens_near:
             budget.tokens_near = NEVER
-            tell_near(budget, "tokens")
+            notify_near(budget, "tokens")
         if budget.tokens_left == 0:
             empty = budget
     return empty
 
 
 def settle(budgets: list[Budget], tokens: int, cost: int = 0) -> None:
-    """A call that used this is closed: it is on the books now."""
+    """Record the usage of a call that is closed now."""
     for budget in budgets:
         budget.row[CHARGED] += tokens
         budget.row[COST_CHARGED] += cost
@@ -335,7 +336,7 @@ def settle(budgets: list[Budget], tokens: int, cost: int = 0) -> None:
 
 
 def cost_left(budgets: list[Budget]) -> int | None:
-    """The smallest of what is left; None: unlimited."""
+    """The smallest amount of money left in any of them; None: unlimited."""
     return min((left for budget in budgets if (left := budget.cost_left) is not None), default=None)
 
 
@@ -351,7 +352,7 @@ def pay(budgets: list[Budget], cost: int) -> Budget | None:
 
 
 def tightest(budgets: list[Budget], kind: str) -> Budget | None:
-    """The one that has the least left of a kind; None: none limits it."""
+    """The budget that has the least left of a kind; None: none limits it."""
     limited = [(left, budget) for budget in budgets if (left := budget.left(kind)) is not None]
     return min(limited, key=lambda pair: pair[0])[1] if limited else None
 
@@ -378,22 +379,22 @@ def take(budgets: Sequence[Budget], kind: str, amount: int) -> Budget | None:
     return short
 
 
-def told(budget: Budget, kind: str) -> bool:
+def notified(budget: Budget, kind: str) -> bool:
     """Whether its agent has had the message that this kind is nearly used up."""
-    return bool(budget.row[TOLD] & _bit(kind))
+    return bool(budget.row[NOTIFIED] & _bit(kind))
 
 
-def tell_near(budget: Budget, kind: str) -> None:
-    """Once, whichever kernel tells it."""
-    if not told(budget, kind):
-        budget.row[TOLD] |= _bit(kind)
+def notify_near(budget: Budget, kind: str) -> None:
+    """Send that message, once, whichever kernel does it."""
+    if not notified(budget, kind):
+        budget.row[NOTIFIED] |= _bit(kind)
         budget.near(budget, kind)
 
 
 def check_near(budget: Budget, kind: str) -> None:
     amount = kinds.BY_NAME[kind].of(budget.limits)
     if budget.soft and amount is not None and budget.used(kind) >= budget.soft * amount:
-        tell_near(budget, kind)
+        notify_near(budget, kind)
 
 
 def _bit(kind: str) -> int:
@@ -401,5 +402,5 @@ def _bit(kind: str) -> int:
 
 
 def sentence(budget: Budget, kind: str = "") -> str:
-    """In words, for the person who gave it. `kind`: else the one that was reached."""
+    """A sentence about a reached budget, for a person. `kind`: "" is the kind that was reached."""
     return kinds.sentence(budget.limits, kind or budget.reached, budget.group)

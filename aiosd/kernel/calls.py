@@ -1,9 +1,9 @@
 """Open calls and their replies: every request gets exactly one final reply.
 
-A handler returns the body of the reply, or PENDING. A pending call lies in its peer's `calls`, and on one list that
-something else will look at (a service's calls, a mailbox's receivers, the waiters for an exit). `finish` and `fail`
-close a call, send its only final reply and take it off that list. When a peer goes, `drop` closes all that it had
-open. So nothing is answered twice, and nothing waits for a peer that is gone.
+A handler returns the body of the reply, or PENDING. A pending call is in its peer's `calls`, and on one list that
+another part will look at (a service's calls, a mailbox's receivers, the waiters for an exit). `finish` and `fail` close
+a call, send its only final reply and take it off that list. When a peer disconnects, `drop` closes all calls that it
+had open. So nothing is answered twice, and nothing waits for a peer that is gone.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from libaios.ring import ProtocolError
 
 logger = logging.getLogger("kernel")
 
-#: "The reply comes later."
+#: What a handler returns when the reply comes later.
 PENDING: Final = object()
 
 MAX_OPEN_CALLS = 1024  # of one peer
 OPEN_BYTES = 64 << 20  # of the requests of one peer's open calls,
-OPEN_BYTES_ALL = 1 << 30  # … and of all peers'; a call by itself always finds room
+OPEN_BYTES_ALL = 1 << 30  # … and of all peers'; a single call always finds room
 
 
 class CallTable:
-    """`offended` and `gone` are called with an agent that broke the protocol, and with any peer that was dropped."""
+    """Opens and closes calls. `offended` is called with an agent that broke the protocol, `gone` with a dropped
+    peer."""
 
     def __init__(self, peers: Peers, events: Events, timers: Timers) -> None:
         self.peers = peers
@@ -48,7 +49,7 @@ class CallTable:
     # ── opening ───────────────────────────────────────────────────────────────────────────────────────────
 
     def open(self, peer: Peer, request: wire.Request, size: int) -> Call:
-        """The id must not be in use."""
+        """Open a call. Its id must not be in use."""
         call = Call(peer, request.id, wire.TABLE.get(request.sys, UNKNOWN), size, request.again)
         peer.calls[request.id] = call
         peer.open_bytes += size
@@ -56,7 +57,7 @@ class CallTable:
         return call
 
     def check_room(self, call: Call) -> None:
-        """Raises OSError (EAGAIN) when too much is open already."""
+        """Check the limits of open calls. Raises OSError (EAGAIN) when too much is open already."""
         peer = call.peer
         if len(peer.calls) > MAX_OPEN_CALLS:
             raise wire.error(errno.EAGAIN, f"more than {MAX_OPEN_CALLS} calls open")
@@ -103,7 +104,7 @@ class CallTable:
             call.timer = self.timers.after(seconds, lambda: self.fail(call, errno.ETIMEDOUT, message))
 
     def send_piece(self, call: Call, offset: int, body: Raw) -> None:
-        """A partial reply."""
+        """Send a partial reply."""
         self.send(call.peer, wire.encode(wire.Reply(call.id, 0, True, offset, body)))
 
     # ── sending ───────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +126,7 @@ class CallTable:
             raise ProtocolError(f"does not read its replies ({peer.outbox_bytes} bytes wait)")
 
     def note_assembling(self, peer: Peer, size: int) -> None:
-        """Of all that is being put together; `size` bytes of it are this peer's."""
+        """Note how many bytes of an unfinished frame this peer has here now."""
         offender = self.assembly.note(peer, size)
         if offender is not None:
             self.offend(offender, f"a frame of {offender.assembling} bytes and no end, when there was no room for more")
@@ -133,7 +134,7 @@ class CallTable:
     # ── the end of a peer ─────────────────────────────────────────────────────────────────────────────────
 
     def offend(self, peer: Peer, why: str) -> None:
-        """The peer broke the protocol: end it."""
+        """End a peer that broke the protocol."""
         self.counters["offenders"] += 1
         kind = "agent" if isinstance(peer, AgentPeer) else "client"
         logger.warning("%s %d: EPROTO: %s", kind, peer.id, why)

@@ -1,8 +1,8 @@
 """Calls that a budget counts, before they go to the service that answers them: calls of tools, bytes for the store.
 
-A call is counted when it is given to its service, in one step with the check, so that agents which race with one budget
-cannot go beyond it. What is counted stays counted: a call that fails, or that a new kernel gets once more, is never
-free.
+A call is counted at the moment when it is given to its service, in one step with the check, so that several agents that
+use one budget at the same time cannot exceed it. The count is never undone: a call that fails, or that a new kernel
+gets again, is not free.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from aiosd.kernel.service import Service, Services
 from libaios import wire
 from libaios.wire import Sys
 
-#: Calls that put bytes into the store: the size of their request counts.
+#: Calls that write bytes into the store: the size of their request is counted.
 WRITING = frozenset((Sys.MEM_ADD, Sys.MEM_UPDATE, Sys.STO_WRITE, Sys.STO_PIECE))
 
 
 class Charges:
-    """`refused` is called with the budget that has no room, its kind, and the agent that asked."""
+    """Counts these calls. `refused` is called with the budget that has no room, the kind, and the agent of the call."""
 
     def __init__(self, services: Services, refused: Callable[[Budget, str, Proc], None]) -> None:
         self._services = services
         self._refused = refused
 
     def tool(self, call: Call, args: Any) -> Service:
-        """The toolbox. Raises OSError: EDQUOT, ENOSYS."""
+        """Count a call of a tool; returns the toolbox. Raises OSError: EDQUOT, ENOSYS."""
         if call.row.sys == Sys.TOOL_CALL:
             self._take(call, "tool_calls", 1)
         return self._service(call)
 
     def store(self, call: Call, args: Any) -> Service:
-        """The store. Raises OSError: EDQUOT, ENOSYS."""
+        """Count a call of the store; returns the store. Raises OSError: EDQUOT, ENOSYS."""
         if call.row.sys in WRITING:
             self._take(call, "disk", call.size)
         return self._service(call)
@@ -60,7 +60,7 @@ class Charges:
 
 
 def check_open(proc: Proc) -> None:
-    """Raises OSError (EDQUOT) when a budget has come to its end, and its agents have time to end in order only."""
+    """Raises OSError (EDQUOT) when a budget has come to its end, and its agents only have time left to end in order."""
     for budget in proc.budgets:
         if budget.stage >= Stage.TERM:
             raise wire.error(errno.EDQUOT, budgets.sentence(budget))

@@ -1,13 +1,13 @@
 """The control socket: clients from outside (aios-run, aios-ps, a notebook) become peers like agents.
 
-A client is known by what Linux tells of its connection: its user, which must be aiosd's own (or root), and its process.
-One that descends from an agent has that agent's rights and no more; one of which it cannot be shown that it does not is
-refused (`ancestry`). It must send Hello before it may call; the identity that it gets is what it shows when it has lost
-its kernel and reconnects to the next.
+A client is identified by what Linux reports about its connection: its user, which must be aiosd's own (or root), and
+its process. A client that descends from an agent has that agent's rights and no more. A client is refused if it cannot
+be shown where it comes from (`ancestry`). It must send Hello before it may call; the identity that it gets is what it
+sends when it has lost its kernel and connects to the next.
 
-The gateway serves programs that speak HTTP. For each agent that these belong to it makes a connection, whose Hello has
-that agent's token; the connection is the agent's then, as if a descendant had made it. Only the very process that the
-supervisor has forked as the gateway may do so, and it may do nothing else.
+The gateway serves programs that speak HTTP. For each agent whose programs send it requests it makes a connection, whose
+Hello has that agent's token. The connection is the agent's then, as if a descendant had made it. Only the very process
+that the supervisor has forked as the gateway may do so, and it may do nothing else.
 
 A client that has connected and sent nothing yet is a *stranger*: one small frame without descriptors is read from it,
 soon, and the oldest makes room when there are too many. So a thousand silent connections keep no other client out.
@@ -40,23 +40,23 @@ from libaios.stream import MAX_FDS, FrameSocket
 
 logger = logging.getLogger("kernel.control")
 
-ACCEPT_S = 0.001  # of a turn, for new clients
+ACCEPT_S = 0.001  # part of a turn that is for new clients
 PAUSE_S = 0.2  # before new clients are accepted again when there was no descriptor for one
 ACCEPT_PER_TURN = 16
-SETTLE_S, SETTLE_TRIES = 0.05, 40  # an agent is forked, and its child connects, before the kernel knows of it
+SETTLE_S, SETTLE_TRIES = 0.05, 40  # an agent's child may connect before the kernel knows of the agent
 MAX_UNSETTLED = 16
 MAX_STRANGERS = 64
 HELLO_S = 10.0  # how long a stranger has to send its Hello,
 HELLO_BYTES = 1024  # … and how long that may be
-CLIENTS_OF_AGENT = 64  # connections of what descends from one agent
+CLIENTS_OF_AGENT = 64  # connections of the descendants of one agent
 FRAMES_PER_TURN = 16  # of one client; each may bring descriptors, which are open meanwhile
 REFUSED_S = 10.0  # between two lines in the log about connections that are refused
 FDS_ON_THEIR_WAY = 256  # with unfinished frames, of all clients together
 
 
 class Control:
-    """`caught_up` is called with a client that has read its replies, `joined` with one that has sent its Hello, and
-    `hang_up` with the id of one that is gone."""
+    """All clients. `caught_up` is called with a client that has read its replies, `joined` with one that has sent its
+    Hello, and `hang_up` with the id of one that is gone."""
 
     def __init__(
         self,
@@ -87,11 +87,11 @@ class Control:
         self._caught_up = caught_up
         self._joined = joined
         self._hang_up = hang_up
-        self._bearer = bearer  # the agent of a token
+        self._bearer = bearer  # finds the agent of a token
         self.strangers: dict[ClientPeer, Timer] = {}  # before their Hello, oldest first
         self._fds_held: dict[ClientPeer, int] = {}  # descriptors that came with unfinished frames
         self._doors: dict[int, EventSource] = {}  # of confined agents, by pid
-        self._unsettled = 0  # connections that are looked at again
+        self._unsettled = 0  # connections that will be checked again
         self._refused = 0  # … and refused since the last line in the log about that
         self._source: EventSource
         self._listen()
@@ -104,7 +104,7 @@ class Control:
         return len(self._peers.clients) + len(self.strangers) + self._unsettled + sum(self._fds_held.values())
 
     def forget(self, peer: ClientPeer) -> None:
-        """The connection is gone; agents that were attached to it get HUP, if it does not come back."""
+        """A connection is gone; agents that were attached to it get HUP if the client does not come back."""
         self._fds_held.pop(peer, None)
         timer = self.strangers.pop(peer, None)
         if timer is not None:
@@ -113,21 +113,21 @@ class Control:
             self._hang_up(peer.id)
 
     def _on_connect(self, mask: int) -> None:
-        """Some of those that wait; each turn of a busy kernel takes its time. But not all of ours."""
+        """Accept some of the waiting connections: a few in each turn, so that a busy kernel has time for other work."""
         until = self._timers.clock() + ACCEPT_S
         for _ in range(ACCEPT_PER_TURN):
             if not self._accept() or self._timers.clock() >= until:
                 return
 
     def _accept(self) -> bool:
-        """One of them; False when there is none, or no room."""
+        """Accept one connection; False if there is none, or no room."""
         try:
             if not self._descriptors().room_for_client():
                 raise OSError(errno.EMFILE, f"{len(self._peers.clients)} clients, and no descriptor for another")
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return False
-        except OSError as err:  # out of descriptors: those that wait keep waiting, and we do not spin meanwhile
+        except OSError as err:  # out of descriptors: they keep waiting, and are not polled meanwhile
             logger.warning("control socket: %s", err)
             self._events.unwatch(self._source)
             self._timers.after(PAUSE_S, self._listen)
@@ -137,7 +137,7 @@ class Control:
         return True
 
     def _consider(self, sock: socket.socket, tries: int) -> None:
-        """Admit it or refuse it; one of which it is not known yet where it comes from is looked at again."""
+        """Admit a connection or refuse it. If its origin is not known yet, check again a little later."""
         try:
             self._admit(sock)
         except Unproven as err:
@@ -150,7 +150,7 @@ class Control:
         self._unsettled -= tries < SETTLE_TRIES
 
     def _note_refused(self, why: Unproven) -> None:
-        """In the log, but not once for each: there may be thousands."""
+        """Log a refusal, but not each of them: there may be thousands."""
         self._refused += 1
         if self._refused == 1:
             logger.warning("control socket: a connection was refused: %s", why)
@@ -187,7 +187,7 @@ class Control:
     # ── doors of confined agents ──────────────────────────────────────────────────────────────────────────
 
     def open_door(self, proc: Proc, door: int) -> None:
-        """Serve the door of a confined agent; it is ours from now on. A second one is another name of the first."""
+        """Serve the door of a confined agent, and own its descriptor. A second one is a duplicate of the first."""
         if proc.pid in self._doors:
             os.close(door)
             return
@@ -200,13 +200,13 @@ class Control:
             os.close(source.fd)
 
     def _at_door(self, proc: Proc, door: int, mask: int) -> None:
-        """A process of the agent wants a socket. Whose it is needs no proof: see `sandbox.doors`."""
+        """A process of the agent requests a socket. Its origin needs no further proof: see `sandbox.doors`."""
         if not mask & select.EPOLLIN:  # the last of its processes has ended
             self.close_door(proc)
             return
         try:
             question = Question(door)
-        except (FileNotFoundError, InterruptedError):  # it has ended meanwhile; or epoll reports it again
+        except (FileNotFoundError, InterruptedError):  # the process has ended meanwhile, or epoll reports it again
             return
         if self._connections_of(proc) >= CLIENTS_OF_AGENT or not self._descriptors().room_for_client():
             question.refuse(errno.EMFILE)
@@ -219,7 +219,8 @@ class Control:
         return len(self._peers.clients_of(proc)) + sum(other.proc is proc for other in self.strangers)
 
     def _meet(self, peer: ClientPeer) -> None:
-        """A new one. An honest client has sent its Hello already: it is read before the next can come."""
+        """Read from a new client. An honest one has sent its Hello already, so it is read before the next client
+        comes."""
         if len(self.strangers) >= MAX_STRANGERS:
             self._calls.drop(next(iter(self.strangers)))
         self._calls.counters["clients"] += 1
@@ -230,7 +231,7 @@ class Control:
         self._on_client(peer, select.EPOLLIN)
 
     def _watch(self, peer: ClientPeer) -> None:
-        """Listen to it unless it does not read its replies; and for room, when something waits."""
+        """Poll its socket: for requests, unless it does not read its replies; for room, if replies wait."""
         pending = peer.socket.pending
         mask = (select.EPOLLOUT if pending else 0) | (select.EPOLLIN if pending <= OUTBOX_PAUSE else 0)
         if peer.source is not None:
@@ -304,8 +305,8 @@ class Control:
         peer.send(wire.encode(wire.Welcome(wire.VERSION, self._boot, ident, __version__, *agent)))
 
     def _act_for(self, peer: ClientPeer, token: str) -> bool:
-        """The connection becomes one of the token's agent; False: it is refused. A wrong token is no news for the log:
-        anyone can send the gateway one."""
+        """Make the connection one of the token's agent; False: it is refused. A wrong token is not logged: any program
+        can send one to the gateway."""
         if not peer.of_gateway:
             peer.send(failure(0, errno.EPERM, "only aiosd's own gateway acts for others"))
             raise ProtocolError("a token, from another process than the gateway")

@@ -1,18 +1,19 @@
-"""Copies of what a service has answered: a call that reads the same once more is answered without its service.
+"""Copies of services' answers: a call that reads the same data again is answered without its service.
 
-On two cores a call that goes from an agent through the kernel to a service and back is four changes of process, and one
-that the kernel answers is none or two. So a service may *promise* that an answer stays right until it takes that back
-(`link.Answered.promise`, a number), and it takes it back (`link.Stale`) when what was read changes, before the answer
-to the call that has changed it. Both come through one ring, in order. From that follows what callers rely on: once the
-call that makes a change was answered, no agent gets what was there before. (Andrew File System has promises of this
-kind, named callbacks.)
+On two cores a call that goes from an agent through the kernel to a service and back costs four switches between
+processes; a call that the kernel answers costs none or two. So a service may *promise* that an answer stays right until
+it takes the promise back (`link.Answered.promise` has its number). It takes it back (`link.Stale`) when the data
+change, before the answer to the call that has changed them. Both messages come through one ring, in order. So callers
+can rely on this: once the call that makes a change was answered, no agent gets the older data. (The Andrew File System
+has such promises, named callbacks.)
 
-A copy is for the peer that has asked, and for the very same call: no agent gets by it what it was not given before.
-Calls of one peer keep their order, for no copy is given while the service has one of them. A promise is void when the
-service dies, and when the service or the kernel is a new one. How often a copy was given is reported to the service
-before the next call that it gets (`link.CopiesUsed`), so that its books and its own cache are as if it had been asked.
+A copy is given only to the peer that made the first call, and only for the very same call, so no agent gets data that
+it was not given before. Calls of one peer keep their order, because no copy is given while the service has one of them.
+A promise ends when the service dies, and when there is a new service or a new kernel. The number of times a copy was
+given is reported to the service before the next call that it gets (`link.CopiesUsed`), so that its counts and its own
+cache are as if it had answered.
 
-Memory is bounded for each peer and in all; what was kept first goes first, since the service can answer it again.
+Memory is bounded for each peer and in all; the oldest copy is dropped first, since the service can answer again.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from msgspec import Raw
 
 from aiosd.kernel.peer import Copy, CopyKey, Peer
 
-LARGEST = 16 << 10  # bytes of an answer that is kept,
+LARGEST = 16 << 10  # bytes of one kept answer at most,
 OF_PEER = 64  # … how many of one peer,
 OF_PEER_BYTES = 128 << 10  # … with how many bytes together,
 OF_ALL_BYTES = 8 << 20  # … and of all peers
 
 
 class Copies:
-    """Those of one service."""
+    """The copies of one service's answers."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -51,18 +52,18 @@ class Copies:
         self.bytes += size
 
     def stale(self, promises: list[int]) -> None:
-        """These promises are taken back."""
+        """The service takes these promises back."""
         for promise in promises:
             for place in list(self._promised.get(promise, ())):
                 self._drop(*place)
 
     def forget(self, peer: Peer) -> None:
-        """It is gone."""
+        """Drop the copies of a peer that is gone."""
         for key in list(peer.copies):
             self._drop(peer, key)
 
     def clear(self) -> None:
-        """Every promise is void."""
+        """Drop all copies: every promise has ended."""
         for place in list(self._kept):
             self._drop(*place)
         self.used.clear()

@@ -1,11 +1,11 @@
 """The kernel's side of the llm cores: services that also run generations.
 
-A generation is more than a call that is answered: its tokens come in pieces, it may be parked, paused and preempted,
-and a core that dies leaves it half done. It then goes to the successor with the tokens that were already given out,
-which are forced there, never sampled again.
+A generation is more than a call that is answered: its tokens come in pieces, it may be parked, paused and preempted. If
+its core dies, the generation goes to the successor together with the tokens that were already given out; these are
+forced there, never sampled again.
 
-This module moves messages; it decides nothing about agents. What a message means for a caller is decided by the
-`Listener` (`generations`).
+This module passes on messages and decides nothing about agents. The `Listener` (`generations`) decides what a message
+means for a caller.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from libaios import wire
 
 
 class Listener(Protocol):
-    """What the kernel does with a core's messages about generations."""
+    """Handles a core's messages about generations."""
 
     def on_started(self, call: Call, started: link.Started) -> None: ...
     def on_spent(self, call: Call, spent: link.Spent) -> None: ...
@@ -54,7 +54,7 @@ class Core(Service):
     price: Price | None = None  # None: it is not known
     info: wire.ModelInfo | None = None
     unwell: str = ""  # why a new call would have to wait long
-    parked: set[int] = field(default_factory=set)  # peers whose generations are to stand still
+    parked: set[int] = field(default_factory=set)  # peers whose generations must not be decoded
     unconfirmed: dict[int, int] = field(default_factory=dict)  # number of a `Park` that is not in force yet → peer,
     latest: dict[int, int] = field(default_factory=dict)  # … and by peer the last of these
     contexts: dict[int, tuple[str, int]] = field(default_factory=dict)  # peer → place, tokens
@@ -64,7 +64,7 @@ class Core(Service):
     # ── what a core adds to a service ─────────────────────────────────────────────────────────────────────
 
     def fresh(self, opened: ServiceCall) -> link.ToService:
-        """A generation goes with the tokens given out so far and what is left of the budget."""
+        """The message that submits a generation: with the tokens given out so far and the rest of the budget."""
         call, generation = opened.call, opened.call.generation
         if generation is None:
             return Service.fresh(self, opened)
@@ -104,8 +104,8 @@ class Core(Service):
 
     @property
     def trouble(self) -> str:
-        """Why a call that comes now would have to wait long; "": it would not. A core that this kernel has not seen
-        dying loads for the first time, or has not reported to a new kernel yet that it has."""
+        """Why a new call would have to wait long; "": it would not. (A core that this kernel has not seen dying is
+        loading for the first time, or has not yet reported to a new kernel that it is ready.)"""
         if self.state is ServiceState.DOWN or (self.state is not ServiceState.READY and self.last_death):
             return f"it is down: {self.last_death}"
         return self.unwell
@@ -156,12 +156,12 @@ class Core(Service):
                 Service.handle(self, message)
 
     def generation(self, key: link.CallKey) -> Call | None:
-        """The generation that a message is about. None: it was cancelled, before the core knew of that; an agent
-        that uses an id again may have a call of another kind under it by now."""
+        """The generation that a message is about. None: it was cancelled before the core received that. (An agent that
+        uses an id again may have a call of another kind under it by now.)"""
         opened = self.calls.get(key)
         return opened.call if opened is not None and opened.call.generation is not None else None
 
-    # ── parking, pausing, telling again ───────────────────────────────────────────────────────────────────
+    # ── parking, pausing, sending again ───────────────────────────────────────────────────────────────────
 
     def park(self, peer: int, parked: bool) -> None:
         if parked:
@@ -179,14 +179,14 @@ class Core(Service):
             self.send(link.Park(peer, True, number))
 
     def stands_still(self, peers: Iterable[int]) -> bool:
-        """Whether nothing more of these peers is decoded, nor on its way here."""
+        """Whether nothing of these peers is decoded any more, and nothing of it is on its way here."""
         return not any(peer in self.latest for peer in peers)
 
     def pause(self, call: Call, paused: bool) -> None:
         self.send(link.ParkCall(call.key, paused))
 
     def resynchronise(self, call: Call) -> None:
-        """What the core sent does not join what we have: have it sent again from there."""
+        """There is a gap before the tokens that the core sent: request them again from the gap on."""
         generation = call.generation
         if generation is not None and not generation.resyncing:
             generation.resyncing = True
@@ -212,10 +212,10 @@ class Cores:
         return self.by_model.get(model)
 
     def for_vectors(self) -> Core:
-        """The core that makes vectors where none is named: one that does nothing else, if there is one."""
+        """The core for vectors if a call names none: one that does nothing else, if there is one."""
         return next((core for core in self if core.vectors_only), next(iter(self)))
 
     def context_of(self, peer: int) -> tuple[str, int]:
-        """Where the longest context of a peer lies, and its tokens."""
+        """Where the longest context of a peer is kept, and its number of tokens."""
         found = [core.contexts[peer] for core in self if peer in core.contexts]
         return max(found, key=lambda place: place[1], default=("", 0))

@@ -1,7 +1,7 @@
-"""From a system call that the kernel answers to a deed: what of it rules can name, and what a person is shown.
+"""Makes deeds of system calls that the kernel answers: the parts that rules can name, and the text for a person.
 
-Calls of the store and of tools are not here: what they amount to is found out by the store and the toolbox, which know
-the file that is meant, and the tool.
+Deeds of the store's and the toolbox's calls are made there, because only the store knows which file is meant, and only
+the toolbox knows the tool.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aiosd.kernel.proc import Proc
 from libaios import wire
 from libaios.wire import Sys
 
-#: Calls whose deeds their service finds out.
+#: Calls whose deeds are made by their service.
 OF_SERVICES = frozenset(
     (
         Sys.TOOL_CALL,
@@ -26,7 +26,7 @@ OF_SERVICES = frozenset(
         Sys.MEM_REMOVE,
     )
 )  # fmt: skip
-#: Calls that are never ruled: without them nothing can be given up.
+#: Calls that rules cannot forbid: without them an agent could not give anything up.
 FREE = frozenset((Sys.GETPID, Sys.GETPPID, Sys.CANCEL))
 
 RAISES = "an agent that raises rights asks"
@@ -43,7 +43,7 @@ def signalled(args: wire.Kill, targets: Iterable[Proc]) -> Deed:
 
 
 def concerning(row: wire.Row, args: Any, target: Proc) -> Deed:
-    """Of a call about one other agent."""
+    """The deed of a call about one other agent."""
     of = [("agent", f"{target.name}({target.pid})")]
     return Deed(row.name, resources=_groups([target]), details=details_of([*of, *_fields(args)]))
 
@@ -53,7 +53,7 @@ def plain(row: wire.Row, args: Any) -> Deed:
 
 
 def renice(args: wire.NiceArgs, target: Proc, new: int) -> Deed:
-    """Of an agent that wants a lower nice value."""
+    """The deed of an agent that sets a lower nice value."""
     what = [("agent", f"{target.name}({target.pid})"), ("nice", f"from {target.nice} to {new}")]
     return Deed(
         "nice",
@@ -66,7 +66,8 @@ def renice(args: wire.NiceArgs, target: Proc, new: int) -> Deed:
 
 
 def spawned(args: wire.Spawn, raised: str = "") -> Deed:
-    """`raised`: in which way it would have more rights than its parent. Values of variables are not shown."""
+    """The deed of a spawn. `raised`: in which way the child would have more rights than its parent. Values of variables
+    are not shown."""
     what: list[tuple[str, object]] = [
         ("runs", f"{args.kind} {wire.os_shown(args.target)}"),
         ("arguments", [wire.os_shown(arg) for arg in args.args]),
@@ -102,14 +103,14 @@ def _groups(procs: Iterable[Proc]) -> list[tuple[str, str]]:
 
 
 def _fields(args: Any) -> list[tuple[str, object]]:
-    """Of a call's arguments those that are not as by default."""
+    """The arguments of a call that differ from their defaults."""
     fields = msgspec.structs.fields(args)
     given = [(field.name, getattr(args, field.name), field.default) for field in fields]
     return [(name, _readable(value)) for name, value, default in given if value != default]
 
 
 def _readable(value: object) -> object:
-    """What can be shown as JSON."""
+    """The value in a form that JSON can show."""
     if isinstance(value, msgspec.Raw):
         return _readable(msgspec.msgpack.decode(value))
     return msgspec.to_builtins(value, str_keys=True, enc_hook=repr)

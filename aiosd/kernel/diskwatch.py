@@ -1,7 +1,7 @@
-"""How much the files of workspaces take, looked at by a thread: the kernel never waits for a disk.
+"""Measures the disk use of workspaces in a thread, because the kernel never waits for a disk.
 
-The thread exists only while there is something to look at. A folder that cannot be looked through has no size: a budget
-that needs it is not open any more.
+The thread exists only while there is something to measure. A folder that cannot be read has no size: then a budget that
+needs it counts as used up.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 
 
 class DiskWatch:
-    """`ask` for folders, with the processes that write there, and later find their `sizes`: bytes, or None where one
-    could not be looked through. `took_s`: how long that took."""
+    """Call `ask` with folders and the processes that write there; later their `sizes` are here: bytes, or None for a
+    folder that could not be read. `took_s`: how long the measurement took."""
 
     def __init__(self) -> None:
         self.sizes: dict[str, int | None] = {}
@@ -27,7 +27,7 @@ class DiskWatch:
         return self._thread is not None and self._thread.is_alive()
 
     def ask(self, folders: Mapping[str, Sequence[int]]) -> None:
-        """Have these looked at. It must not be busy."""
+        """Have these measured. It must not be busy."""
         self._thread = threading.Thread(target=self._look, args=(dict(folders),), name="disk", daemon=True)
         self._thread.start()
 
@@ -43,7 +43,7 @@ def _sum(sizes: list[int | None]) -> int | None:
 
 
 def held(ospid: int) -> int | None:
-    """Bytes of the files that a process holds open and that have no name any more. None: that cannot be read."""
+    """Bytes of the files that a process holds open and that have no name any more. None: this cannot be read."""
     total = 0
     folder = f"/proc/{ospid}/fd"
     try:
@@ -62,7 +62,7 @@ def held(ospid: int) -> int | None:
 
 def size_of(folder: str) -> int | None:
     """Bytes on the disk of all files below a folder, a file of several names once. 0: there is no such folder; None:
-    something in it cannot be looked at."""
+    something in it cannot be read."""
     total = 0
     linked: set[tuple[int, int]] = set()
     folders = [folder]

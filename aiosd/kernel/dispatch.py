@@ -1,8 +1,8 @@
 """From a request to its reply: decode, check, call the handler or the service.
 
-An agent can make no exception travel beyond this file: what it sends is decoded against its row of `wire.TABLE` at one
-place, rights are asked for at one place, and `_failed` turns a bug of ours into EIO for the caller and a
-traceback in the log.
+No exception that an agent can cause leaves this file: what an agent sends is decoded against its row of `wire.TABLE` in
+one place, rights are checked in one place, and `_failed` turns a bug of aiosd into EIO for the caller and a traceback
+in the log.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def ppid_of(peer: Peer) -> int:
     return peer.proc.ppid if peer.proc is not None else 0
 
 
-#: Calls without arguments whose answer is known of every caller: they cannot fail and need not be opened.
+#: Calls without arguments whose answer is known at once for every caller: they cannot fail and need not be opened.
 KNOWN: dict[int, Callable[[Peer], int]] = {
     Sys.GETPID: pid_of,
     Sys.GETPPID: ppid_of,
@@ -48,7 +48,8 @@ KNOWN: dict[int, Callable[[Peer], int]] = {
 
 
 class HeldFds:
-    """The descriptors of a request that waits to be allowed. As a context: they are the peer's again."""
+    """The descriptors of a request that waits to be allowed. As a context manager: gives them back to the peer for the
+    time of the block."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
@@ -83,8 +84,8 @@ class HeldFds:
 
 
 class Dispatcher:
-    """`handlers`: of the calls that the kernel answers itself. `memo`: the encoded bodies of replies that calls which
-    take effect once got from a kernel that has died."""
+    """From requests to replies. `handlers`: for the calls that the kernel answers itself. `memo`: the encoded replies
+    to calls of the kind ONCE that a dead kernel has already carried out."""
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class Dispatcher:
         self._memo = memo
 
     def dispatch(self, peer: Peer, payload: bytes) -> None:
-        """Do what a request asks for, and answer."""
+        """Carry out a request, and send its reply."""
         self.count(peer, 1)
         answer = self.answer(peer, payload)
         if answer is not None:
@@ -115,8 +116,8 @@ class Dispatcher:
             proc.row[ledger.CALLS] = proc.calls = proc.calls + requests
 
     def answer(self, peer: Peer, payload: bytes) -> bytes | None:
-        """Do what a request asks for. Returns its final reply, or None: it was sent, or will be. Raises ProtocolError
-        for what is no request."""
+        """Carry out a request. Returns its final reply, or None: it was sent, or will be. Raises ProtocolError for
+        bytes that are no request."""
         try:
             request = _decode(payload)
         except (MsgspecError, RecursionError) as err:
@@ -141,8 +142,8 @@ class Dispatcher:
         return None
 
     def _copied(self, peer: Peer, request: wire.Request) -> Raw | None:
-        """What the peer got for the same call before, where that is still right, no rule has to be asked, and none of
-        its open calls may change it."""
+        """The reply that the peer got for the same call before, if it is still right, no rule has to be checked, and
+        none of the peer's open calls may change it."""
         copy = peer.copies.get((request.sys, bytes(request.args)))
         if copy is None:
             return None
@@ -155,7 +156,7 @@ class Dispatcher:
     def _failed(self, call: Call, err: Exception) -> None:
         if isinstance(err, OSError):
             self._calls.fail(call, err.errno or errno.EIO, err.strerror or str(err))
-        else:  # a bug of one handler: it costs this call, and no other
+        else:  # a bug of one handler: it ends this call, and no other
             name = call.row.name
             logger.error("system call %s of %d: a bug of the kernel", name, call.peer.id, exc_info=err)
             self._calls.fail(call, errno.EIO, "the kernel made a mistake; its log has the details")
@@ -176,7 +177,7 @@ class Dispatcher:
         return self.proceed(call, args, request.args)
 
     def _is_allowed(self, call: Call, args: Any, raw: Raw) -> bool:
-        """Now. Else a person decides, and then it goes on."""
+        """Whether the call may go on now. If not, it goes on when a person has allowed it."""
         held = HeldFds(call.peer)
         later = self._rights.check(call, args, lambda: self._resume(call, args, raw, held)) is Clearance.LATER
         if later:
@@ -184,7 +185,7 @@ class Dispatcher:
         return not later
 
     def _resume(self, call: Call, args: Any, raw: Raw, held: HeldFds) -> None:
-        """A person has allowed it."""
+        """Go on with a call that a person has allowed."""
         call.allowed = True
         with held:
             try:
@@ -196,7 +197,7 @@ class Dispatcher:
                 self._calls.finish(call, body)
 
     def proceed(self, call: Call, args: Any, raw: Raw) -> Any:
-        """A call that is allowed. Returns the body of its reply, or PENDING."""
+        """Carry out an allowed call. Returns the body of its reply, or PENDING."""
         row = call.row
         handler = self._handlers.get(row.sys)
         if handler is not None:
@@ -206,7 +207,7 @@ class Dispatcher:
 
     @staticmethod
     def _note_unknown(peer: Peer, number: int) -> None:
-        """Once for each peer: there may be many."""
+        """Log a call that does not exist, once for each peer: there may be many."""
         if not peer.strange:
             peer.strange = True
             logger.warning("pid %d: unknown system call %d", peer.id, number)

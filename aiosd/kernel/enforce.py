@@ -1,12 +1,13 @@
-"""What happens when a budget is reached (`budget` tells what budgets are).
+"""What happens when a budget is reached (`budget` defines budgets).
 
-    asked for more      EDQUOT, whatever the kind. An agent that is still there `GRACE_S` later gets TERM, and KILL
-                        `GRACE_S` after that
+    refused kinds       EDQUOT for a call that needs more. An agent that is still there `GRACE_S` later gets TERM, and
+                        KILL `GRACE_S` after that
     time                TERM, and KILL `GRACE_S` later; meanwhile no call that a budget counts begins
-    sampled kinds       KILL at once: what cannot be refused is ended. The same if it cannot be measured
+    sampled kinds       KILL at once, because the use cannot be refused. The same if it cannot be measured
 
-That concerns all that share the budget; where it is a group's, or of an agent without a process, and an agent has asked
-for more, that agent alone. One without a process is never ended: each of its requests that needs more is refused.
+This ends all agents that share the budget. If the budget is a group's, or of an agent without a process, a call that
+needs more ends only the agent that made it. An agent without a process is never ended: each of its requests that needs
+more is refused.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from aiosd.timers import Timers
 
 logger = logging.getLogger("kernel.budgets")
 
-#: Signals by which Linux ends a process that is beyond a bound of its own, and the budget that the bound is made from.
+#: Signals by which Linux ends a process that exceeds a limit of its own, and the budget from which the limit is made.
 BOUNDS = {-signal.SIGXCPU: "cpu", -signal.SIGXFSZ: "disk"}
 
 
 class Enforcer:
-    """`deliver` sends a signal to an agent."""
+    """Ends agents over their budgets. `deliver` sends a signal to an agent."""
 
     def __init__(self, table: ProcTable, uplink: Uplink, timers: Timers, deliver: Callable[[Proc, int], None]) -> None:
         self._table = table
@@ -40,7 +41,8 @@ class Enforcer:
     # ── what is noted ─────────────────────────────────────────────────────────────────────────────────────
 
     def reached(self, budget: Budget, which: str, why: str = "") -> None:
-        """Note that a budget was reached; its owner's exit status will tell. `why`: if it is another reason."""
+        """Note that a budget was reached, for the owner's exit status. `why`: another reason than that, as a
+        sentence."""
         if budget.reached:
             return
         budget.reached = which
@@ -64,11 +66,12 @@ class Enforcer:
     # ── what is done ──────────────────────────────────────────────────────────────────────────────────────
 
     def spent(self, budget: Budget, which: str) -> None:
-        """Nothing is left of tokens or money. Agents may end by themselves; a call for more puts them on notice."""
+        """No tokens or no money are left. Agents may end by themselves; a call that needs more starts their grace
+        period."""
         self.reached(budget, which)
 
     def refused(self, budget: Budget, which: str, proc: Proc) -> None:
-        """This agent has asked for more than is left: those that do not end by themselves now are ended."""
+        """This agent made a call that needs more than is left: agents that do not end by themselves now are ended."""
         self.reached(budget, which)
         owner = self._table.get(budget.owner)
         if budget.group or (owner is not None and owner.outside):
@@ -94,13 +97,13 @@ class Enforcer:
         self.end(budget, Stage.TERM)
 
     def exceeded(self, budget: Budget, which: str, why: str = "") -> None:
-        """A sample has shown it. `why`: it could not be measured."""
+        """A sample shows that a budget is exceeded. `why`: a sentence if it could not be measured."""
         if budget.stage < Stage.KILL:
             self.reached(budget, which, why)
             self.end(budget, Stage.KILL, why)
 
     def crowded(self, proc: Proc, why: str) -> None:
-        """It has more processes than an agent may have that has no budget of them."""
+        """The agent has more processes than one without a budget of them may have."""
         if proc.alive and not proc.budget:
             logger.warning("agent %d: %s", proc.pid, why)
             self._mark(proc, "processes", why)
@@ -111,7 +114,7 @@ class Enforcer:
         budget.stage = max(budget.stage, stage)
         number = signal.SIGKILL if stage is Stage.KILL else signal.SIGTERM
         for proc in [proc for pid in list(budget.sharers) if (proc := self._table.get(pid)) is not None]:
-            if proc.outside:  # there is nothing to end: each request gets EDQUOT until a person revokes its token
+            if proc.outside:  # there is no process to end: each request gets EDQUOT until a person revokes its token
                 continue
             self._mark(proc, budget.reached, why or budgets.sentence(budget))
             self._signal(proc, number)
@@ -126,7 +129,7 @@ class Enforcer:
     # ── births and deaths ─────────────────────────────────────────────────────────────────────────────────
 
     def adopted(self, proc: Proc) -> None:
-        """A new kernel has found this agent: what it had used up it has used up, and a notice that it had stands."""
+        """A new kernel has adopted this agent: used-up budgets stay used up, and a grace period goes on."""
         for budget in proc.budgets:
             if budget.tokens_left == 0 and not budget.group:
                 self.refused(budget, "tokens", proc)
@@ -134,7 +137,7 @@ class Enforcer:
             self._timers.after(GRACE_S, lambda: self._end_one(proc, signal.SIGTERM))
 
     def born(self, proc: Proc) -> None:
-        """It was being forked while a budget that it shares came to its end."""
+        """A new agent may have been forked while a budget that it shares was used up."""
         for budget in proc.budgets:
             if budget.stage >= Stage.TERM:
                 self._mark(proc, budget.reached, budgets.sentence(budget))
@@ -142,7 +145,7 @@ class Enforcer:
                 return
 
     def ended(self, proc: Proc, status: int) -> None:
-        """Linux has ended it, when that was for a bound made from a budget."""
+        """An agent has ended: note the budget if Linux ended it for a limit made from one."""
         which = BOUNDS.get(status, "")
         for budget in proc.budgets:
             if which and budgets.sentence(budget, which):

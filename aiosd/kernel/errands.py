@@ -1,8 +1,8 @@
-"""Errands: system calls that a service asks for while it serves a call, in the name of that call's agent.
+"""Errands: system calls that a service makes while it serves a call, in the name of that call's agent.
 
 The toolbox has tools that are system calls: keeping a note, reading a stored file. It has no rights of its own. So it
-asks here, names the call that it works on, and the kernel makes the system call as if that agent had made it: the same
-rights, the same limits, the same owner in the store. Only calls that the store answers can be made so.
+sends an errand that names the call that it works on, and the kernel makes the system call as if that agent had made it:
+with the same rights, the same limits, the same owner in the store. Only calls that the store answers can be errands.
 
 Each errand has a peer (`ErrandPeer`): the agent's identity, and the service as the reader of the reply. All errands of
 a service have one space of ids, which is named by the service's pid. An errand ends with the call that it is for.
@@ -27,7 +27,8 @@ ALLOWED = frozenset(row.sys for row in wire.TABLE.values() if row.by == "store")
 
 
 class ErrandPeer(Peer):
-    """Acts for the agent `proc` (None: for the person at the terminal). `calls`: of all errands of the service."""
+    """Acts for the agent `proc` (None: for the person at the terminal). `calls`: the calls of all errands of the
+    service."""
 
     __slots__ = ("_service",)
 
@@ -56,7 +57,7 @@ class Errander(Service):
     dispatch: Callable[[Peer, bytes], None]
     measure: Measure
     errands: dict[int, Call] = field(default_factory=dict)  # the open ones, by number
-    of: dict[link.CallKey, set[int]] = field(default_factory=dict)  # by the call that they are for
+    of: dict[link.CallKey, set[int]] = field(default_factory=dict)  # numbers of open errands, by their call
 
     def handle(self, message: link.FromService) -> None:
         if isinstance(message, link.Errand):
@@ -69,7 +70,7 @@ class Errander(Service):
     def _errand(self, message: link.Errand) -> None:
         opened = self.calls.get(message.key)
         if opened is None:
-            return  # its call is over; the service learns that in a moment
+            return  # its call is over; the service gets that message in a moment
         if message.sys not in ALLOWED:
             self.send(link.ErrandDone(message.number, failure(message.number, errno.EPERM, "no errand does this")))
             return
@@ -95,7 +96,7 @@ class Errander(Service):
         Service._lost(self, opened, message)
 
     def _drop(self, key: link.CallKey) -> None:
-        """The call of these errands is over."""
+        """End the errands of a call that is over."""
         for number in self.of.pop(key, ()):
             call = self.errands.get(number)
             if call is not None:

@@ -1,12 +1,12 @@
-"""What the kernel's loop waits for, and in which order: one epoll, and rounds in which every source gets its turn.
+"""The event loop of the kernel: one epoll, and rounds in which every source of events gets its turn.
 
 A *source* is one descriptor with a callback: an agent's doorbell, a client's socket, a service's doorbell, the link to
 the supervisor. Its `turn` is its state in the rounds, and the only record of that:
 
     ASLEEP   epoll reports when there is something to read
-    AWAKE    just served, and does not need to ring: we look into its ring for what it sends next
+    AWAKE    just served, and need not ring its bell: the kernel looks into its ring for the next frame
     QUIET    the same, and its ring was found empty once
-    FOUND    all that it had sent was read, and it has sent again: has its turn before those that send much
+    FOUND    all that it had sent was read, and it has sent again: has its turn before sources that send much
     HUNGRY   has sent more than is read in one turn; gets the next turn when there is time
 
 So a call of an agent that sends little waits for one turn of a busy one, not for all of them: in each round every
@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterable
 from aiosd.timers import Timers
 from libaios.channel import Channel, look, restless
 
-TURN_S = 0.002  # of one agent, if possible, before the others have their turn
+TURN_S = 0.002  # the longest turn of one agent, if possible, before the others have theirs
 EVENTS_PER_ROUND = 256
 FEW = 2  # an agent, and the service that answers it
-LOOKS = 700  # about 20 µs, for which all others wait: to find an agent that calls again right after its reply,
+LOOKS = 700  # about 20 µs, during which all others wait: to find an agent that calls again right after its reply,
 LOOKS_AT_TWO = 2000  # … or the answer of a service that has to be woken, about 60 µs
 
 
@@ -42,7 +42,7 @@ ASLEEP, AWAKE, QUIET, FOUND, HUNGRY = Turn
 
 
 class EventSource:
-    """One descriptor. `act` is called with the events that epoll reported; `serve` does a turn without an event."""
+    """One descriptor. `act` is called with the events that epoll reported; `serve` does one turn without an event."""
 
     __slots__ = ("act", "answers", "channel", "fd", "of_clients", "serve", "turn")
 
@@ -58,9 +58,9 @@ class EventSource:
         self.fd = fd
         self.act = act
         self.serve = serve
-        self.channel = channel  # of an agent or a service: we look into it before the other side is asked to ring
+        self.channel = channel  # of an agent or a service: the kernel looks into it before it requests a ring
         self.of_clients = of_clients
-        self.answers = answers  # a service: what an agent waits for may come from it
+        self.answers = answers  # a service, from which agents wait for replies
         self.turn = ASLEEP
 
 
@@ -71,7 +71,7 @@ class Events:
         self._sources: dict[int, EventSource] = {}
         self._lines: list[dict[EventSource, None]] = [{} for _ in Turn]  # by turn; that of ASLEEP stays empty
 
-    # ── who takes part ────────────────────────────────────────────────────────────────────────────────────
+    # ── the sources ───────────────────────────────────────────────────────────────────────────────────────
 
     def watch(
         self,
@@ -90,7 +90,7 @@ class Events:
         return source
 
     def unwatch(self, source: EventSource) -> None:
-        """May be called twice."""
+        """Remove a source. May be called twice."""
         if self._sources.get(source.fd) is source:
             del self._sources[source.fd]
             self._epoll.unregister(source.fd)
@@ -124,7 +124,7 @@ class Events:
         if lines[AWAKE] or lines[QUIET]:
             self._look()
         found = bool(lines[FOUND])
-        if found:  # before a system call: the answer of a service that was looked for has its caller waiting
+        if found:  # before a system call, because a caller waits for the answer of this service
             self._serve_found()
         timeout = 0.0 if found or lines[HUNGRY] or not idle else self._timers.until_next()
         clients = []
@@ -168,8 +168,8 @@ class Events:
                     break
 
     def _look(self) -> None:
-        """Look at the rings of those just served, which need not ring: has one sent something meanwhile? Before the
-        kernel sleeps, all of them are asked to ring; otherwise only those whose rings were found empty twice."""
+        """Look into the rings of sources that were just served and therefore need not ring. Before the kernel sleeps,
+        it requests a ring from all of them; otherwise only from those whose rings were found empty twice."""
         awake, quiet, hungry = self._lines[AWAKE], self._lines[QUIET], self._lines[HUNGRY]
         if len(awake) <= FEW and not quiet and not hungry:
             few = list(awake)
@@ -178,23 +178,23 @@ class Events:
             if not any(source.channel is not None and source.channel.filled() for source in few):
                 for source in few:
                     self.move(source, ASLEEP)
-                self._tell_to_ring(few)
+                self._request_rings(few)
                 return
         for line in (quiet, awake):
             for source in [one for one in line if one.channel is not None and one.channel.filled()]:
                 self.move(source, FOUND)
         busy = bool(self._lines[FOUND] or hungry)
-        tell = list(quiet) if busy else [*awake, *quiet]
+        sleepy = list(quiet) if busy else [*awake, *quiet]
         if busy:
             for source in list(awake):
                 self.move(source, QUIET)
-        for source in tell:
+        for source in sleepy:
             self.move(source, ASLEEP)
-        self._tell_to_ring(tell)
+        self._request_rings(sleepy)
 
     def _wait_for_few(self, few: list[EventSource]) -> bool:
-        """Few are active: where it has paid off before, waiting briefly saves all sides their bells. True: one has sent
-        something meanwhile, and is FOUND."""
+        """Look into the rings of the few active sources for a short time, if that has paid off before: it saves both
+        sides their bells. True: one has sent something meanwhile, and is FOUND."""
         if len(few) == 1:
             (source,) = few
             if source.channel is None or not source.channel.look(LOOKS):
@@ -210,7 +210,7 @@ class Events:
                 self.move(source, FOUND)
         return True
 
-    def _tell_to_ring(self, sources: list[EventSource]) -> None:
+    def _request_rings(self, sources: list[EventSource]) -> None:
         unsettled = restless([source.channel for source in sources if source.channel is not None])
         if unsettled:
             for source in sources:

@@ -1,4 +1,4 @@
-"""What was wrong with which argument, in the words of the caller.
+"""Turns the error of a failed decoding into a sentence that names the argument as callers know it.
 
 msgspec names a place by positions, `$[5][1]`, because arguments travel as arrays; callers know names.
 """
@@ -12,7 +12,7 @@ import msgspec
 
 from libaios import wire
 
-#: What the words of patterns and lengths mean to people.
+#: Patterns and lengths in msgspec's messages, and their meaning in plain words.
 PLAIN = {
     f"Expected `str` matching regex {wire.NAME_PATTERN!r}": "no blanks, control characters or '/' are allowed",
     "Expected `str` of length >= 1": "it is empty",
@@ -20,20 +20,20 @@ PLAIN = {
 
 
 def explain(err: msgspec.MsgspecError, args: type[msgspec.Struct]) -> str:
-    """The message of a failed decoding with the name of the argument in front: `top_p: expected …`."""
+    """The message of a failed decoding after the name of the argument: `top_p: expected …`."""
     message = str(err)
     match = re.search(r" - at `\$((?:\[[^\]]*\]|\.\w+)*)`", message)
     if match is None:
         return message
-    said = message[: match.start()]
+    text = message[: match.start()]
     for raw, words in PLAIN.items():
-        said = said.replace(raw, words)
-    said = re.sub(r"Expected `str` of length <= (\d+)", r"at most \1 characters are allowed", said)
-    return f"{_name(match[1], args)}: {said[:1].lower()}{said[1:]}"
+        text = text.replace(raw, words)
+    text = re.sub(r"Expected `str` of length <= (\d+)", r"at most \1 characters are allowed", text)
+    return f"{_name(match[1], args)}: {text[:1].lower()}{text[1:]}"
 
 
 def _name(path: str, args: type[msgspec.Struct]) -> str:
-    """The innermost field on the way, with what follows it: `[8][0]` of Sampling is `stop[0]`."""
+    """The innermost field on a path, with the rest of the path: `[8][0]` of Sampling is `stop[0]`."""
     kind: type[msgspec.Struct] | None = args
     name, rest = "arguments", ""
     for step in re.findall(r"\[[^\]]*\]|\.\w+", path):

@@ -1,10 +1,10 @@
-"""Fork bombs where Linux keeps no limit: in level flat it counts processes by user, and those of root not at all.
+"""Ends fork bombs where Linux has no limit: in level flat it counts processes by user, and those of root not at all.
 
 To count each agent's processes ten times a second would cost more than all else that an idle agent does. But Linux
-shows at once how many threads the whole machine has: only when these have become more by `MORE`, agents apart, are the
-agents looked at. One that has more than `limits.most_processes`, and no budget that says how many it may have, is
-ended. So a bomb gets as far as it can in the time between two looks (`limits.SAMPLE_S`, or four times as long as all
-samples take). A cgroup for each agent would stop it at once, but to enter one takes every agent 0.4 ms and more, in
+reports cheaply how many threads the whole machine has. So the agents are counted only when the number of other threads
+has grown by `MORE`. An agent that has more processes than `limits.most_processes`, and no budget that limits their
+number, is ended. So a bomb can grow for the time between two checks (`limits.SAMPLE_S`, or four times as long as all
+samples take). A cgroup for each agent would stop it at once, but entering one takes every agent 0.4 ms and more, during
 which no other process of the machine can fork.
 """
 
@@ -21,17 +21,17 @@ MORE = 128
 
 
 class Forks:
-    """`ended` is called with an agent that has too many, and a sentence."""
+    """The check. `ended` is called with an agent that has too many processes, and a sentence."""
 
     def __init__(self, table: ProcTable, ended: Callable[[Proc, str], None]) -> None:
         self._table = table
         self._ended = ended
         self._most = most_processes()
         self._root = os.getuid() == 0
-        self._calm = 0  # threads of the machine, agents apart, when all was well
+        self._calm = 0  # threads of the machine, without agents', at the last check without a bomb
 
     def look(self) -> Iterator[None]:
-        """A job."""
+        """A job: check once."""
         others = procfs.threads_of_machine() - len(self._table.procs)
         if others <= self._calm + MORE:
             self._calm = min(self._calm, others)
@@ -44,7 +44,7 @@ class Forks:
                 yield
 
     def watches(self, proc: Proc) -> bool:
-        """Whether nothing else bounds how many processes it has."""
+        """Whether nothing else limits the number of its processes."""
         if proc.box is None or (proc.box.level == "cage" and not self._root):
             return False
         return all(budget.limits.processes is None for budget in proc.budgets)

@@ -1,7 +1,7 @@
-"""Gates of agents that reach single hosts, on their way from the supervisor to the proxy.
+"""Passes the gates of agents that reach single hosts on, from the supervisor to the proxy.
 
-The kernel knows which hosts an agent may reach; the proxy serves its gates (`birth.gates`). Both may die: the kernel
-has the gates again from the supervisor, and sends all of them to every proxy that begins.
+The kernel knows which hosts an agent may reach; the proxy serves the agent's gates (`birth.gates`). Both processes may
+die: a new kernel gets the gates from the supervisor, and sends all of them to every new proxy.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from aiosd.kernel.proc import Proc
 from aiosd.kernel.service import Service
 from aiosd.timers import Timers
 
-AGAIN_S = 0.05  # after the passage was full
+AGAIN_S = 0.05  # pause after the passage was full
 _SIOCGSKNS = 0x894C  # a descriptor of the network that a socket belongs to
 
 
 class Gates:
-    """`sock`: the passage to the proxy; None: there is no proxy. `used`: another kernel may have sent gates there."""
+    """`sock`: the passage to the proxy; None: there is no proxy. `used`: an earlier kernel may have sent gates through
+    it."""
 
     def __init__(self, sock: socket.socket | None, timers: Timers, used: bool) -> None:
         self._sock = sock
@@ -35,10 +36,10 @@ class Gates:
         self._timers = timers
         self._open: dict[int, tuple[Gate, tuple[int, ...]]] = {}  # with their descriptors, by pid
         self._waiting: deque[Gate | Closed | GatesKept] = deque()
-        self._due = False  # what waits is sent soon
+        self._due = False  # a timer will send the gates that wait
 
     def open(self, proc: Proc, fds: Sequence[int]) -> None:
-        """The gates of an agent; they are ours from now on."""
+        """Take over the gates of an agent, and own their descriptors."""
         self.close(proc)
         gates = tuple(fds)
         if not gates or proc.box is None:
@@ -49,7 +50,7 @@ class Gates:
         self._send(self._open[proc.pid][0])
 
     def close(self, proc: Proc) -> None:
-        """The agent's process has ended."""
+        """Close the gates of an agent whose process has ended."""
         proc.network = 0
         known = self._open.pop(proc.pid, None)
         if known is not None:
@@ -61,8 +62,8 @@ class Gates:
         return sum(len(fds) for _, fds in self._open.values())
 
     def begin(self) -> None:
-        """There is a new proxy, or it has a new kernel. As long as there was no gate it gets no message, and has loaded
-        nothing."""
+        """There is a new proxy, or it has a new kernel: send it all gates. While there was no gate it gets no message,
+        so that it need not load anything."""
         if not self._used:
             return
         self._waiting.clear()
@@ -82,7 +83,7 @@ class Gates:
             fds: tuple[int, ...] = ()
             if isinstance(message, Gate):
                 gate, fds = self._open.get(message.pid, (None, ()))
-                if gate is not message:  # it has ended meanwhile
+                if gate is not message:  # the agent has ended meanwhile
                     self._waiting.popleft()
                     continue
             try:
@@ -95,7 +96,7 @@ class Gates:
 
 
 def _network_of(sock: int) -> int:
-    """The inode of its network, which no other has as long as the socket is open; 0: Linux does not tell."""
+    """The inode of the socket's network, unique while the socket is open; 0: Linux does not report it."""
     with contextlib.suppress(OSError):
         fd = fcntl.ioctl(sock, _SIOCGSKNS)
         try:
@@ -107,7 +108,7 @@ def _network_of(sock: int) -> int:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class ProxyService(Service):
-    """As the kernel sees it."""
+    """The kernel's side of the proxy."""
 
     gates: Gates
     audit: Audit

@@ -1,4 +1,4 @@
-"""What the kernel remembers of one generation: enough to start it again on a new core, and to charge for it."""
+"""The kernel's record of one generation: enough to start it again on a new core, and to charge for it."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ class OpenGeneration:
     request: wire.Generate
     model: str
     progress: wire.Progress  # all that was given out, `request.given` included
-    texts: list[str] = field(default_factory=list)  # what a caller that does not stream is still to get …
-    logprobs: wire.Logprobs = field(default_factory=list)  # … and these, where they were asked for
+    texts: list[str] = field(default_factory=list)  # text not yet sent to a caller that does not stream …
+    logprobs: wire.Logprobs = field(default_factory=list)  # … and its log probabilities, if requested
     mu: float | None = None  # mirostat's state after `progress`, where the call uses it
     new_from: int = 0  # how long `progress` was when this kernel got the call
     budget: int | None = None  # tokens left when it was submitted, and used since
     used: int = 0
     started: bool = False  # it has a slot
-    prompt_counted: bool = False  # by the core that has it
+    prompt_counted: bool = False  # the core that has it has reported the prompt's tokens
     route: ModelRoute | None = None  # that its caller has named
-    tried: set[str] = field(default_factory=set)  # the models of it that had the call
-    others: bool = False  # … and there are more
-    ending: bool = False  # its final word is here
+    tried: set[str] = field(default_factory=set)  # the models of the route that had the call
+    others: bool = False  # … and there are others
+    ending: bool = False  # its end has been reported
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     cost: int = 0  # in 10^-12 of the currency's unit
     ctx_tokens: int = 0
     paused: bool = False  # its reader is slow
-    resyncing: bool = False  # the core was asked to send again what is missing here
+    resyncing: bool = False  # the core was asked to send the missing tokens again
 
     def restart(self, model: str) -> None:
-        """Another model has it now, from the beginning. What was used before stays counted."""
+        """Start from the beginning with another model. The usage before stays counted."""
         self.model = model
         self.tried.add(model)
         self.others = self.route is not None and len(self.tried) < len(self.route.cores)

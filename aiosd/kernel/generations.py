@@ -1,11 +1,11 @@
 """Generations, from the kernel's side: check, queue, account, answer.
 
-The kernel keeps of every open generation the tokens that were given out, so that a core's death costs a pause
-and nothing else. Tokens are charged when they are given out; the prompt when it was computed (what came from
-the cache is free), and only once however many cores die.
+For every open generation the kernel keeps the tokens that were given out, so that a core's death causes a pause and
+nothing else. Tokens are charged when they are given out; the prompt when it was computed (tokens from the cache are
+free), and only once however many cores die.
 
-All this concerns the agent, not one connection of it: what its children generate over the control socket is
-stopped, counted and cut as what it generates itself (`peers`).
+Stopping, counting and cutting concern the agent, not one connection of it: generations of its children over the control
+socket are treated as its own (`peers`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from libaios.wire import Sys
 
 
 class Generations:
-    """`spent` is called with a budget that has no tokens or no money left; `refused` with one of which an agent asked
-    for more; `stood_still` when a core has taken the generations of a stopped agent out of decoding; `schedule` is
-    the policy in force."""
+    """All generations. `spent` is called with a budget that has no tokens or no money left; `refused` with a budget and
+    an agent whose call needs more than is left; `stood_still` when a core has stopped decoding the generations of a
+    stopped agent; `schedule` is the policy in force."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Generations:
         core.submit(call, more)
 
     def _check_money(self, call: Call, core: Core, money: int) -> None:
-        """Raises OSError (EDQUOT, EINVAL) where a budget of money forbids this model. One that is free may always be
+        """Raises OSError (EDQUOT, EINVAL) if a budget of money forbids this model. A model that is free may always be
         used."""
         proc = call.peer.proc
         if core.price is None:
@@ -118,7 +118,7 @@ class Generations:
         return None if proc is None else budgets.cost_left(proc.budgets)
 
     def choose(self, call: Call, args: Any) -> Core:
-        """The core that another call than a generation goes to. Raises OSError: EINVAL, EDQUOT."""
+        """The core for a call that is no generation. Raises OSError: EINVAL, EDQUOT."""
         shared = call.peer.proc.budgets if call.peer.proc is not None else []
         if call.row.sys == Sys.CTX_SAVE and any(budget.limits.disk_bytes is not None for budget in shared):
             raise wire.error(errno.EDQUOT, "disk budget: what a saved context takes cannot be measured")
@@ -186,14 +186,14 @@ class Generations:
         assert generation is not None
         generation.started = True
         if generation.prompt_counted or not started.prompt_tokens:
-            return  # again, on a new core; or it is not known yet
+            return  # known already, since a new core repeats it; or not known yet
         self._count_prompt(call, started.prompt_tokens, started.cached_tokens)
 
     def on_spent(self, call: Call, spent: link.Spent) -> None:
         self._count_prompt(call, spent.prompt_tokens, spent.cached_tokens)
 
     def on_preempted(self, call: Call) -> None:
-        """It waits again: another has its slot."""
+        """The generation waits again, because another one has got its slot."""
         assert call.generation is not None
         call.generation.started = False
 
@@ -201,7 +201,8 @@ class Generations:
         generation = call.generation
         assert generation is not None
         if delta.offset != generation.progress.length:
-            # Between a kernel's death and the calls' new submission a core does not know how far its callers are.
+            # Between a kernel's death and the calls' new submission a core does not know what its callers have
+            # received.
             self.cores.by_model[generation.model].resynchronise(call)
             return
         generation.resyncing = False
@@ -225,8 +226,8 @@ class Generations:
             self.cores.by_model[generation.model].resynchronise(call)
             return
         generation.progress.add(finished.tokens, finished.text)
-        generation.ending = True  # by itself: a budget that is reached now need not end it
-        # Over within its first step, or what the prompt cost is known only now; else this changes nothing.
+        generation.ending = True  # by itself: if a budget is reached now, the generation need not be ended
+        # The prompt's cost is known only now if the generation ended in its first step; else this changes nothing.
         self.on_started(call, link.Started(call.key, finished.usage.prompt_tokens, finished.usage.cached_tokens))
         if finished.spent is not None:
             self.on_spent(call, finished.spent)
@@ -244,8 +245,8 @@ class Generations:
         self._answer(call, finished.tokens, finished.text, finished.finish_reason, finished)
 
     def _refuse(self, call: Call, proc: Proc, kind: str) -> bool:
-        """A generation got no token, because less is left than its first would cost. An empty answer would be asked for
-        again and again. False: nothing is left, and that ends the agent."""
+        """A generation got no token, because the first would cost more than is left: refuse the call. (An empty answer
+        would make callers try again and again.) False: nothing at all is left, and that ends the agent."""
         budget = budgets.tightest(proc.budgets, kind)
         left = None if budget is None else budget.left(kind)
         if budget is None or left is None or left <= 0:
@@ -266,11 +267,11 @@ class Generations:
         self.calls.fail(call, failed.errno, failed.message)
 
     def on_death(self, call: Call, reason: str) -> None:
-        """Its core is dead. It waits for the next one, unless another model can take it."""
+        """The core of a generation is dead: the generation waits for the next one, unless another model can take it."""
         self._move(call, f"it is down: {reason}")
 
     def _move(self, call: Call, why: str) -> bool:
-        """To the next model of its route, if its caller has got nothing yet. What it has used stays charged."""
+        """Move it to the next model of its route, if its caller has got nothing yet. Its usage stays charged."""
         generation = call.generation
         assert generation is not None
         if generation.route is None or (generation.request.stream and generation.progress.length):
@@ -293,13 +294,13 @@ class Generations:
         return True
 
     def _no_room(self, proc: Proc) -> None:
-        """A call of this agent was to hold more tokens than one of its budgets allows."""
+        """A call of this agent needed more tokens at a time than one of its budgets allows."""
         budget = budgets.tightest(proc.budgets, "context")
         if budget is not None:
             self.refused(budget, "context", proc)
 
     def charge(self, call: Call, tokens: int, price: Price) -> None:
-        """A call that is no generation has used this number of tokens (an embedding)."""
+        """Charge the tokens of a call that is no generation (an embedding)."""
         proc = call.peer.proc
         if proc is not None:
             cost = price.of_prompt(tokens, 0)
@@ -384,10 +385,10 @@ class Generations:
                 self._cut(poor, "cost")
 
     def _cut(self, empty: budgets.Budget, kind: str) -> None:
-        """End every generation that shares a budget of which nothing is left. A model that is free goes on without
-        money.
+        """End every generation that shares a budget of which nothing is left. A model that is free goes on when only
+        money is used up.
 
-        A generation that has used up all it was submitted with is ended by the core itself, which knows its
+        A generation that has used up all that it was submitted with is ended by the core itself, which knows its
         figures; the others are ended here.
         """
         self.spent(empty, kind)
@@ -410,7 +411,7 @@ class Generations:
             self.cores.by_model[generation.model].pause(call, True)
 
     def resume_streams(self, peer: Peer) -> None:
-        """The peer has read; let its streams go on when it has caught up."""
+        """The peer has read replies: continue its paused streams when it has caught up."""
         if peer.outbox_bytes > OUTBOX_RESUME:
             return
         peer.paused = False
@@ -420,7 +421,7 @@ class Generations:
                 self.cores.by_model[call.generation.model].pause(call, False)
 
     def park(self, proc: Proc, parked: bool) -> None:
-        """Take the agent's generations out of decoding, those of connections to come included, or let them go on."""
+        """Stop decoding the agent's generations, those of later connections included, or let them go on."""
         proc.halted = parked
         for peer in self.peers.of(proc):
             self.park_peer(peer, parked)
@@ -431,12 +432,12 @@ class Generations:
                 core.park(peer.id, parked)
 
     def joined(self, peer: Peer) -> None:
-        """A new connection of an agent: of one that stands still, its calls wait."""
+        """An agent has a new connection: if the agent is parked, calls of the connection wait."""
         if peer.proc is not None and peer.proc.halted:
             self.park_peer(peer, True)
 
     def left(self, peer: Peer) -> None:
-        """The connection is gone, and with it all its calls."""
+        """A connection is gone, and with it all its calls."""
         for core in self.cores:
             if peer.id in core.parked:
                 core.park(peer.id, False)
@@ -444,18 +445,18 @@ class Generations:
             self.stood_still(peer.proc)
 
     def stands_still(self, proc: Proc) -> bool:
-        """Whether nothing of a parked agent is decoded any more, nor on its way here."""
+        """Whether nothing of a parked agent is decoded any more, and nothing of it is on its way here."""
         peers = [peer.id for peer in self.peers.of(proc)]
         return all(core.stands_still(peers) for core in self.cores)
 
     def renice(self, proc: Proc, nice: int) -> None:
-        """All open calls get the new value."""
+        """Set the nice value of all open calls of an agent."""
         for peer in self.peers.of(proc):
             for core in self.cores:
                 core.send(link.Renice(peer.id, nice))
 
     def forget(self, proc: Proc) -> None:
-        """The agent is dead."""
+        """Forget an agent that is dead."""
         for core in self.cores:
             if core.contexts.pop(proc.pid, None) is not None or proc.prompt_tokens:
                 core.send(link.PeerGone(proc.pid))

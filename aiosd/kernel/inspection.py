@@ -1,4 +1,4 @@
-"""What `aios-inspect` shows of one agent."""
+"""Makes the report of `aios-inspect` about one agent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from libaios import wire
 def inspect(
     proc: Proc, line: wire.ProcInfo, peers: Sequence[Peer], children: list[int], mailbox: int
 ) -> dict[str, Any]:
-    """`line`: as in aios-ps. `peers`: all its connections."""
+    """The report. `line`: its line in aios-ps. `peers`: all its connections."""
     return {
         **{field: getattr(line, field) for field in line.__struct_fields__},
         "state": proc.state.value,
@@ -48,7 +48,7 @@ def inspect(
 
 
 def _template(template: wire.Template) -> dict[str, Any]:
-    """`python` "": aiosd's own."""
+    """The template of an agent. `python`: "" is aiosd's own."""
     return {"name": template.name, "modules": template.modules, "python": wire.os_shown(template.python)}
 
 
@@ -78,12 +78,12 @@ def _budget(budget: Budget) -> dict[str, Any]:
 
 
 def kinds(budget: Budget, now: float) -> dict[str, dict[str, Any]]:
-    """Of each that it limits, how much, and what is used."""
+    """For each kind that the budget limits: the limit, and how much is used."""
     return {kind.name: _kind(budget, kind, now) for kind in KINDS if kind.of(budget.limits) is not None}
 
 
 def _kind(budget: Budget, kind: Kind, now: float) -> dict[str, Any]:
-    """`lag_s`: how old what is used may be at most; null: it is exact. `age_s`: how old it is."""
+    """One kind. `lag_s`: how old the figure may be at most, in seconds; null: it is exact. `age_s`: how old it is."""
     limit = kind.of(budget.limits) or 0
     shown = {"limit": kind.shown(limit), "used": kind.shown(budget.used(kind.name, now)), "lag_s": None}
     if kind.lag_s:

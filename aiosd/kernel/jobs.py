@@ -1,7 +1,7 @@
 """Long work in short pieces, so that no other caller waits for it: listings of thousands, samples of memory.
 
-A job is a generator. It is run for about `SLICE_S` at a time, one job after the other, between the rounds of the loop;
-each `yield` is a place where it may be interrupted. A job must not keep what may be gone after a `yield`.
+A job is a generator. It runs for about `SLICE_S` at a time, one job after the other, between the rounds of the loop;
+each `yield` is a place where it may be interrupted. An object that may be gone after a `yield` must be looked up again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class Jobs:
         self.waiting: deque[Iterator[None]] = deque()
 
     def start(self, job: Iterator[None]) -> None:
-        """Begin it now; most are over within their first slice."""
+        """Begin a job now; most jobs are over within their first slice."""
         if self._goes_on(job):
             self.waiting.append(job)
 
     def run(self) -> None:
-        """One slice of the job that has waited longest."""
+        """Run one slice of the job that has waited longest."""
         if self.waiting:
             job = self.waiting.popleft()
             if self._goes_on(job):

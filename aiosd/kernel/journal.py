@@ -1,4 +1,4 @@
-"""The kernel's promises about messages, kept where they survive its death.
+"""The journal: messages that the kernel has accepted, recorded where they survive its death.
 
 A message that was accepted must be delivered once, also when the kernel dies between any two instructions; and a call
 that is submitted again after that must get the result of its first submission. So before SEND and RECV are answered, a
@@ -37,7 +37,7 @@ MAGIC = int.from_bytes(b"aiosjrnl", "little")
 VERSION = 1  # of the layout and of the records
 
 _HEADER = struct.Struct("=4Q")
-_EDITION, _BYTES = 2, 3  # which of them
+_EDITION, _BYTES = 2, 3  # indices of the numbers in the header
 _LENGTH = struct.Struct("=I")
 
 
@@ -66,7 +66,7 @@ def _size(message: Sent) -> int:
 
 
 def _map(fd: int) -> memoryview:
-    """The four numbers of a memfd's header, in shared memory: a number is set without a system call, and at once."""
+    """The four numbers of a memfd's header, in shared memory: setting a number needs no system call and is atomic."""
     return memoryview(mmap.mmap(fd, _HEADER.size)).cast("B").cast("Q")
 
 
@@ -135,7 +135,7 @@ class Journal:
         self._header[_BYTES] = self._size
 
     def _begin(self, edition: int) -> None:
-        """An empty journal in the memfd that is used from now on."""
+        """Begin an empty journal in the other memfd, which is used from now on."""
         fd = self._fds[self._at]
         os.ftruncate(fd, 0)
         os.pwrite(fd, _HEADER.pack(MAGIC, VERSION, edition, 0), 0)

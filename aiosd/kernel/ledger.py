@@ -3,18 +3,18 @@
 A memfd of rows, one per agent, made by the supervisor and mapped by every kernel; two dozen 8-byte numbers a row. A
 group's budget has a row of its own, under a number that no agent has.
 
-    of an agent     pid; calls, prompt tokens, cached tokens, completion tokens, what they cost; microseconds on
-                    processors, its own and those of its calls of tools; whether it has been counted as a child, and
-                    its end as an end
+    of an agent     pid; calls; prompt tokens, cached tokens, completion tokens; cost; microseconds of processor time,
+                    its own and that of its calls of tools; flags: it has been counted as a child, its end has been
+                    counted
     of the budget   that it owns: tokens and money charged, calls of tools, children, bytes written to the store,
-                    microseconds on processors, since when its time runs (a group's), which kinds are known to be
-                    nearly used up
+                    microseconds of processor time, the start of its time (a group's), and for which kinds the message
+                    "nearly used up" was sent
 
-and behind these the beginning of its command line, which the kernel shows and the supervisor is not to know.
+and after these the beginning of its command line, which the kernel shows and the supervisor must not know.
 
 A row holds the usage of *closed* calls. The usage of open calls is only in the kernel's memory: after its death they
 are submitted again, and their usage is counted again from their tokens. So nothing is counted twice and nothing is
-lost, without a record per token. What else a budget counts is written when it happens.
+lost, without a record per token. All other counts of budgets are written when they change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import os
 ROWS = 16384
 ITEMS = 24
 PID, CALLS, PROMPT, CACHED, COMPLETION, CHARGED = range(6)
-TOOL_CALLS, CHILDREN, STORED, CPU_US, SINCE_US, TOLD, OWN_CPU_US, COUNTED, ENDED = range(6, 15)
+TOOL_CALLS, CHILDREN, STORED, CPU_US, SINCE_US, NOTIFIED, OWN_CPU_US, COUNTED, ENDED = range(6, 15)
 COST, COST_CHARGED = range(15, 17)
 TOOLS_CPU_US = 17
 NUMBERS_BYTES = ROWS * ITEMS * 8
@@ -36,7 +36,7 @@ LedgerRow = memoryview  # of ITEMS unsigned 8-byte numbers
 
 
 def loose_row() -> LedgerRow:
-    """One that no later kernel finds."""
+    """A row that no later kernel finds."""
     return memoryview(bytearray(ITEMS * 8)).cast("Q")
 
 
@@ -55,7 +55,8 @@ class Ledger:
                 self._free.append(number)
 
     def row(self, pid: int) -> LedgerRow:
-        """The agent's row, new or as a dead kernel left it; beyond `ROWS` agents a row that does not survive."""
+        """The agent's row, new or as a dead kernel left it. Beyond `ROWS` agents: a row that does not survive the
+        kernel."""
         number = self._rows.get(pid)
         if number is None:
             if not self._free:
@@ -66,11 +67,11 @@ class Ledger:
 
     @property
     def room(self) -> bool:
-        """Whether one more row would survive."""
+        """Whether there is room for one more row that survives."""
         return bool(self._free)
 
     def keep_command(self, pid: int, command: str) -> None:
-        """For the next kernel. It is not mapped, because it is read only once."""
+        """Keep a command line for the next kernel. This part is not mapped, because it is read only once."""
         number = self._rows.get(pid)
         if number is not None:
             text = command.encode("utf-8", "backslashreplace")[: COMMAND_BYTES - 1]

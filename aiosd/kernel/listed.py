@@ -1,7 +1,7 @@
-"""Agents that start with the system, as aiosd.toml lists them: which process each became, or why it did not start.
+"""Agents that aiosd.toml lists for the start of the system: the pid of each, or why it did not start.
 
-`aiosd status` shows those that failed, and the first lines of a start do. The system is ready when all of them have
-started or failed, but does not wait for one whose program lies on a file system that does not reply.
+`aiosd status` shows those that failed, and so does the output of the start. The system is ready when all of them have
+started or failed, but it does not wait for an agent whose program lies on a file system that does not reply.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aiosd.timers import Timer, Timers
 if TYPE_CHECKING:
     from aiosd.config.autostart import AgentSpec
 
-OWNER = 0  # of the keys of their spawns, which the system makes itself; no agent and no client has this number
+OWNER = 0  # in the keys of their spawns, which the system makes itself; no agent and no client has this number
 PATIENCE_S = 1.0  # how long "ready" waits for them
 
 
@@ -40,7 +40,7 @@ class Listed:
         self._names = {number: spec.name or spec.target for number, spec in enumerate(specs, 1)}
 
     def started(self, key: CallKey, pid: int) -> None:
-        """To be called with every agent; those of other owners are not listed."""
+        """Called with every new agent; agents whose key has another owner are ignored."""
         if key[0] == OWNER:
             self._pids[key[1]] = pid
             self._look()
@@ -51,7 +51,7 @@ class Listed:
             self._look()
 
     def when_over(self, then: Callable[[], None]) -> None:
-        """Call it when each of them has started or failed, or has taken too long."""
+        """Call `then` when each agent has started or failed, or has taken too long."""
         self._then = then
         self._patience = self._timers.after(PATIENCE_S, self._over)
         self._look()
@@ -68,7 +68,8 @@ class Listed:
             then()
 
     def problems(self) -> dict[str, str]:
-        """Name → what is wrong with it now. Not of those that are not known: this kernel may be younger than they."""
+        """Name → what is wrong with the agent now. Without agents that this kernel has no record of: it may be
+        newer."""
         found: dict[str, str] = {}
         for number, name in self._names.items():
             proc = self._table.find(self._pids.get(number, -1))

@@ -1,7 +1,7 @@
 """Agents as aios-ps shows them.
 
-What Linux knows of a process (its state, the time on the processor) is read from /proc, which costs more than all the
-rest of a line: it is not read again within `FRESH_S`, however many ask.
+The part that only Linux knows (the state of a process, its processor time) is read from /proc, which takes longer than
+the rest of a line. So it is read at most once in `FRESH_S`, however many listings are requested.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ FRESH_S = 0.2
 
 
 def stat_letter(proc: Proc, calls: Sequence[Call], os_state: str, parked: bool = True) -> str:
-    """R on the LLM or computing, Q waiting for the LLM, S sleeping, T stopped, W waiting to be started again, Z dead
-    and not waited for, X dead.
+    """STAT: R on the LLM or computing, Q waiting for the LLM, S sleeping, T stopped, W waiting to be started again, Z
+    dead and not waited for, X dead.
 
     With no call open only Linux knows whether the agent computes or sleeps. `parked` False: it has stopped, but a core
-    has not taken its generations out of decoding yet; it shows T when nothing more can happen.
+    still decodes its generations; it shows T when nothing more can happen.
     """
     if not proc.alive:
         return "Z" if proc.state is ProcState.ZOMBIE else "X"
@@ -44,7 +44,7 @@ def stat_letter(proc: Proc, calls: Sequence[Call], os_state: str, parked: bool =
 
 
 def look(proc: Proc) -> None:
-    """Bring what Linux knows of a live agent up to date."""
+    """Read from /proc what Linux knows of a live agent."""
     now = time.monotonic()
     if not proc.alive or now - proc.looked < FRESH_S:
         return
@@ -55,8 +55,8 @@ def look(proc: Proc) -> None:
 
 
 def line(proc: Proc, calls: Sequence[Call], context: tuple[str, int] = ("", 0), parked: bool = True) -> wire.ProcInfo:
-    """One line of aios-ps; memory was sampled. `context`: where a core keeps the agent's context, and its tokens. What
-    its calls of tools use is counted with it."""
+    """One line of aios-ps; memory was sampled before. `context`: where a core keeps the agent's context, and its number
+    of tokens. The use of its calls of tools is included."""
     look(proc)
     return wire.ProcInfo(
         pid=proc.pid,

@@ -1,7 +1,7 @@
-"""Settings that change while the system runs: by `aiosd set`, or because SIGHUP had them read again.
+"""Settings that change while the system runs: by `aiosd set`, or by a SIGHUP, which has the file read again.
 
-The supervisor keeps them, so that they outlive this kernel and its services. What was set at run time is in force until
-the settings are read again.
+The supervisor keeps them, so that they outlive this kernel and its services. A value that was set at run time is in
+force until the settings file is read again.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class Live:
-    """`settings` are those in force."""
+    """The settings in force (`settings`), and their changes."""
 
     def __init__(self, settings: Settings, uplink: Uplink, cores: Cores, rules: Callable[[AccessPolicy], None]) -> None:
         self.settings = settings
         self._uplink = uplink
         self._cores = cores
-        self._rules = rules  # gets what agents may do from now on
+        self._rules = rules  # called with new rules about what agents may do
 
     def change(self, name: str, text: str) -> tuple[str, str]:
-        """Set one; its old value and its new one, as on the command line. Raises OSError (EINVAL)."""
+        """Set one setting. Returns its old value and its new one, as on the command line. Raises OSError (EINVAL)."""
         try:
             settings = config.change(self.settings, name, text)
         except ValueError as err:

@@ -1,4 +1,4 @@
-"""What the kernel tells of services that load: lines of progress, readiness, and why the system does not come up."""
+"""Reports the loading of services: lines of progress, readiness, and why the system does not start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROGRESS_S = 2.0  # between two lines about the loading of a service
 
 
 class Loading:
-    """The owner of all services (`service.Owner`). `on_ready` is called once, when all that are awaited serve."""
+    """The owner of all services (`service.Owner`). `on_ready` is called once, when all awaited services are ready."""
 
     def __init__(
         self,
@@ -47,12 +47,13 @@ class Loading:
         self._charge = charge
         self._calls = calls
         self._approvals = approvals
-        self.error = ""  # a service could not be loaded at boot: the system does not come up
+        self.error = ""  # a service could not be loaded at boot: the system does not start
         self._shown: dict[str, int] = {}  # percent shown last, by service
         self._last_line = timers.clock()
 
     def on_loading(self, service: Service, message: link.LoadProgress) -> None:
-        """A line that moves on a terminal, elsewhere a new line now and then when it takes long."""
+        """Show progress: on a terminal one line that is updated; elsewhere a new line now and then when it takes
+        long."""
         percent, name = int(message.fraction * 100), service.short_name
         if percent == self._shown.get(name):
             return
@@ -65,9 +66,9 @@ class Loading:
         self._shown[name] = percent
 
     def on_loaded(self, service: Service) -> None:
-        """Every time a service is ready; the first time that all are, the system is."""
+        """Called every time a service is ready. When all are ready for the first time, the system is ready."""
         _clear_line()
-        level = logging.INFO if service.kind == LLM else logging.DEBUG  # a model takes long, others milliseconds
+        level = logging.INFO if service.kind == LLM else logging.DEBUG  # a model loads for long, others for ms
         logger.log(level, "%s: loaded", service.short_name)
         if not self.ready and self._services.ready():
             self.ready = True
@@ -75,7 +76,7 @@ class Loading:
 
     def on_load_failed(self, service: Service, message: str) -> None:
         _clear_line()
-        if self.ready:  # it was forked again: the supervisor tries once more
+        if self.ready:  # the service was forked again: the supervisor will try once more
             logger.error("%s: %s", service.short_name, message)
         elif not self.error:
             self.error = message
@@ -97,7 +98,7 @@ class Loading:
         return link.Rules(self._approvals.policy)
 
     def judge(self, call: Call, deed: Deed, go_on: Callable[[], None]) -> None:
-        """Of a call that its service has sent back."""
+        """Decide about a call that its service has sent back."""
         try:
             if self._approvals.judge(call, deed, go_on):
                 go_on()
@@ -106,6 +107,6 @@ class Loading:
 
 
 def _clear_line() -> None:
-    """Of progress, before something is logged: it may have stood still before its end."""
+    """End the line of progress before a log message is written."""
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -34,7 +34,7 @@ logger = logging.getLogger("kernel")
 
 COLLAPSE_RANGE = 0x08  # of fallocate(2)
 COPY_BYTES = 1 << 20
-INDEX_RECORDS = 1 << 16  # of one index; at this number every second record of the older half is dropped
+INDEX_RECORDS = 1 << 16  # most records of one index; then every second record of the older half is dropped
 LOCK_PATIENCE_S = 1.0  # how long to wait for a reader that holds the lock: it may have been stopped
 NEW = ".new"  # suffix of an incomplete copy
 
@@ -233,8 +233,8 @@ def _append(source: int, start: int, end: int, target: int) -> int:
 
 
 def _publish(log: str, fd: int, copies: list[tuple[int, int]], keep: int) -> None:
-    """The copies become the newest full files; then their content is cut from the log. In that order, so that a death
-    in between leaves something twice, and loses nothing."""
+    """Make the copies the newest full files; then cut their content from the log. In that order, so that a death in
+    between leaves something twice, and loses nothing."""
     index = read_index(index_path(log))
     end = copies[-1][1]
     for number, (start, upto) in enumerate(copies):
@@ -270,7 +270,7 @@ def _shift(log: str, keep: int) -> None:
 
 
 def _collapse(fd: int, end: int) -> bool:
-    """Cut off the first `end` bytes; False where the file system cannot."""
+    """Cut off the first `end` bytes; False if the file system cannot do that."""
     import ctypes
 
     fallocate = ctypes.CDLL(None, use_errno=True).fallocate
@@ -280,7 +280,8 @@ def _collapse(fd: int, end: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(fd: int) -> Iterator[None]:
-    """Lock readers out. A reader that does not release its lock in time may read something twice."""
+    """Take the lock, so that no reader reads meanwhile. A reader that keeps its lock too long may read something
+    twice."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         try:

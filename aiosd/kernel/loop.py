@@ -2,11 +2,11 @@
 
     doorbell of an agent        → `turns`: its requests → `dispatch` → a handler in `syscalls`, or a service
     control socket              → `control`: a new client; its requests go the same way
-    doorbell of a service       → `service`: what it brought → replies
+    doorbell of a service       → `service`: its messages → replies
     link to the supervisor      → forked, stopped, exited
     timers                      → deadlines of calls, budgets, samples of memory and logs
 
-This file only puts the parts together; each is given what it uses, and nothing knows the kernel as a whole.
+This file only puts the parts together. Each part gets the others that it uses; no part knows the whole kernel.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kernel")
 
-COMES_BACK_S = 60.0  # within which a client connects again under its identity, if it ever does
+COMES_BACK_S = 60.0  # a client that connects again under its identity does so within this time
 
 
 class Kernel:
@@ -93,7 +93,7 @@ class Kernel:
     # ── the parts ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _make_floor(self) -> None:
-        """What knows of no other part."""
+        """Make the parts that use no other part."""
         born = self.born
         self.timers = Timers()
         self.events = Events(self.timers)
@@ -109,7 +109,7 @@ class Kernel:
         self.gates = Gates(_socket_of(passages.kernel) if passages is not None else None, self.timers, born.epoch > 1)
 
     def _make_rooms(self) -> None:
-        """What is done with agents and services."""
+        """Make the parts that manage agents and services."""
         born = self.born
         self.services, self.cores = Services(), Cores()
         self.live = Live(born.settings, self.uplink, self.cores, self._rule)
@@ -179,7 +179,7 @@ class Kernel:
         self.calls.offended, self.calls.gone = self._offended, self._gone
 
     def _make_doors(self) -> None:
-        """How requests come in, and what the handlers of the kernel's own calls use."""
+        """Make the parts that receive requests, and those that the handlers of the kernel's own calls use."""
         born = self.born
         self.control = Control(
             _socket_of(born.listener),
@@ -265,14 +265,14 @@ class Kernel:
     # ── birth of a successor ──────────────────────────────────────────────────────────────────────────────
 
     def _adopt(self) -> None:
-        """Take over what a dead kernel served. After the first boot there is nothing to take over."""
+        """Take over the agents and services of a dead kernel. The first kernel has nothing to take over."""
         for process in self.born.services:
             service = self._make_service(process)
             self.services.add(service)
             if process.ospid:
                 self._connect(service, process.ospid, process.deaths, process.memfd, process.kernel_bell)
         self.agents.adopt(self.born.agents)
-        if self.born.ready:  # those that the settings list have been started
+        if self.born.ready:  # the agents that the settings list have been started
             self.agents.listed.expect(agents_of(self.born.settings))
             self.outside.restore()
         self.logs.start({agent.pid for agent in self.born.agents}, len(self.table.history))
@@ -308,7 +308,7 @@ class Kernel:
         return core
 
     def _of_all(self, process: SystemProcess) -> tuple[str, str, str, CallTable, Loading, bool, int]:
-        """What every service's side begins with."""
+        """The first arguments of every service's side."""
         record = process.service
         return record.name, record.kind, record.shown, self.calls, self.loading, record.awaited, process.pid
 
@@ -346,21 +346,22 @@ class Kernel:
                 channel.count_ring()
             serve()
 
-        def asked() -> None:
+        def on_submitted() -> None:
             if source.turn is Turn.ASLEEP:
                 self.events.move(source, Turn.AWAKE)
 
-        # Each ring is an event. It rings once for each time that we have announced sleep, so its bell is never full.
+        # Each ring is an event. The service rings once for each time that the kernel announced sleep, so its bell is
+        # never full.
         events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
         source = self.events.watch(channel.fileno(), on_bell, events, serve=serve, channel=channel, answers=True)
         service.source = source
-        service.asked = asked
+        service.on_submitted = on_submitted
         self.events.move(source, Turn.HUNGRY)
 
     def _rule(self, policy: AccessPolicy) -> None:
-        """These rules are in force from now on."""
+        """Put these rules in force."""
         self.approvals.change(policy)
-        self._tell_services(link.Rules(policy))
+        self._send_to_services(link.Rules(policy))
 
     def _raised(self, args: wire.Spawn, parent: Proc) -> str:
         return "; ".join(filter(None, (self.sandboxes.raised(args, parent), spawning.raised(args, parent))))
@@ -409,7 +410,7 @@ class Kernel:
 
     def _client_gone(self, client: int) -> None:
         if client not in self.calls.peers.clients:
-            self._tell_services(link.PeerGone(client))
+            self._send_to_services(link.PeerGone(client))
 
     def _live_peers(self) -> list[int]:
         others = (peer.id for peer in self.calls.peers.others)
@@ -424,9 +425,9 @@ class Kernel:
     def _on_ready(self) -> None:
         self.outside.restore()
         self.agents.start_with_system(agents_of(self.live.settings))
-        self.agents.listed.when_over(self._tell_ready)
+        self.agents.listed.when_over(self._report_ready)
 
-    def _tell_ready(self) -> None:
+    def _report_ready(self) -> None:
         names = ", ".join(self.cores.by_model)
         notes = self.sandboxes.notes()
         notes += [f"agent {name} {problem}" for name, problem in self.agents.listed.problems().items()]
@@ -447,7 +448,7 @@ class Kernel:
             case link.ChildExited():
                 self.agents.exited(message)
                 if message.again_s is None:  # it is not started again
-                    self._tell_services(link.PeerGone(message.pid))
+                    self._send_to_services(link.PeerGone(message.pid))
             case link.ChildRestarted():
                 self.agents.restarted(message, fds)
             case link.ServiceForked():
@@ -468,14 +469,14 @@ class Kernel:
                 self.agents.system_stops()
                 self.over = message.last
 
-    def _tell_services(self, message: link.ToService) -> None:
-        """All but the cores, which get theirs from `generations`."""
+    def _send_to_services(self, message: link.ToService) -> None:
+        """Send to all services but the cores, which get such messages from `generations`."""
         for service in self.services:
             if service.kind != LLM:
                 service.send(message)
 
     def _service_died(self, service: Service, reason: str) -> None:
-        while service.receive():  # its last words
+        while service.receive():  # messages that it sent before its end
             pass
         if service.source is not None:
             self.events.unwatch(service.source)
@@ -493,11 +494,11 @@ def _socket_of(fd: int) -> socket.socket:
 def main(born: Inheritance) -> int:
     """Entry of the kernel process, forked by the supervisor."""
     processlog.setup("kernel", born.settings.log_level)
-    for number in (signal.SIGINT, signal.SIGTERM):  # it ends at the supervisor's order, or when that is gone
+    for number in (signal.SIGINT, signal.SIGTERM):  # only the supervisor's order or its end ends the kernel
         signal.signal(number, signal.SIG_IGN)
     try:
         kernel = Kernel(born)
-    except WorldError as err:  # what a dead kernel left cannot be read: no successor could go on
+    except WorldError as err:  # the data of a dead kernel cannot be read: no successor could go on
         shutdown = link.Shutdown(error=f"the kernel cannot start: {err}")
         FrameSocket(_socket_of(born.link)).send(link.encode(shutdown))
         return 1

@@ -1,7 +1,7 @@
 """Mailboxes: messages between agents, accepted once and delivered once, whatever dies in between (`journal`).
 
-What one sender may have lying in mailboxes is bounded, and so is what all mailboxes hold together: a new kernel reads
-all of it again, and must have done so long before it is taken for one that hangs.
+The bytes that one sender may have in mailboxes are limited, and so is the size of all mailboxes together: a new kernel
+reads all of it again, and must have done so long before the supervisor would take it for hung.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Mailbox:
 
 
 class Mail:
-    """All mailboxes, by pid; an agent has one as soon as something is in it, or waits at it."""
+    """All mailboxes, by pid; an agent gets one with the first message or the first receiver."""
 
     def __init__(self, journal: Journal, calls: CallTable) -> None:
         self.journal = journal
@@ -58,7 +58,7 @@ class Mail:
         self._total = 0
 
     def box(self, pid: int) -> Mailbox:
-        """The agent's mailbox; an empty one that is not kept when it has none."""
+        """The agent's mailbox; if it has none, an empty one that is not kept."""
         return self._boxes.get(pid) or Mailbox()
 
     def boxes(self) -> Iterator[tuple[int, Mailbox]]:
@@ -70,7 +70,8 @@ class Mail:
         return self._total
 
     def adopt(self, is_alive: dict[int, Proc]) -> None:
-        """After a kernel's death: what was accepted and not taken goes back into mailboxes; the dead have none."""
+        """After a kernel's death: put messages that were accepted and not taken into mailboxes again. Dead agents have
+        none."""
         for sent in self.journal.waiting():
             if sent.to in is_alive:
                 self._put(sent.to, Message.of(sent))
@@ -92,7 +93,7 @@ class Mail:
             self._calls.finish(receiver, self._take(receiver, to.pid))
 
     def post(self, to: Proc, obj: Raw) -> None:
-        """A message from aiosd itself, to which nobody waits for a reply. Raises OSError: EAGAIN."""
+        """Post a message from aiosd itself; no call waits for its result. Raises OSError: EAGAIN."""
         self._accept((INIT, 0), to, INIT, bytes(obj))
 
     def _check_room(self, to: int, sender: int, size: int) -> None:
@@ -148,7 +149,7 @@ class Mail:
         return wire.Received(message.sender, message.obj)
 
     def _lift(self, message: Message) -> None:
-        """It lies in no mailbox any more."""
+        """Count off a message that was taken out of a mailbox."""
         self._total -= message.size
         left = self._sent[message.sender] - message.size
         if left:
@@ -161,7 +162,7 @@ class Mail:
             del self._boxes[pid]
 
     def forget(self, pid: int) -> None:
-        """The agent is dead, and its mailbox with it. Its receivers were closed before."""
+        """Drop the mailbox of a dead agent. Its receivers were closed before."""
         box = self._boxes.pop(pid, None)
         if box is not None:
             for message in box.messages:

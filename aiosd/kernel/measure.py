@@ -1,10 +1,10 @@
-"""What is sampled of live agents: what budgets limit, memory, and how logs grow.
+"""Samples of live agents: the usage that budgets limit, memory, and the size of logs.
 
-A few agents at a time (`jobs`): each takes long. Agents with a sampled budget are looked at every `SAMPLE_S`, or later
-where looking at all of them takes a quarter of the time; where a budget of CPU time is nearly used up, as soon as
-all processors together could have used the rest. Memory is first taken from /proc/PID/stat, where what is shared counts
-in full, and only if that is too much from smaps_rollup, which takes fifty times as long. What calls of tools use is
-sampled where they run, and reported by the toolbox.
+A few agents are sampled at a time (`jobs`), because each takes long. Agents with a sampled budget are sampled every
+`SAMPLE_S`, or less often, so that sampling takes at most a quarter of the time; if a budget of CPU time is nearly used
+up, as soon as all processors together could have used the rest. Memory is first taken from /proc/PID/stat, where shared
+memory counts in full, and only if that is too much from smaps_rollup, which takes fifty times as long. The use of calls
+of tools is sampled in the toolbox, which reports it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from aiosd.timers import Timer, Timers
 from libaios.wire import Limits
 
 LOG_SAMPLE_S = 1.0
-MEMORY_SAMPLE_S = 0.5  # of agents without a budget, whose memory is only shown
+MEMORY_SAMPLE_S = 0.5  # for agents without a budget, whose memory is only shown
 SAMPLE_FEW = 16  # of them that are measured in one sample
-LOOKED_AT = 128  # … and that are looked at for that
+LOOKED_AT = 128  # … and that are considered for that
 SHOWN_PART = 100  # at most a hundredth of the time goes into that
 OLD_S = 2.0  # what is older than this is measured again
 SHORTEST_S = 0.01  # Linux counts CPU time in steps of that
-CALM_S = 1.0  # between two looks for budgets and agents to sample, while there are none
-PART = 4  # sampling takes at most one part in that many of the time
-DISK_LATE_S = 10.0  # a folder that takes longer to look through cannot be measured
+CALM_S = 1.0  # between two checks whether there is something to sample, while there is nothing
+PART = 4  # sampling takes at most 1/PART of the time
+DISK_LATE_S = 10.0  # a folder that takes longer than this counts as not measurable
 
 UNMEASURED = "{} budget: it cannot be measured ({})"
 
@@ -61,8 +61,8 @@ class _Taken:
 
 
 class Measure:
-    """`exceeded` is called with a budget, the kind that was found exceeded, and a sentence where that is because it
-    could not be measured. `folder`: of the workspaces."""
+    """All samples. `exceeded` is called with a budget, the kind that is exceeded, and a sentence if the reason is that
+    it could not be measured. `folder`: of the workspaces."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Measure:
         self._meters: dict[int, CpuMeter] = {}  # by Linux pid
         self._disk = DiskWatch()
         self._disk_asked = 0.0
-        self._calm: Timer | None = None  # the next look, while there was nothing to sample
+        self._calm: Timer | None = None  # the next check, while there is nothing to sample
         self._in_turn: Iterator[Proc] = iter(())  # all agents, one after another
 
     def start(self) -> None:
@@ -96,11 +96,11 @@ class Measure:
         self._jobs.start(self._sample_limited())
 
     def _again(self, after_s: float, job: Callable[[], Iterator[None]]) -> Timer:
-        """When it is over: so that it does not pile up on a machine that is too slow for it."""
+        """Start the job again this long after its end, so that jobs do not pile up on a slow machine."""
         return self._timers.after(after_s, lambda: self._jobs.start(job()))
 
     def begun(self, proc: Proc) -> None:
-        """A new agent; it may be the first that has to be sampled."""
+        """Called with a new agent, which may be the first that has to be sampled."""
         if self._calm is not None and self._is_sampled(proc):
             self._calm.cancel()
             self._calm = None
@@ -112,7 +112,7 @@ class Measure:
     # ── budgets ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _sample_limited(self) -> Iterator[None]:
-        """Look at all agents that share a sampled budget, and judge the budgets."""
+        """Sample all agents that share a sampled budget, and compare the budgets with the samples."""
         began, self._calm = time.monotonic(), None
         limited = [budget for budget in self._budgets if budget.sharers and _sampled(budget.limits)]
         taken: dict[Budget, _Taken] = {budget: _Taken() for budget in limited}
@@ -158,15 +158,15 @@ class Measure:
             budget.row[ledger.CPU_US] += amount
 
     def ended(self, proc: Proc, cpu_s: float) -> None:
-        """Its process has ended, and has used this much; what no sample has shown is counted now."""
+        """A process has ended with this processor time: count the part that was not sampled."""
         meter = self._meters.pop(proc.ospid, None) or CpuMeter(proc.row[ledger.OWN_CPU_US] / 1e6)
         if proc.budgets:
             self._charge_cpu(proc, meter.end(cpu_s))
-        proc.row[ledger.OWN_CPU_US] = 0  # started again, it begins anew
+        proc.row[ledger.OWN_CPU_US] = 0  # when it is started again it begins at 0
 
     def tools_used(self, use: link.ToolUse) -> None:
-        """Calls of tools have used this much for an agent. It may have died in the meantime; what it shared with others
-        pays for it then."""
+        """Count what calls of tools have used for an agent. It may have died in the meantime; then the budgets that it
+        shared with others are charged."""
         proc = self._table.find(use.pid)
         if proc is None:
             return
@@ -174,7 +174,7 @@ class Measure:
         self._charge_used(proc, use.cpu_us)
 
     def proxy_used(self, use: link.ProxyUse) -> None:
-        """The same of connections to its hosts."""
+        """Count what connections to its hosts have used."""
         proc = self._table.find(use.pid)
         if proc is not None:
             self._charge_used(proc, use.cpu_us)
@@ -186,7 +186,7 @@ class Measure:
             self._judge_kind(budget, "cpu")
 
     def tools_ended(self) -> None:
-        """The toolbox has died, and all that ran in it."""
+        """The toolbox has died, and all calls that ran in it."""
         for proc in self._table:
             proc.tools_bytes = 0
 
@@ -211,8 +211,8 @@ class Measure:
             self._exceeded(budget, kind, "")
 
     def _take_memory(self, budget: Budget, sample: _Taken) -> Iterator[None]:
-        """Resident memory if that is within the budget, else the proportional one; what lies in memfds; and what calls
-        of tools hold."""
+        """Sample memory: resident memory if that is within the budget, else the proportional one; plus the content of
+        memfds and the memory of calls of tools."""
         tools = self._tools_bytes(budget)
         limit = (budget.limits.memory_bytes or 0) - tools
         for ospid in sample.ospids:
@@ -232,18 +232,18 @@ class Measure:
         budget.levels["memory"] = tools + sample.memory + sum(sample.memfds.values())
 
     def _wait(self, budget: Budget) -> float:
-        """Until the budget must be looked at again."""
+        """Seconds until the budget must be sampled again."""
         left = budget.left("cpu")
         return SAMPLE_S if left is None else min(SAMPLE_S, max(SHORTEST_S, left / self._cores))
 
     # ── files ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _look_at_disks(self, taken: Mapping[Budget, _Taken]) -> None:
-        """Take what the thread has found, and have it look again."""
+        """Take the sizes that the thread has measured, and have it measure again."""
         now, disk = time.monotonic(), self._disk
         watched = {budget: self._folders(budget) for budget in taken if budget.limits.disk_bytes is not None}
         if not watched:
-            disk.sizes = {}  # the next agent in a workspace is not judged by what the last one has left
+            disk.sizes = {}  # the next agent in a workspace is not charged for the files of the last one
             return
         for budget, folders in watched.items():
             self._judge_disk(budget, [disk.sizes[folder] for folder in folders if folder in disk.sizes])
@@ -266,7 +266,7 @@ class Measure:
             self._exceeded(budget, "disk", "")
 
     def _folders(self, budget: Budget) -> set[str]:
-        """Where its agents write. Those of a group are all in one folder, those of the dead too."""
+        """The folders in which its agents write. Those of a group are all in one folder, also those of dead agents."""
         if budget.group:
             return {os.path.join(self._folder, budget.group)}
         procs = [proc for pid in budget.sharers if (proc := self._table.get(pid)) is not None]
@@ -286,7 +286,8 @@ class Measure:
         self._again(max(MEMORY_SAMPLE_S, SHOWN_PART * took_s), self._sample_memory)
 
     def _next_old(self, until: float) -> list[Proc]:
-        """The next few in turn that were sampled before `until`. Few are looked at, because there may be thousands."""
+        """The next few agents in turn that were last sampled before `until`. It considers few, as there may be
+        thousands."""
         found: list[Proc] = []
         begun = False
         for _ in range(LOOKED_AT):
@@ -303,12 +304,12 @@ class Measure:
 
     @staticmethod
     def _sample(proc: Proc) -> Iterator[None]:
-        """One process after another, because it may have thousands."""
+        """Sample an agent, one process after another, because it may have thousands."""
         if not proc.alive:
             return
         memory, began = 0, proc.ospid
         pids = [began]
-        for ospid in pids:  # grows while we walk it
+        for ospid in pids:  # grows during the loop
             memory += procfs.pss_bytes(ospid)
             pids.extend(procfs.children(ospid))
             yield
@@ -317,7 +318,7 @@ class Measure:
         proc.sampled = time.monotonic()
 
     def sample_new(self, procs: Sequence[Proc]) -> Iterator[None]:
-        """Agents too young to have been sampled, a few of them, so that a listing shows no zeros."""
+        """Sample some agents that are too new to have been sampled, so that a listing shows no zeros."""
         for proc in [proc for proc in procs if proc.alive and not proc.sampled][:SAMPLE_FEW]:
             yield from self._sample(proc)
 

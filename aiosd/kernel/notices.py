@@ -20,7 +20,7 @@ class Notices:
         self._mail = mail
 
     def near(self, budget: Budget, which: str) -> None:
-        """Tell the owner, or if that is dead, or a group, all that share the budget."""
+        """Notify the owner of a budget; if that is dead, or a group, notify all that share it."""
         kind = limits.BY_NAME[which]
         message = {
             "budget": which,

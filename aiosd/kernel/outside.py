@@ -1,16 +1,16 @@
-"""Agents without a process: a person's own programs, which aiosd has not started, are these for the gateway.
+"""Agents without a process. They stand for a person's own programs, not started by aiosd, that use the gateway.
 
-`aiosd token NAME` makes one. It has a pid, a group and a budget, stands in `aios-ps`, is stopped by `aios-kill -STOP`
-and ended by TERM or KILL, as every agent: its token is revoked then. In the process table it is WAITING for ever, and
-the supervisor has its record, so it survives the kernel's death. It also survives the end of aiosd, with what it has
-used:
+`aiosd token NAME` makes one. Such an agent has a pid, a group and a budget, is listed by `aios-ps`, stopped by
+`aios-kill -STOP` and ended by TERM or KILL, as every agent; then its token is revoked. In the process table it is
+always WAITING, and the supervisor has its record, so it survives the kernel's death. It also survives the end of aiosd,
+with its usage:
 
-    data/tokens.json     name, group, nice value, budgets, what of them is used, and the SHA-256 of each token
+    data/tokens.json     name, group, nice value, budgets, their usage, and the SHA-256 of each token
 
-That file is written when a token comes or goes, when aiosd stops, and every `SAVE_S` if something was used. So a budget
-can be short of that much after a power cut, and of no more. A budget of time runs on while there is no aiosd.
+That file is written when a token is made or revoked, when aiosd stops, and every `SAVE_S` if something was used. So
+after a power cut at most that much usage is missing. A budget of time runs on while there is no aiosd.
 
-What such an agent may use is limited by the kinds of budgets that need no process (`limits.WITHOUT_PROCESS`).
+The use of such an agent is limited by the kinds of budgets that need no process (`limits.WITHOUT_PROCESS`).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from libaios import wire
 logger = logging.getLogger("kernel")
 
 SAVE_S = 10.0
-OWNER = -(1 << 50)  # of the keys under which they are enrolled again; no client's id is as small
+OWNER = -(1 << 50)  # in the keys with which they are enrolled again; no client's id is as small
 
 
-#: Where the ledger has what is used of a kind. Of time it is known when it began, and open calls alone hold context.
+#: The ledger's item for each kind. (Time is known from its start; context is held by open calls only.)
 COUNTED = {
     "tokens": ledger.CHARGED,
     "cost": ledger.COST_CHARGED,
@@ -51,7 +51,7 @@ COUNTED = {
 
 
 class OutsideRecord(Struct):
-    """One of them, in the file."""
+    """The record of one such agent in the file."""
 
     name: str
     group: str
@@ -69,7 +69,7 @@ class OutsideRecord(Struct):
 
 
 class Outside:
-    """`path`: the file."""
+    """All agents without a process. `path`: the file."""
 
     def __init__(self, path: Path, agents: Lifecycle, sandboxes: Sandboxes) -> None:
         self._path = path
@@ -82,7 +82,7 @@ class Outside:
     # ── what a person asks for ────────────────────────────────────────────────────────────────────────────
 
     def new(self, call: Call, args: wire.NewToken) -> None:
-        """The call is finished when it is there. Raises OSError: ENOTSUP, EEXIST, EINVAL."""
+        """Make an agent; the call is finished when it exists. Raises OSError: ENOTSUP, EEXIST, EINVAL."""
         if not self._agents.tokens.url:
             raise wire.error(errno.ENOTSUP, "there is no gateway (pip install 'aiosd[gateway]', and --gateway not off)")
         names = {proc.name for proc in self._live() if proc.token != args.hash}
@@ -109,7 +109,7 @@ class Outside:
     def _enrol(self, call: Call | None, key: link.CallKey, kept: OutsideRecord) -> None:
         spawn = wire.Spawn("exec", kept.name, name=kept.name, group=kept.group, nice=kept.nice)
         box = self._sandboxes.decide(spawn, None)
-        if box is not None:  # its tools work there; no process of its own makes the folder
+        if box is not None:  # its tools work there, and it has no process that would make the folder
             os.makedirs(os.path.join(wire.os_str(box.workspace), "tmp"), 0o700, exist_ok=True)
         self._known[kept.hash] = kept
         budgets = self._agents.budgets
@@ -131,7 +131,7 @@ class Outside:
     # ── over the end of aiosd ─────────────────────────────────────────────────────────────────────────────
 
     def restore(self) -> None:
-        """Enrol those of the file that no record is left of: aiosd has been started again."""
+        """Enrol the agents of the file that have no record, because aiosd has been started again."""
         self._written = self._read()
         self._known = {kept.hash: kept for kept in self._written}
         table = self._agents.table
@@ -168,9 +168,9 @@ class Outside:
 
     def save(self) -> None:
         if self._agents.stopping:
-            return  # what ends now ends with the system, and comes back with it
+            return  # an agent that ends now ends with the system, and comes back with it
         if any(one.spec.outside and one.call is None for one in self._agents.forks.values()):
-            return  # not all of the file are there yet
+            return  # not all agents of the file are enrolled yet
         live = self._live()
         kept = [self._now(proc) for proc in live]
         self._known = {one.hash: one for one in kept}
@@ -183,9 +183,9 @@ class Outside:
             logger.error("%s cannot be written: %s", self._path, err.strerror)
 
     def _now(self, proc: Proc) -> OutsideRecord:
-        """As it is kept."""
+        """The agent's record for the file."""
         own, known = proc.budgets[0], self._known.get(proc.token)
-        if known is None:  # the kernel died before it was written
+        if known is None:  # a kernel died before the record was written
             amounts = {kind.name: amount for kind in WITHOUT_PROCESS if (amount := kind.of(own.limits)) is not None}
             amounts.pop("tokens", None)
             known = OutsideRecord(

@@ -1,8 +1,8 @@
 """The two kinds of peer, and the calls they have open.
 
-A *peer* is an agent on its channel (`AgentPeer`) or a client on the control socket (`ClientPeer`: aios-run,
-aios-ps, a notebook). Both send `wire.Request` frames and get `wire.Reply` frames; the rest of the kernel does
-not know which it serves. The identity of a peer follows from the descriptor it talks through, never from what it sends.
+A *peer* is an agent on its channel (`AgentPeer`) or a client on the control socket (`ClientPeer`: aios-run, aios-ps, a
+notebook). Both send `wire.Request` frames and get `wire.Reply` frames; the rest of the kernel does not know which kind
+it serves. The identity of a peer follows from the descriptor of its connection, never from what it sends.
 
 A *call* is open from the moment its request was accepted until its one final reply was sent. `calls.CallTable`
 alone opens and closes calls.
@@ -32,10 +32,10 @@ from libaios.stream import FrameSocket
 
 FRAMES_PER_TURN = 32  # of one agent, before the others have their turn
 ASSEMBLY_MAX = 256 << 20  # bytes of unfinished frames, of all peers together
-DEEP = 400  # levels of nesting in arguments that the next reader must be able to put under its own
-OUTBOX_PAUSE = 256 << 10  # bytes a peer has not read before its streams are paused at their source,
-OUTBOX_RESUME = 64 << 10  # … and go on,
-OUTBOX_MAX = 64 << 20  # … and before it is taken for dead
+DEEP = 400  # levels of nesting in arguments; receivers add levels of their own to them
+OUTBOX_PAUSE = 256 << 10  # unread bytes at which a peer's streams are paused at their source,
+OUTBOX_RESUME = 64 << 10  # … at which they go on,
+OUTBOX_MAX = 64 << 20  # … and at which the peer is taken for dead
 
 #: The row of a call that no table has: it is answered with ENOSYS.
 UNKNOWN = wire.Row(-1, wire.NoArgs)
@@ -52,8 +52,8 @@ class Call:
     again: bool = False  # it was sent before, to a kernel that has died since
     generation: OpenGeneration | None = None
     timer: Timer | None = None
-    forget: Callable[[], None] | None = None  # takes the call off the list that it waits on
-    allowed: bool = False  # it was decided that it may do what it does, though it raises rights
+    forget: Callable[[], None] | None = None  # removes the call from the list on which it waits
+    allowed: bool = False  # a person has allowed it although it raises rights
 
     @property
     def key(self) -> CallKey:
@@ -65,12 +65,12 @@ CopyKey = tuple[int, bytes]
 
 
 class Copy(NamedTuple):
-    """The body of an answer which stays right while its service's promise stands, and whether it was used."""
+    """The body of an answer that stays right while its service's promise lasts."""
 
     body: Raw
     promise: int
     size: int
-    used: dict[int, int]  # by promise: how often
+    used: dict[int, int]  # by promise: how often copies were given
 
 
 class Peer:
@@ -91,16 +91,16 @@ class Peer:
     )
 
     def __init__(self, ident: int, proc: Proc | None) -> None:
-        self.assembling = 0  # bytes of its unfinished frame, in the books of `Assembly`
-        self.gone = False  # dropped: nothing it has sent is looked at any more
-        self.paused = False  # streams of it stand still until it has read
+        self.assembling = 0  # bytes of its unfinished frame, as `Assembly` counts it
+        self.gone = False  # dropped: nothing that it has sent is handled any more
+        self.paused = False  # its streams are paused until it has read
         self.strange = False  # has made a call that does not exist, and the log has a line about it
         self.id = ident
-        self.proc = proc  # whose rights it has; None: a client of aiosd's own user
+        self.proc = proc  # the agent whose rights it has; None: a client of aiosd's own user
         self.calls: dict[int, Call] = {}
-        self.open_bytes = 0  # of their requests
-        self.source: EventSource | None = None  # while the kernel listens to it
-        self.copies: dict[CopyKey, Copy] = {}  # of answers that it has got, see `copies`
+        self.open_bytes = 0  # bytes of the requests of its open calls
+        self.source: EventSource | None = None  # while the kernel polls it
+        self.copies: dict[CopyKey, Copy] = {}  # copies of answers that it has got, see `copies`
         self.copied_bytes = 0
 
     def send(self, payload: bytes) -> None:
@@ -115,14 +115,14 @@ class Peer:
 
 
 class AgentPeer(Peer):
-    """An agent on its rings."""
+    """An agent, connected by its rings."""
 
     __slots__ = ("channel", "rung", "turn")
 
     def __init__(self, proc: Proc, channel: Channel) -> None:
         super().__init__(proc.pid, proc)
         self.channel = channel
-        self.turn = FRAMES_PER_TURN  # fewer when they take long
+        self.turn = FRAMES_PER_TURN  # fewer when its requests take long
         self.rung = False  # its bell holds rings since the last beat
 
     def send(self, payload: bytes) -> None:
@@ -145,7 +145,7 @@ class ClientPeer(Peer):
         self, socket: FrameSocket, ospid: int, proc: Proc | None, on_pending: Callable[[], None], service: str = ""
     ) -> None:
         super().__init__(0, proc)
-        self.service = service  # a part of the system itself, of this name
+        self.service = service  # the name of a process of aiosd itself
         self.socket = socket
         self.ospid = ospid
         self.on_pending = on_pending  # called when something could not be sent at once
@@ -154,7 +154,7 @@ class ClientPeer(Peer):
 
     @property
     def of_gateway(self) -> bool:
-        """The gateway has made it: it acts for the agent that its Hello names."""
+        """Whether the gateway has made it: then it acts for the agent that its Hello names."""
         return self.service == GATEWAY
 
     def send(self, payload: bytes) -> None:
@@ -171,8 +171,8 @@ class ClientPeer(Peer):
 
 
 class Assembly:
-    """How much of all peers' unfinished frames lies here: each peer alone may have one of `wire.MAX_FRAME` bytes, all
-    together no more than `limit`. Beyond that the oldest one has to go: an honest frame is complete in a moment."""
+    """Counts the bytes of all peers' unfinished frames: each peer alone may have one of `wire.MAX_FRAME` bytes, all
+    together no more than `limit`. Beyond that the oldest one is dropped: an honest frame is complete in a moment."""
 
     def __init__(self, limit: int = ASSEMBLY_MAX) -> None:
         self.limit = limit
@@ -180,7 +180,7 @@ class Assembly:
         self._peers: dict[Peer, None] = {}  # those with an unfinished frame, oldest first
 
     def note(self, peer: Peer, size: int) -> Peer | None:
-        """The peer holds `size` bytes now. Returns the peer that must go, when that is too much for all."""
+        """The peer has `size` bytes now. Returns the peer that must be dropped if all together have too much."""
         if size < peer.assembling or not size:  # that frame is complete; this is another one
             self._peers.pop(peer, None)
         if size:
@@ -205,15 +205,15 @@ _skip = msgspec.msgpack.Decoder(msgspec.Raw).decode
 
 
 def no_request(err: msgspec.MsgspecError | RecursionError) -> ProtocolError:
-    """For a frame that could not be decoded as a request."""
+    """The error for a frame that could not be decoded as a request."""
     why = "it is nested too deeply" if isinstance(err, RecursionError) else err
     return ProtocolError(f"a frame that is no request: {why}")
 
 
 def read_args(row: wire.Row, args: Any) -> Any:
-    """The arguments of a call. Raises OSError (EINVAL) that names what is wrong with which.
+    """The arguments of a call. Raises OSError (EINVAL) that names the argument and its fault.
 
-    What is nested almost too deeply for us would be too deep for a service, or for the agent that a message is for.
+    Arguments nested almost too deeply for the kernel would be too deep for a service, or for the receiver of a message.
     """
     try:
         if len(memoryview(args)) > DEEP:  # a level costs a byte at least

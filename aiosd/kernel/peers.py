@@ -1,8 +1,8 @@
 """All connections of each agent: its channel, and every client of the control socket that descends from it.
 
 An agent's child may connect to the control socket by itself (a notebook's kernel, `aios-ps` in a script). It has the
-agent's rights, shares its budget, and is stopped, counted and ended with it. What is done to an agent's calls is
-therefore asked of this registry, and never of its channel alone.
+agent's rights, shares its budget, and is stopped, counted and ended with it. So an operation on an agent's calls uses
+this registry, never the agent's channel alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Peers:
                 self._of_agent.setdefault(peer.proc.pid, {})[peer] = None
 
     def remove(self, peer: Peer) -> bool:
-        """Whether it was there."""
+        """Remove a connection; whether it was there."""
         if isinstance(peer, AgentPeer):
             if self.channels.get(peer.id) is not peer:
                 return False

@@ -21,8 +21,8 @@
                ▼
             REAPED                      in the history: the last N dead, for aios-wait, -logs and -inspect
 
-`advance()` alone moves a process, and only along `TRANSITIONS`; anything else is a bug of ours and moves
-nothing. What aios-ps shows as STAT is computed from the state and from the calls that are open (`listing.py`).
+`advance()` alone moves a process, and only along `TRANSITIONS`; anything else is a bug of aiosd and moves nothing. STAT
+of aios-ps is computed from the state and from the calls that are open (`listing.py`).
 
 Everything here is touched by the kernel's one thread only. The parent of an agent that was started from
 outside, or whose parent died, is pid 1.
@@ -97,25 +97,25 @@ class Proc:
     group: str
     log: str  # "" unless detached
     started: float  # Unix time
-    attached_to: int  # id of the client that gets its exit code and whose end hangs it up; 0: none
+    attached_to: int  # id of the client that gets its exit code, and whose end sends it HUP; 0: none
     client: tuple[int, int] = (0, 0)  # the process of that client: Linux pid and start time
-    named: bool = False  # the name was given, not made from the program's
+    named: bool = False  # the name was given, and not made from the program's name
     token: bytes = b""  # the hash of its token for the gateway; b"": it has none
-    outside: bool = False  # programs from outside are it: it has no process of ours, and its state is WAITING
+    outside: bool = False  # programs from outside act as this agent: it has no process here, and its state is WAITING
     box: Box | None = None  # how it is confined
     network: int = 0  # the inode of its own network; 0: it has none
     template: wire.Template | None = None  # from which its process is forked
-    program: bytes = b""  # which one a person has started, see `access.deed.Subject`,
+    program: bytes = b""  # the program that a person has started, see `access.deed.Subject`,
     sha256: bytes = b""  # … and with which content
     row: LedgerRow = field(default_factory=loose_row)  # in the ledger
     budgets: list[Budget] = field(default_factory=list)  # those it shares: of its ancestors, and its own
-    caller: tuple[link.Caller, Box | None] | None = None  # as services know it, while it has no budgets; its box
+    caller: tuple[link.Caller, Box | None] | None = None  # its `Caller` for services, while it has no budgets; its box
 
     # life
     ppid: int = INIT
     nice: int = 0
     state: ProcState = ProcState.RUNNING
-    halted: bool = False  # ordered to stand still: it is stopped, or about to be
+    halted: bool = False  # STOP was sent: it is stopped, or will be
     continued: int = 0  # how many times it was continued
     restart: str = "no"  # when it is started again, see aiosd.init.restart,
     restarts: int = 0  # … and how often it was
@@ -144,7 +144,7 @@ class Proc:
 
     @property
     def tools_cpu_s(self) -> float:
-        """What its calls of tools have used."""
+        """Processor seconds of its calls of tools."""
         return float(self.row[TOOLS_CPU_US]) / 1e6
 
 
@@ -170,7 +170,7 @@ class ProcTable:
         return self.procs.get(pid)
 
     def find(self, pid: int) -> Proc | None:
-        """The same, or one of the dead that are remembered."""
+        """The same, or a dead agent of which there is still a record."""
         return self.procs.get(pid) or self.history.get(pid)
 
     def live(self) -> list[Proc]:
@@ -190,7 +190,7 @@ class ProcTable:
         """These agents and all their descendants, each once."""
         found = list(procs)
         seen = {proc.pid for proc in found}
-        for one in found:  # grows while we walk it
+        for one in found:  # grows during the loop
             for child in self.children.get(one.pid, {}).values():
                 if child.pid not in seen:
                     seen.add(child.pid)
@@ -214,7 +214,7 @@ class ProcTable:
         proc.state = new
 
     def adopt_orphan(self, proc: Proc) -> None:
-        """Its parent is dead: it is pid 1's from now on."""
+        """The parent of a process is dead: pid 1 is its parent from now on."""
         siblings = self.children.get(proc.ppid, {})
         siblings.pop(proc.pid, None)
         if not siblings:
@@ -223,7 +223,7 @@ class ProcTable:
         self.children.setdefault(INIT, {})[proc.pid] = proc
 
     def exit(self, proc: Proc, status: int) -> list[Proc]:
-        """Record an end. Returns the children, which are pid 1's from now on."""
+        """Record an end. Returns the children, whose parent is pid 1 from now on."""
         self.advance(proc, ProcEvent.EXIT)
         proc.status = status
         proc.ended = time.time()
@@ -233,7 +233,7 @@ class ProcTable:
         return orphans
 
     def reap(self, proc: Proc) -> list[int]:
-        """Move a zombie to the history. Returns the pids that fell out of it."""
+        """Move a zombie to the history. Returns the pids that the history dropped for it."""
         self.advance(proc, ProcEvent.REAP)
         siblings = self.children[proc.ppid]
         del siblings[proc.pid]
@@ -256,7 +256,7 @@ def shell_status(status: int) -> int:
 
 
 def shown_exit(proc: Proc) -> int | None:
-    """The same for a dead agent, 124 for one that a budget ended; None: it lives."""
+    """The exit status as a shell shows it, 124 if a budget ended the agent; None: it is alive."""
     if proc.status is None:
         return None
     return BUDGET_ENDED if proc.budget else shell_status(proc.status)

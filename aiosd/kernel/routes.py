@@ -1,8 +1,8 @@
-"""Routes: names for lists of models. A call that names one goes to the first model of the list that can take it, and on
-to the next when that one fails before the caller got anything.
+"""Routes: names for lists of models. A call that names a route goes to the first model of the list that can take it,
+and on to the next when that one fails before the caller got anything.
 
-A model is passed over while it is down, while it would make the call wait long (its rate is used up, its circuit is
-open: `Core.trouble`), and for calls with tools if its template takes none. If all are passed over, the first has it.
+A model is skipped while it is down, while it would make the call wait long (its rate is used up, its circuit is open:
+`Core.trouble`), and for calls with tools if its template takes none. If all are skipped, the first one gets the call.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class ModelRoute:
     cores: Sequence[Member]
     served: Counter[str] = field(default_factory=Counter)  # calls, by model
     passed_over: Counter[str] = field(default_factory=Counter)
-    reasons: dict[str, str] = field(default_factory=dict)  # why each was, the last time
+    reasons: dict[str, str] = field(default_factory=dict)  # why each was skipped or failed the last time
     _last: str = ""  # the model that had the last call
 
     def choose(self, request: wire.Generate, tried: set[str], money: int | None = None) -> str | None:
-        """The next model for a call of an agent that has this much money left (None: no budget of it). None: all have
-        tried."""
+        """The model that gets a call of an agent with this much money left (None: it has no budget of money). None: all
+        have been tried."""
         found = None
         for core in (core for core in self.cores if core.model not in tried):
             found = found or core
@@ -55,7 +55,7 @@ class ModelRoute:
         return None if found is None else self._take(found)
 
     def failed(self, model: str, why: str) -> None:
-        """It had the call, and could not serve it."""
+        """A model got the call and could not serve it."""
         self.passed_over[model] += 1
         self.reasons[model] = why
 
@@ -69,7 +69,7 @@ class ModelRoute:
 
     @property
     def info(self) -> wire.ModelInfo:
-        """As one more model; what its calls can rely on is what all of its models have."""
+        """The route as one more model, with the capabilities that all of its models have."""
         infos = [core.info for core in self.cores if core.info is not None]
         return wire.ModelInfo(
             name=self.name,
@@ -98,7 +98,7 @@ class ModelRoute:
 
 
 def _trouble(core: Member, request: wire.Generate, money: int | None) -> str:
-    """Why this model is not the one for the call; "": it is."""
+    """Why this model cannot take the call; "": it can."""
     if core.trouble:
         return core.trouble
     if money is not None and core.price is None:
@@ -111,7 +111,7 @@ def _trouble(core: Member, request: wire.Generate, money: int | None) -> str:
 
 
 class Routes:
-    """Those of the settings. `find`: a core by the name of its model; cores may come later."""
+    """The routes of the settings. `find`: returns a core by the name of its model; cores may be added later."""
 
     def __init__(self, find: Callable[[str], Member | None], names: Mapping[str, Sequence[str]]) -> None:
         self._find = find

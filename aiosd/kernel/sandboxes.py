@@ -1,7 +1,7 @@
-"""How new agents are confined: by the settings, the rules of their group, what this machine can do and what was asked
-for.
+"""Decides how new agents are confined: by the settings, the rules of their group, what this machine can do, and what
+the call requests.
 
-What a box is, and who may have which, is in `sandbox.box`; this joins it to the settings.
+`sandbox.box` defines what a box is, and which agent may have which; this file applies it to the settings.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Sandboxes:
         strict: bool = False,
         chosen: bool = True,
     ) -> None:
-        """`folder`: of the workspaces. `strict`: no less than the rules say may be chosen. `chosen`: the
-        level of `rules` is what a person has set, not the default."""
+        """`folder`: of the workspaces. `strict`: no call may choose less than the rules require. `chosen`: the level of
+        `rules` was set by a person, and is not the default."""
         self.rules = rules
         self._chosen = chosen
         self._strict = strict
         self._groups = groups
         self.offer = offer
         self._folder = folder
-        self._data = os.path.dirname(os.path.realpath(folder))  # of the system itself
+        self._data = os.path.dirname(os.path.realpath(folder))  # the data folder of the system
 
     def raised(self, args: wire.Spawn, parent: Proc) -> str:
         """In which way the new agent would be less confined than its parent, or its parent's group; "": in none."""
@@ -51,12 +51,12 @@ class Sandboxes:
             self.decide(same, parent)
         except PermissionError as err:
             return err.strerror or str(err) if self._possible(same, parent) else ""
-        except OSError:  # it will not start at all
+        except OSError:  # the agent will not start at all
             pass
         return ""
 
     def _possible(self, args: wire.Spawn, parent: Proc) -> bool:
-        """Whether a person could allow it."""
+        """Whether the spawn is possible if a person allows it."""
         try:
             self.decide(args, parent, allowed=True)
         except OSError:
@@ -90,7 +90,7 @@ class Sandboxes:
         if LEVELS.index(wish.level or "none") > LEVELS.index(self.offer.level):
             raise wire.error(errno.ENOTSUP, f"sandbox: {wish.level} is not possible here: {self.offer.reason}")
         confined = (wish.level or rules.level) != "none"
-        if not confined and not wish.level and self._wanted(group).level != "none":  # it can read and write all anyway
+        if not confined and not wish.level and self._wanted(group).level != "none":  # the parent may do all anyway
             wish = msgspec.structs.replace(wish, read=[], write=[])
         if confined and hosts.are_named(wish.net or rules.net) and self.offer.level != LEVELS[-1]:
             raise wire.error(errno.ENOTSUP, f"sandbox: --net HOST needs a cage, not possible here: {self.offer.reason}")
@@ -99,18 +99,20 @@ class Sandboxes:
         return boxes.of_person(wish, rules, place)
 
     def environment(self, args: wire.Spawn, parent: Proc | None, box: Box | None) -> dict[str, str]:
-        """What of its environment the agent gets. A confined agent has passed the list itself: its children get all. A
-        program from outside has not, and is none that is confined itself: its box is that of its tools."""
+        """The part of its environment that the agent gets. A confined agent's child gets all: the confined agent itself
+        has only what passed the list. Not so a program from outside, which is not confined: its box is for its
+        tools."""
         if box is None:
             return args.env
         if parent is not None and parent.box is not None and not parent.outside:
             return boxes.at_home(args.env, box)
-        group = group_of_child(parent, args.group, allowed=True)  # `decide` has asked
+        group = group_of_child(parent, args.group, allowed=True)  # `decide` has checked it
         allowed = (*self.of_group(group).env, *args.sandbox.env)
         return boxes.at_home(boxes.environment(args.env, allowed), box)
 
     def of_group(self, group: str) -> SandboxSettings:
-        """In force here: a level that this machine cannot do is one lower, which the log says."""
+        """The rules of a group on this machine: if the machine lacks its level, the next lower one; the log reports
+        that."""
         rules = self._wanted(group)
         weakest = min(rules.level, self.offer.level, key=LEVELS.index)
         return SandboxSettings(weakest, rules.net, rules.read, rules.write, rules.env)
@@ -133,11 +135,11 @@ class Sandboxes:
         return shown | {"every_agent": plan.granted(sys.path)}
 
     def warnings(self) -> list[str]:
-        """One line for each setting that this machine cannot do."""
+        """One line for each setting that this machine cannot satisfy."""
         wanted = {name: rules.level for name, rules in self._groups.items()}
         if self._chosen:
             wanted = {"": self.rules.level} | wanted
-        else:  # groups that say nothing have the default, too
+        else:  # groups without a level have the default, too
             wanted = {name: level for name, level in wanted.items() if level != self.rules.level}
         return [
             f"sandbox {level}{f' of group {name}' if name else ''} is not possible here, agents run in "
@@ -147,7 +149,8 @@ class Sandboxes:
         ]
 
     def notes(self) -> list[str]:
-        """What the person who starts aiosd is told: the warnings, and where the default is not possible, what is."""
+        """The lines for the person who starts aiosd: warnings, and the level in force if the default is not
+        possible."""
         if self._chosen or self.of_group("").level == self.rules.level:
             return self.warnings()
         words = {"none": "agents run without a sandbox", "flat": "agents run in flat, not in a cage"}
@@ -155,5 +158,5 @@ class Sandboxes:
 
 
 def folder(data: os.PathLike[str]) -> str:
-    """Of the workspaces; without links, because a cage follows none."""
+    """The folder of the workspaces, without links in its path, because a cage follows none."""
     return os.path.realpath(os.path.join(data, "workspaces"))

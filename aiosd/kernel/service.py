@@ -1,17 +1,17 @@
 """The kernel's side of a service: the calls that it has, and what happens to them when it dies.
 
 A service is a process that answers system calls: an llm core, the store, the toolbox. The supervisor forks it, and
-forks it again when it dies; each time it gets a new channel. A call that was accepted stays in `Service.calls` until
-its final reply. When the service dies the row of the call (`wire.Row.again`) decides what happens:
+forks it again when it dies; each time it gets a new channel. An accepted call stays in `Service.calls` until its final
+reply. When the service dies, the row of the call (`wire.Row.again`) decides what happens:
 
     REPEAT, ONCE   it goes to the successor; for ONCE the service remembers keys, and does not do it twice
     NEVER          its caller gets EIO if the call had begun in the service that died
 
-A call that kills its service would also kill every successor. So deaths are counted: against the one call that the
-service had announced (in the channel, see `ring.Work`; an llm core with `Working`), else against all that were under
-way. A call with too many deaths ends with EIO.
+A call that kills its service would also kill every successor. So deaths are counted: for the one call that the service
+had announced (in the channel, see `ring.Work`; an llm core with `Working`), else for all calls that it may have been
+working on. A call with too many deaths ends with EIO.
 
-This module moves messages. What an llm core adds to that is in `cores`.
+This module passes on messages. The additions for llm cores are in `cores`.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class ServiceCall:
     call: Call
     message: link.ToService
     deaths: int = 0
-    given: bool = False  # was sent to this instance of the service,
+    given: bool = False  # it was sent to this instance of the service,
     begun: bool = False  # … which has begun to work on it
     again: bool = False  # it was sent to an instance that has died, and may have begun there
     moved: bool = False  # it was sent to an instance that has died
 
 
 class Owner(Protocol):
-    """What the kernel does with the messages of a service that are not about one call."""
+    """Handles the messages of a service that are not about one call."""
 
     def on_loading(self, service: Service, message: link.LoadProgress) -> None: ...
     def on_loaded(self, service: Service) -> None: ...
@@ -94,8 +94,8 @@ class Service:
     deaths: int = 0
     last_death: str = ""
     channel: Channel | None = None
-    source: EventSource | None = None  # while the kernel listens to its channel
-    asked: Callable[[], None] = lambda: None  # it was given a call, whose answer may come soon
+    source: EventSource | None = None  # while the kernel polls its channel
+    on_submitted: Callable[[], None] = lambda: None  # called when it was sent a call, whose answer may come soon
     stats: dict[str, Any] = field(default_factory=dict)
     calls: dict[link.CallKey, ServiceCall] = field(default_factory=dict)
     working: link.CallKey | None = None  # the one call that a core has announced to work on
@@ -103,13 +103,13 @@ class Service:
 
     @property
     def short_name(self) -> str:
-        """The name without the kind: of a core the name of its model."""
+        """The name without the kind: for a core the name of its model."""
         return self.name.removeprefix(f"{self.kind}:")
 
     # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, call: Call, message: link.ToService) -> None:
-        """Send it a call. Raises OSError (EMSGSIZE)."""
+        """Send a call to the service. Raises OSError (EMSGSIZE)."""
         payload = link.encode(message)
         if len(payload) > MAX_ASK:
             raise wire.error(errno.EMSGSIZE, f"{len(payload)} bytes for {self.title}; the limit is {MAX_ASK}")
@@ -127,7 +127,7 @@ class Service:
     def send(self, message: link.ToService) -> None:
         """Send if the service is ready; else the message is dropped, because `on_ready` sends all that matters."""
         if self.state is ServiceState.READY and self.channel is not None:
-            self._tell_used()
+            self._report_used()
             self.channel.send(link.encode(message))
 
     def _ready(self) -> bool:
@@ -136,12 +136,12 @@ class Service:
     def _give(self, opened: ServiceCall, payload: bytes) -> None:
         assert self.channel is not None
         opened.given = True
-        self._tell_used()
+        self._report_used()
         self.channel.send(payload)
-        self.asked()
+        self.on_submitted()
 
-    def _tell_used(self) -> None:
-        """Of copies that were given since it was last sent something."""
+    def _report_used(self) -> None:
+        """Report copies that were given since the last message to the service."""
         if self.copies.used:
             assert self.channel is not None
             self.channel.send_silently(link.encode(link.CopiesUsed(self.copies.used)))
@@ -157,7 +157,7 @@ class Service:
         return message
 
     def under_way(self, opened: ServiceCall) -> bool:
-        """Whether the service may have worked on it when it died."""
+        """Whether the service may have worked on the call when it died."""
         return opened.given
 
     def patience(self, opened: ServiceCall) -> int:
@@ -165,11 +165,11 @@ class Service:
         return POISON_OTHERS
 
     def on_ready(self) -> None:
-        """Called when it has loaded, or has a new kernel: send what it must know before its calls."""
+        """Called when the service has loaded, or has a new kernel: send what it must know before its calls."""
         self.send(self.owner.rules())
 
     def failed(self, call: Call, message: link.Failed) -> None:
-        """It will not answer this call."""
+        """The service has reported that it will not answer this call."""
         self.calls_of_all.fail(call, message.errno, message.message)
 
     def handle(self, message: link.FromService) -> None:
@@ -182,12 +182,13 @@ class Service:
         self.ospid, self.deaths, self.channel, self.state = ospid, deaths, channel, ServiceState.LOADING
 
     def died(self, reason: str) -> None:
-        """Keep its calls for the successor, except those that must not be repeated, and those that seem to kill it."""
+        """The service died: keep its calls for the successor, except those that must not be repeated or seem to kill
+        it."""
         self._receive_last()
         working = self.working
         if working is None and self.channel is not None:
             working = self.channel.work.call
-        guilty = self.calls.get(working) if working is not None else None  # may be cancelled
+        guilty = self.calls.get(working) if working is not None else None  # the call may have been cancelled
         if working is not None:
             suspects = [guilty] if guilty is not None else []
         else:
@@ -254,7 +255,7 @@ class Service:
                     if message.prompt_tokens:
                         self.owner.charge(self, call, message.prompt_tokens)
                     self.calls_of_all.finish(call, Raw(message.body))
-                    if message.promise:  # now that its caller has it
+                    if message.promise:  # only now, after its caller got it
                         self._keep(opened, message)
             case link.Stale():
                 self.copies.stale(message.promises)
@@ -298,7 +299,8 @@ class Service:
             opened.begun = True
 
     def _needs(self, message: link.Needs) -> None:
-        """The service has sent a call back: it has to be allowed first. Meanwhile it is none of the service's calls."""
+        """The service has sent a call back, because it has to be allowed first. Until then the service does not have
+        it."""
         opened = self.calls.pop(message.key, None)
         if opened is None or not isinstance(opened.message, link.Ask):
             return
@@ -315,7 +317,8 @@ class Service:
         """Take what the service reports about itself."""
 
     def _keep(self, opened: ServiceCall, answer: link.Answered) -> None:
-        """For when an agent makes the same call again. (A person's calls come from a process each.)"""
+        """Keep a copy for an agent that makes the same call again. (A person's calls each come from another
+        process.)"""
         if isinstance(opened.message, link.Ask) and isinstance(opened.call.peer, AgentPeer):
             key = opened.message.sys, bytes(opened.message.args)
             self.copies.keep(opened.call.peer, key, answer.promise, answer.body)
@@ -384,11 +387,12 @@ class Asker:
 
 
 def _settled(call: Call, service: Service) -> int:
-    """For `link.Ask.settled`. A reply is with its peer as soon as it lies in the ring or in the socket: the SDK reads
-    all of that before it submits its open calls to a new kernel. Only what waits in our outbox would be lost with us.
+    """The value of `link.Ask.settled`: the id up to which the peer's calls are answered. A reply has reached its peer
+    as soon as it lies in the ring or in the socket, since the SDK reads all of that before it submits its open calls to
+    a new kernel. Only replies in the kernel's own outbox would be lost with it.
 
-    A peer's calls lie in the order in which they came, which is that of their ids: the first that the service has is
-    the lowest. (A peer that numbers its calls in another way loses its own memos too early, and no other's.)"""
+    A peer's calls are in the order in which they came, which is that of their ids: so the first call that the service
+    has is the lowest. (A peer that numbers its calls in another way loses its own memos too early, and no other's.)"""
     peer = call.peer
     if peer.outbox_bytes:
         return 0

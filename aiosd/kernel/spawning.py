@@ -1,5 +1,5 @@
-"""From a SPAWN, checked, to what the supervisor is asked to fork. Nothing that it names is looked up here: a slow or
-hanging file system must hold neither kernel nor supervisor."""
+"""Turns a checked SPAWN into the request that the supervisor gets. No path that it names is looked up here: a slow or
+hanging file system must hold up neither kernel nor supervisor."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def fork(
     shares: Sequence[link.BudgetShare] = (),
     content: bytes = b"",
 ) -> link.Fork:
-    """`parent`: the agent that starts it, None: the person. `box`: how it is confined. `client`: the process that it is
-    attached to. `allowed`: it may have more rights than its parent. `shares`: the budgets that it shares. Raises
-    OSError: EINVAL, E2BIG, EPERM."""
+    """The request. `parent`: the agent that starts it, None: the person. `box`: how it is confined. `client`: the
+    process that it is attached to. `allowed`: it may have more rights than its parent. `shares`: the budgets that it
+    shares. Raises OSError: EINVAL, E2BIG, EPERM."""
     _check(args)
     if args.template is not None and parent is not None and parent.box is not None:
         raise wire.error(errno.EPERM, "template: its modules run unconfined, so no confined agent may name them")
@@ -63,18 +63,18 @@ def fork(
 
 
 def content(args: wire.Spawn, parent: Proc | None, wanted: Container[bytes]) -> bytes:
-    """The hash of its script's content, which its process shall check, if that is one of those `wanted`."""
+    """The hash that its process has to compare with its script's content, if it is one of those `wanted`; else b""."""
     known = parent is None and args.kind == "file" and args.sandbox.sha256 in wanted
     return args.sandbox.sha256 if known else b""
 
 
 def letter(args: wire.Spawn, env: dict[str, str], box: Box | None, content: bytes = b"") -> Letter:
-    """What the agent's own process alone is to know. `fork` has checked it."""
+    """The part of a spawn for the agent's own process alone. `fork` has checked it."""
     return Letter(args.kind, args.target, args.args, env, args.cwd, box, content)
 
 
 def _check(args: wire.Spawn) -> None:
-    """What the types of its arguments cannot tell. Nothing that they name is looked up here."""
+    """Check what the types of the arguments cannot express. No path that they name is looked up here."""
     if not os.path.isabs(wire.os_str(args.cwd)):
         raise wire.error(errno.EINVAL, "cwd must be an absolute path")
     if args.name is not None and (args.name.isdecimal() or args.name.startswith("-")):
@@ -82,7 +82,7 @@ def _check(args: wire.Spawn) -> None:
     _check_restart(args)
     _check_template(args)
     texts = (args.target, args.cwd, *args.args, *args.env, *args.env.values())
-    together = "".join(texts)  # looked through as one string first: most environments have dozens of variables
+    together = "".join(texts)  # checked as one string first: most environments have dozens of variables
     if "\0" in together and any("\0" in text and not _is_bytes(text) for text in texts):
         raise wire.error(errno.EINVAL, "a string with a null byte")
     if len(together) > SPAWN_CHARS:
@@ -92,7 +92,7 @@ def _check(args: wire.Spawn) -> None:
 
 
 def _is_bytes(text: str) -> bool:
-    """Whether it is bytes as `wire.os_text` writes them."""
+    """Whether a text stands for bytes, as `wire.os_text` writes them."""
     rest = text[1:]
     return text[0] == "\0" and bool(rest) and "\0" not in rest and ord(max(rest)) < 256
 
@@ -107,8 +107,8 @@ def _check_restart(args: wire.Spawn) -> None:
 
 
 def _check_disk(shares: Sequence[link.BudgetShare], box: Box | None) -> None:
-    """What files of an agent take is measured in its workspace: a budget of an agent that can write elsewhere would
-    limit nothing."""
+    """Raises OSError if a budget of disk could not be measured: it is measured in the agent's workspace, so the agent
+    must not be able to write elsewhere."""
     if any(share.limits.disk_bytes is not None for share in shares):
         if box is None:
             raise wire.error(errno.EINVAL, "disk budget: cannot be measured without a sandbox (--sandbox flat)")
@@ -129,7 +129,7 @@ def _check_template(args: wire.Spawn) -> None:
 
 
 def process_of(ospid: int) -> tuple[int, int]:
-    """Linux pid and start time of a client, which name it for ever."""
+    """Linux pid and start time of a client, which together identify it for ever."""
     stat = procfs.read_stat(ospid)
     return (ospid, stat.started) if stat is not None else (0, 0)
 
@@ -160,7 +160,7 @@ def group_of_child(parent: Proc | None, group: str | None, allowed: bool = False
 
 
 def raised(args: wire.Spawn, parent: Proc) -> str:
-    """In which way the new agent would have more rights than its parent, but for its sandbox; "": in none."""
+    """In which way the new agent would have more rights than its parent, its sandbox aside; "": in none."""
     reasons = []
     for check in (lambda: _nice_of_child(parent, args.nice), lambda: group_of_child(parent, args.group)):
         try:
@@ -171,7 +171,7 @@ def raised(args: wire.Spawn, parent: Proc) -> str:
 
 
 def program_path(args: wire.Spawn) -> bytes:
-    """The path by which rules know the program; b"": there is none."""
+    """The path by which rules identify the program; b"": there is none."""
     if args.sandbox.program:
         path = wire.os_bytes(args.sandbox.program)
     elif args.kind == "file" and args.target != "-":

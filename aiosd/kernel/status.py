@@ -1,7 +1,8 @@
 """What `aiosd status` shows: the figures of the kernel and of its services, and a check of the books.
 
-A service answers between two steps, so the reply waits for all, but not longer than `WAIT_S`; one that was too busy is
-shown with its last known figures. What takes long with thousands of agents is done in pieces (`jobs`).
+A service answers between two of its steps, so the reply waits for all services, but not longer than `WAIT_S`; a service
+that was too busy is shown with its last known figures. Work that takes long with thousands of agents is done in pieces
+(`jobs`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from aiosd.init.records import Inheritance
 
 WAIT_S = 1.0
-SETTLE_S = 0.3  # between two looks at books that do not balance
+SETTLE_S = 0.3  # between two checks of books that do not balance
 
 
 @dataclass(slots=True)
@@ -46,7 +47,7 @@ class _Request:
 
 
 class StatusRequests:
-    """`settings` are those in force; `phase` is "loading", "ready" or "stopping"."""
+    """Open requests for the status. `settings`: those in force; `phase`: "loading", "ready" or "stopping"."""
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class StatusRequests:
         self._calls.timers.after(SETTLE_S, lambda: self._jobs.start(self._look_again(request.call, wrong)))
 
     def _look_again(self, call: Call, wrong: list[str]) -> Iterator[None]:
-        """What was only on its way has arrived by now."""
+        """Check again: messages that were on their way have arrived by now."""
         still: list[str] = []
         yield from self._books.check(still)
         yield from self._described(call, [line for line in wrong if line in still])
@@ -144,7 +145,7 @@ class StatusRequests:
             "quantum": dict(zip(("tokens", "seconds"), settings.quantum, strict=True)),
             "group_shares": dict(settings.shares),
             "agents": letters,
-            "agent_problems": self._agent_problems(),  # of those that aiosd.toml lists
+            "agent_problems": self._agent_problems(),  # of the agents that aiosd.toml lists
             "dead_remembered": len(self._table.history),
             "max_agents": self._descriptors.max_agents,
             "sandbox": self._sandboxes.shown(),
@@ -182,14 +183,14 @@ def _service(service: Service) -> dict[str, Any]:
         "deaths": service.deaths,
         "last_death": service.last_death,
         "open_calls": len(service.calls),
-        "stats": {} if isinstance(service, Core) else service.stats,  # a core's are with its model
+        "stats": {} if isinstance(service, Core) else service.stats,  # a core's figures are shown with its model
     }
 
 
 def _template(one: link.TemplateShown) -> dict[str, Any]:
     return {
         "name": one.name,
-        "state": one.state,
+        "state": one.state.value,
         "pid": one.pid,
         "ospid": one.ospid,
         "python": wire.os_shown(one.of.python),

@@ -1,11 +1,11 @@
 """The handlers of the system calls that the kernel answers itself, in families.
 
-A handler gets the open call and its decoded arguments; `access` has allowed it. It checks what types cannot tell, calls
-one part of the kernel and returns the body of the reply, or PENDING, when `CallTable.finish` or `CallTable.fail` will
-close the call later. An OSError that it raises becomes the reply.
+A handler gets the open call and its decoded arguments; `access` has allowed it. It checks what types cannot express,
+calls one part of the kernel and returns the body of the reply, or PENDING if `CallTable.finish` or `CallTable.fail`
+will close the call later. An OSError that it raises becomes the reply.
 
-What a call looks like, and which process answers it, is in its row of `wire.TABLE`. At the end of this file the two are
-compared: at import, so that neither can be without the other.
+The row in `wire.TABLE` defines the arguments of a call, and which process answers it. At its end this file compares the
+two: at import, so that neither can be without the other.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from aiosd.kernel.waiters import Waiters
 from libaios import wire
 from libaios.wire import Sys
 
-#: A family's handlers by number, before they are bound to the parts that they use.
+#: The handlers of a family of calls by number, before they are bound to the parts that they use.
 Family = dict[int, Callable[[Any, Call, Any], Any]]
 
 
@@ -120,7 +120,7 @@ class ProcessCalls:
         return None
 
     def _stopped(self, proc: Proc, continued: int) -> bool:
-        """Or will not stop any more. Nothing is generated for it then, and nothing counted."""
+        """Whether an agent is stopped (then nothing is generated or counted for it), or will not stop any more."""
         if not proc.alive or (proc.state is ProcState.WAITING and not proc.outside):
             return True
         return proc.continued != continued or self.agents.is_parked(proc)
@@ -129,7 +129,7 @@ class ProcessCalls:
         return None if self.waiters.until(call, procs, done) else PENDING
 
     def _until_dead(self, call: Call, procs: list[Proc], patience_s: float) -> Any:
-        """With a KILL when the patience is at an end."""
+        """Wait for the end of these agents, with a KILL after `patience_s`."""
 
         def kill() -> None:
             for proc in procs:
@@ -185,7 +185,7 @@ class ProcessCalls:
         new = access.new_nice(proc, args)
         if new < proc.nice and call.peer.proc is not None and not call.allowed:
             raise wire.error(errno.EACCES, f"nice: an agent may not lower it (from {proc.nice} to {new})")
-        if new == proc.nice:  # `nice(0)` only asks
+        if new == proc.nice:  # `nice(0)` only reads the value
             return new
         self.agents.renice(proc, new, call.key, wire.encode(new))
         return new
@@ -238,10 +238,10 @@ class MessageCalls:
         return PENDING
 
     def cancel(self, call: Call, args: wire.Cancel) -> bool:
-        """Whether there was something to cancel. The cancelled call gets ECANCELED as its final reply."""
+        """Cancel a call; whether there was one. The cancelled call gets ECANCELED as its final reply."""
         victim = call.peer.calls.get(args.id)
         if victim is None:
-            # A call of the last kernel's time that was not submitted again, perhaps: a service may have it still.
+            # Perhaps a call from before a kernel's death that was not submitted again: a service may still have it.
             for service in self.services:
                 service.send(link.CancelCall((call.peer.id, args.id)))
             return False
@@ -269,7 +269,8 @@ class ModelCalls:
 
 
 class SystemCalls:
-    """`stop` begins to stop the system; `change` sets a setting, and returns its old value and its new one."""
+    """Calls about the system. `stop` begins to stop it; `change` sets a setting, and returns its old value and its new
+    one."""
 
     def __init__(
         self, status: StatusRequests, stop: Callable[[], None], change: Callable[[str, str], tuple[str, str]]
@@ -292,7 +293,7 @@ class SystemCalls:
 
 
 class AccessCalls:
-    """What people ask and answer."""
+    """Calls about rules and asks."""
 
     def __init__(self, approvals: Approvals) -> None:
         self._approvals = approvals
@@ -327,7 +328,7 @@ class AccessCalls:
 
 
 class TokenCalls:
-    """Agents without a process."""
+    """Calls about agents without a process."""
 
     def __init__(self, agents: Lifecycle, outside: Outside) -> None:
         self._agents = agents
@@ -350,13 +351,13 @@ Handlers = ProcessCalls | MessageCalls | ModelCalls | SystemCalls | AccessCalls 
 
 
 def bound(*families: Handlers) -> dict[int, CallHandler]:
-    """The handlers of these, by number."""
+    """The handlers of these families, by number."""
     return {sys: handler.__get__(family) for family in families for sys, handler in family.HANDLERS.items()}
 
 
 def _compare() -> None:
     """Raises Bug unless every call of the kernel has a handler, and every handler a call. (Generations are answered by
-    an llm core, but the kernel counts and keeps them.)"""
+    an llm core, but the kernel has a handler for them, because it counts and keeps them.)"""
     handlers = [sys for family in FAMILIES for sys in family.HANDLERS]
     rows = [row.sys for row in wire.TABLE.values() if row.by == "kernel"] + [Sys.GENERATE]
     if sorted(handlers) != sorted(rows):

@@ -1,4 +1,5 @@
-"""aiosd's own processes, as lines of aios-ps and figures of `aiosd status`; and the descriptors that the kernel has."""
+"""aiosd's own processes, as lines of aios-ps and figures of `aiosd status`; and the number of descriptors that the
+kernel has open."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ from libaios import wire
 if TYPE_CHECKING:
     from aiosd.init.records import Inheritance
 
-SAMPLE_S = 0.5  # between two looks at the memory of aiosd's own processes
+SAMPLE_S = 0.5  # between two samples of the memory of aiosd's own processes
 FDS_PER_AGENT = 3  # in the kernel: its memfd, the mapping of that, its doorbell
 FDS_SPARE = 64  # for itself, and
 FDS_CLIENTS = 32  # of these for clients
 
 
 class ListedProcess(NamedTuple):
-    """`whole`: with all that it has started."""
+    """One of aiosd's own processes. `whole`: its figures include all processes that it has started."""
 
     name: str
     pid: int
@@ -42,7 +43,7 @@ class System:
         self._sampled = 0.0
 
     def processes(self) -> list[ListedProcess]:
-        """All that run now."""
+        """All of aiosd's own processes that run now."""
         born, pids = self._born, self._born.pids
         found = [
             ListedProcess("guardian", pids["guardian"], born.guardian, born.started, whole=False),
@@ -57,7 +58,7 @@ class System:
         return {process.pid for process in self.processes()}
 
     def lines(self, pids: set[int] | None, wanted: str | None, lines: list[wire.ProcInfo]) -> Iterator[None]:
-        """A job: adds those with one of these pids (None: all) and this name (None: any)."""
+        """A job: adds the lines of processes with one of these pids (None: all) and this name (None: any)."""
         for process in self.processes():
             if (pids is None or process.pid in pids) and (wanted is None or process.name == wanted):
                 tree = procfs.tree(process.ospid) if process.whole else _alone(process.ospid)
@@ -91,7 +92,8 @@ class System:
         )
 
     def _look(self, ospid: int) -> bool:
-        """At its memory; not anew within half a second, since it takes milliseconds. Whether it was read now."""
+        """Sample its memory, at most every half second, since that takes milliseconds. Returns whether it was read
+        now."""
         now = time.monotonic()
         if now - self._sampled > SAMPLE_S:
             self._sampled, self._pss = now, {}
@@ -107,8 +109,8 @@ def _alone(ospid: int) -> dict[int, Stat]:
 
 
 class FdLimit:
-    """How many the kernel may still open. `agents` counts those that live or are being forked; `clients` descriptors
-    that are open for clients."""
+    """How many descriptors the kernel may still open. `agents` counts agents that live or are being forked; `clients`
+    counts descriptors that are open for clients."""
 
     def __init__(self, agents: Callable[[], int], clients: Callable[[], int]) -> None:
         self._agents = agents
@@ -120,7 +122,7 @@ class FdLimit:
         return max(0, (_limit() - FDS_SPARE) // FDS_PER_AGENT)
 
     def left(self) -> int:
-        """How many more the kernel may open before it eats into what it needs itself."""
+        """How many more the kernel may open without using those that it needs itself."""
         return _limit() - FDS_SPARE - FDS_PER_AGENT * self._agents() - max(0, self._clients() - FDS_CLIENTS)
 
     def room_for_agent(self) -> bool:

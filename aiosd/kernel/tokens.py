@@ -1,9 +1,9 @@
 """Which agent a token of the gateway belongs to.
 
-Each agent that shall find the gateway gets 256 random bits in its environment, in its letter (`aiosd.ipc.letter`). The
-kernel alone makes them, and keeps their hashes only; these are in the agents' records, so that a successor of this
-kernel knows them too. So the supervisor, from which all agents are forked, has never more than that. A token is good as
-long as its agent lives. Those of a person's own programs are made by the person's command (`outside`).
+Each agent that shall find the gateway gets 256 random bits in its environment, in its letter (`aiosd.ipc.letter`). Only
+the kernel makes tokens, and it keeps only their hashes. These are in the agents' records, so that a new kernel knows
+them, too; so the supervisor, from which all agents are forked, never has more than hashes. A token is valid as long as
+its agent lives. Tokens of a person's own programs are made by the person's command (`outside`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from libaios import wire
 
 
 class BearerTokens:
-    """`door`: where the gateway listens; None: there is none, and no agent gets a token."""
+    """All tokens. `door`: where the gateway listens; None: there is no gateway, and no agent gets a token."""
 
     def __init__(self, door: Endpoint | None) -> None:
         self._door = door
@@ -34,8 +34,8 @@ class BearerTokens:
     def give(
         self, spec: link.Fork, letter: Letter, parent: Proc | None, wanted: bool | None
     ) -> tuple[link.Fork, Letter]:
-        """The same agent with a token, and with the variables that lead programs to the gateway. `wanted` None: if its
-        parent has one."""
+        """The same agent with a token, and with the variables that lead programs to the gateway. `wanted` None: only if
+        its parent has one."""
         if wanted is None:
             wanted = parent is None or bool(parent.token)
         if self._door is None or not wanted:
@@ -47,7 +47,7 @@ class BearerTokens:
 
     @property
     def url(self) -> str:
-        """Of the gateway; "": there is none."""
+        """The URL of the gateway; "": there is none."""
         return self._door.url if self._door is not None else ""
 
     def knows(self, token_hash: bytes) -> bool:
@@ -61,8 +61,8 @@ class BearerTokens:
         self._agents.pop(proc.token, None)
 
     def bearer(self, token: str) -> Proc | None:
-        """The agent of this token, or of this gate. None: it is none, or its agent is dead or waits to be started
-        again. (The gateway alone may ask, and it takes no gates from programs.)"""
+        """The agent of this token, or of this gate. None: there is none, or the agent is dead or waits to be started
+        again. (Only the gateway may use this, and it takes no gates from programs.)"""
         if token.startswith(wire.GATE):
             return self._at_gate(token.removeprefix(wire.GATE))
         proc = self._agents.get(_hash(token))

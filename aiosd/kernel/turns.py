@@ -1,8 +1,9 @@
-"""Serving agents through their rings: an agent gets turns as long as it has sent something; then we wait for its bell.
+"""Serving agents through their rings: an agent gets turns as long as it has sent something; then the kernel waits for
+its bell.
 
 An agent's doorbell is edge-triggered: every ring is an event, whether or not older rings were read, so they need not be
-read each time. An event also shows that the agent has closed its end. epoll reports that once, so it is recorded at
-once; it takes effect when everything that the agent sent before has been handled.
+read each time. An event also shows that the agent has closed its end. Epoll reports that once, so the kernel records it
+at once; it takes effect when everything that the agent sent before has been handled.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
 class AgentTurns:
-    """`caught_up` is called with a peer that has read its replies."""
+    """Serves agents in turns. `caught_up` is called with a peer that has read its replies."""
 
     def __init__(
         self,
@@ -43,7 +44,8 @@ class AgentTurns:
         self._rung: list[AgentPeer] = []  # peers whose bells have rung since the last beat
 
     def listen(self, channel: Channel, rung: Callable[[], None]) -> EventSource:
-        """Of an agent that is being started: `rung` is called when it rings. What it has sent is not looked at yet."""
+        """Wait for the first ring of an agent that is being started, and call `rung` then. Its frames are not read
+        yet."""
 
         def on_bell(mask: int) -> None:
             if mask & HUNG_UP:
@@ -54,7 +56,7 @@ class AgentTurns:
         return self._events.watch(channel.fileno(), on_bell, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
 
     def leave(self, source: EventSource) -> None:
-        """Listen no longer."""
+        """Stop waiting for its ring."""
         self._events.unwatch(source)
 
     def serve(self, peer: AgentPeer) -> None:
@@ -70,7 +72,7 @@ class AgentTurns:
         self._events.move(peer.source, HUNGRY)
 
     def on_beat(self) -> None:
-        """Once a second empty the bells: a bell full of rings could not ring again."""
+        """Empty the bells, once a second: a full bell could not ring again."""
         rung, self._rung = self._rung, []
         for peer in rung:
             if not peer.gone:

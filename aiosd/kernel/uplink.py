@@ -13,7 +13,8 @@ from libaios.stream import FrameSocket
 
 
 class Uplink:
-    """Messages go out in order and are never lost while the supervisor lives. When it is gone, so is the system."""
+    """Messages go out in order and are never lost while the supervisor lives. When the supervisor is gone, the system
+    ends."""
 
     def __init__(
         self, sock: socket.socket, events: Events, on_message: Callable[[link.FromSupervisor, list[int]], None]

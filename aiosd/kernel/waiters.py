@@ -1,7 +1,7 @@
 """Calls that wait for something to happen to a process: WAIT for an end, KILL for a stop or an end.
 
-A waiter is one open call. It is looked at again when a process that it waits for stops, goes on or ends, and at no
-other time: thousands may wait for each other.
+A waiter is one open call. It is checked again only when a process that it waits for stops, goes on or ends: thousands
+may wait for each other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def waited(proc: Proc) -> wire.Waited:
 
 @dataclass(slots=True, eq=False)
 class _Condition:
-    """A KILL call. An agent for which `done` has been true once is taken off `left`; the call ends with the last."""
+    """A KILL call. An agent for which `done` was true once is removed from `left`; the call ends when `left` is
+    empty."""
 
     call: Call
     done: Callable[[Proc], bool]
@@ -34,8 +35,8 @@ class _Condition:
 
 
 class Waiters:
-    """`collect` is called with a zombie whose parent has its exit status now, the key of the call that got it, and the
-    body of the reply."""
+    """All waiters. `collect` is called with a zombie whose exit status was given to its parent, the key of the call
+    that got it, and the body of the reply."""
 
     def __init__(self, table: ProcTable, calls: CallTable, rights: Access) -> None:
         self._table = table
@@ -67,7 +68,7 @@ class Waiters:
         return None
 
     def _dead(self, call: Call, pid: int) -> Proc | None:
-        """A dead process that this call may have, else None; an error when it never can have one."""
+        """A dead process whose status this call may get, else None; raises an error if there can never be one."""
         peer = call.peer
         if pid:
             proc = self._table.find(pid)
@@ -90,18 +91,18 @@ class Waiters:
 
     @staticmethod
     def _is_gone(call: Call, proc: Proc) -> bool:
-        """Whether the call would have collected the status, and another has."""
+        """Whether the call would have collected the status, but another call has done so."""
         return access.reaps(call.peer, proc) and proc.state is ProcState.REAPED
 
     def on_exit(self, proc: Proc, ppid: int) -> None:
-        """Give the status to every call that may have it; the parent's first waiter collects it. `ppid`: its parent's,
-        which may have died with it."""
+        """Give the status to every call that may have it; the parent's first waiter collects it. `ppid`: the pid of its
+        parent, which may have died at the same time."""
         for call in list(self._for_exit.get(proc.pid, ())):
             if self._is_gone(call, proc):
                 self._calls.fail(call, errno.ECHILD, f"{proc.pid}: its status went to another wait")
             else:
                 self._calls.finish(call, self._take(call, proc))
-        # Of those that wait for any child only the first gets this one, and the others are not looked at.
+        # Of the calls that wait for any child only the first gets this one, and the others are not checked.
         while waiting := self._for_child.get(ppid):
             call = next(iter(waiting))
             if not self._is_gone(call, proc):
@@ -115,9 +116,9 @@ class Waiters:
     # ── KILL ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def until(self, call: Call, procs: Iterable[Proc], done: Callable[[Proc], bool]) -> bool:
-        """Whether `done` holds for all of these agents already; else the call is finished when it has held for each.
-        Whether it holds for one depends on nothing but what happens to that one, so only that one is asked about then:
-        all may be stopped at once, and there may be thousands."""
+        """Whether `done` already holds for all of these agents; if not, the call is finished when it has held for each.
+        `done` for one agent must depend on nothing but events of that agent, so it is checked only then, and only for
+        that agent: all may be stopped at once, and there may be thousands."""
         condition = _Condition(call, done, {proc.pid for proc in procs if not done(proc)})
         if not condition.left:
             return True

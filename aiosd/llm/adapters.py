@@ -1,9 +1,8 @@
 """LoRA adapters: small changes to a model's weights, chosen by each call.
 
 llama.cpp applies one adapter to a whole batch. So calls with different adapters are never in one batch: in decode steps
-adapters take turns (`AdapterTurns`). What the model computes for a prompt depends on the adapter, so nothing that is
-kept of it is shared between adapters (`scope`).
-"""
+take turns in decode steps (`AdapterTurns`). What the model computes for a prompt depends on the adapter, so computed
+state is not shared between adapters (`scope`)."""
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
     from aiosd.llm.llama import Model
     from aiosd.llm.sequence import Sequence
 
-#: An adapter has this number of steps while others wait: to change it, llama.cpp plans its graphs anew.
+#: An adapter keeps its turn for this number of steps while others wait: after a change llama.cpp plans its graphs anew.
 STEPS = 8
 
 
 def scope(group: str, lora: str) -> str:
-    """Who shares computed prompts: the group, and of it those with the same adapter. No group has a NUL in its name."""
+    """The name under which computed prompts are shared: group and adapter. No group has a NUL in its name."""
     return f"{group}\0{lora}" if lora else group
 
 
@@ -58,7 +57,7 @@ def load(spec: ModelSpec, model: Model, architecture: str) -> None:
 
 
 def fingerprints(spec: ModelSpec) -> dict[str, str]:
-    """What states computed with each adapter fit. Reads all files: not for the decoding thread."""
+    """A fingerprint of each adapter, for saved states. Reads all files: not for the decoding thread."""
     found = {}
     for lora in spec.lora:
         with open(lora.path, "rb") as file:
@@ -75,7 +74,7 @@ class AdapterTurns:
         self._steps = 0
 
     def of(self, ready: list[Sequence]) -> list[Sequence]:
-        """Those of `ready` whose adapter has its turn; the same list where that is all."""
+        """The calls of `ready` whose adapter has its turn; the same list if these are all."""
         names = sorted({sequence.lora for sequence in ready})
         if self._turn not in names or (self._steps >= STEPS and len(names) > 1):
             later = [name for name in names if name > self._turn]

@@ -1,4 +1,4 @@
-"""Attention of our own on the CPU, in llama.cpp's graphs (`native/attention.c` says how, and how it gets there).
+"""aiosd's own attention on the CPU, in llama.cpp's graphs (`native/attention.c` describes it).
 
 It is faster for two reasons. A row reads only the cells that it may see, not as many as the longest row of its batch;
 and tokens that many sequences share are read once for all of them, from the store (`bases.py`), not from a copy in
@@ -81,7 +81,8 @@ class Attention:
 
     @classmethod
     def load(cls, streams: int) -> Attention:
-        """Raises Unavailable: not compiled, unsuitable processor, or ggml has another layout."""
+        """Load the compiled part. Raises Unavailable: not compiled, unsuitable processor, or ggml has another
+        layout."""
         spec = importlib.util.find_spec("aiosd.llm._attention")
         if spec is None or spec.origin is None:
             raise Unavailable("aiosd was installed without its part in C")
@@ -121,7 +122,7 @@ class Attention:
 
     @property
     def refusal(self) -> str:
-        """Why an attention could not be computed, '' if all could."""
+        """Why an attention could not be computed, or ''."""
         return str(self._struct.why.decode()) if self._struct.refused else ""
 
     @contextlib.contextmanager
@@ -156,7 +157,7 @@ def _operations() -> tuple[int, int, int] | None:
     """The numbers of FLASH_ATTN_EXT, CUSTOM and SCALE in this ggml."""
     name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)(("ggml_op_name", C._lib))
     numbers: dict[bytes, int] = {}
-    for number in range(_MOST_OPERATIONS):  # no number beyond the last operation may be asked for
+    for number in range(_MOST_OPERATIONS):  # ggml must not be called with a number beyond the last operation
         numbers[name(number)] = number
         if b"CUSTOM" in numbers:
             break

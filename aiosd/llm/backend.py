@@ -1,27 +1,28 @@
-"""The seam: what a core's process (`core.py`) asks of the part that makes the text, its backend.
+"""The interface between a core's process (`core.py`) and its backend, the part that makes the text.
 
     kernel ══channel══ Line ── CoreProcess ── Backend ── llama.cpp in this process (`local.py`), or anything else
 
 A backend is named in its `ModelSpec` as `module:function`, and that function is an `OpenBackend`. Nothing on this side
-of the seam imports llama.cpp, so a backend decides alone what is loaded into its process.
+of the interface imports llama.cpp, so only the backend decides what is loaded into its process.
 
-What a backend owes the kernel, message by message (`link` has their fields):
+How a backend must handle each message of the kernel (`link` has their fields):
 
     Submit      one `Step` that has it among `started`, deltas in any number, then one `GenerationDone`; or one
-                `Failed`, with `elsewhere` where another model may be able to serve it. With `others` it fails rather
-                than wait. A key that it has already: it goes on, and sends again what comes after `request.given`. When
-                `budget` tokens have been charged it ends, with the reason "limit".
+    `Failed`,
+                with `elsewhere` where another model may be able to serve it. With `others` it fails rather than wait. A
+                key that it has already: it goes on, and sends again what comes after `request.given`. When `budget`
+                tokens have been charged the generation ends, with the reason "limit".
     Ask         one `Answered` or `Failed` (`Line.answer`, `Line.refuse`)
     CancelCall  nothing more about this call, and whatever it holds is free
-    Park        as long as it is in force nothing is made for this peer; answered with `Parked` where it has a number
+    Park        while it is in force nothing is generated for this peer; answered with `Parked` if it has a number
     ParkCall    the same for one call, without an answer
     Keep        the calls of all other peers are cancelled; parked peers are forgotten, the kernel names them anew
     PeerGone, Renice, Schedule   hints: a backend that cannot use them ignores them
 
-The kernel does not look into what a generation has given out: it sends it back as `request.given`, tokens or text as
-the deltas were, when the call must go on in a new core. It charges what the deltas name as `charged`, and at the end
-what `usage` and the last `charged` say. A backend whose calls would wait long for a reason of its own reports that
-(`Health`), and when it is over: routes pass it over meanwhile.
+The kernel does not interpret what a generation has given out: it sends it back as `request.given`, tokens or text as in
+the deltas, when the call must go on in a new core. It charges the `charged` of the deltas, and at the end `usage` and
+the last `charged`. If calls of a backend would wait long for a reason of its own, it reports that (`Health`), and when
+it is over: routes skip it meanwhile.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Backend(Protocol):
         """Would a step do anything now? If not, the process sleeps."""
 
     def step(self) -> None:
-        """Do a part of the work, and send what came of it. Called once in each round of the loop, also without work;
+        """Do a part of the work, and send its results. Called once in each round of the loop, also without work;
         messages are handled between two steps, so one step does not take long."""
 
     def fds(self) -> Sequence[int]:
@@ -80,7 +81,7 @@ class Backend(Protocol):
         """The process ends."""
 
 
-#: Makes the backend of a model, and reports by `Line.progress` where that takes long. Raises AiosdError with one line.
+#: Makes the backend of a model, and reports by `Line.progress` if that takes long. Raises AiosdError with one line.
 OpenBackend = Callable[[ModelSpec, Line], Backend]
 
 

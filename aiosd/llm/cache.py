@@ -10,10 +10,10 @@ of the sequence's tokens whose state is kept anywhere, and loses nothing useful 
 - what a free slot still holds is used in place when it is the caller's own context, or no other call would miss it;
 - else the longest prefix in the store, or in any slot (of a running or a finished call), is copied; the part that other
   sequences need too stays in the store, as a base, if it can be read there (`bases.py`);
-- before a slot is taken, its content goes to the store.
+- before a slot is given to another call, its content goes to the store.
 
-Where all slots lie in one cache (`cells.py`), what another slot has is not copied but shared, and a call needs not only
-a slot but also cells: free slots give up theirs when they are needed (`make_room`).
+Where all slots lie in one cache (`cells.py`), the state in another slot is not copied but shared. Then a call needs not
+only a slot but also cells: free slots give up theirs when cells are needed (`make_room`).
 
 Copying the state of a few hundred tokens takes as long as decoding one token; computing them again takes a hundred
 times as long. In exact mode only prefilled tokens are shared (see `engine.py`).
@@ -276,7 +276,8 @@ class Cache:
         return most_shared([*kept, *(common_prefix(tokens, other) for other in owners + held)])
 
     def _relieve(self) -> bool:
-        """Memory is needed: wipe the free slot on a base that was unused for longest. False: there is none."""
+        """Memory is needed: wipe the free slot that stands on a base and was unused for longest. False: there is
+        none."""
         held = [held for held in self.slots.free_slots() if self.bases.length(held.slot)]
         if held:
             self.wipe(min(held, key=lambda held: held.used).slot)
@@ -376,7 +377,7 @@ class Cache:
         return self._refused is not None and self._refused in waiting and not self.fits(self._refused)
 
     def make_room(self, count: int) -> bool:
-        """Have `count` cells free: free slots are wiped, those unused for longest first. What they hold goes to the
+        """Make `count` cells free: free slots are wiped, those unused for longest first; their content goes to the
         store. False: that is not enough."""
         if self.cells is None or self.cells.has(count):
             return True
@@ -394,8 +395,8 @@ class Cache:
         return True
 
     def has_fewer_cells(self, count: int) -> bool:
-        """llama.cpp has no room for `count` tokens, though by our count there is: believe it, so that the next step
-        makes room. False: that would not help, because one call has everything."""
+        """llama.cpp reports no room for `count` tokens, although there is room by this count: correct the count, so
+        that the next step makes room. False: that would not help, because one call has everything."""
         if self.cells is None or (self.slots.num_free >= self.slots.total - 1 and not self._idle()):
             return False
         logger.warning("llama.cpp has no room for %d tokens: %s", count, self.stats()["cells"])

@@ -1,4 +1,4 @@
-"""Whose the cells of a common KV cache are, and how many are free (`--kv-layout unified`).
+"""Which slots hold the cells of a common KV cache, and how many cells are free (`--kv-layout unified`).
 
 All slots lie in one cache. Each of its cells holds one token of one slot or of several: a beginning that slots have in
 common is there once, and sharing it copies nothing.
@@ -9,7 +9,7 @@ common is there once, and sharing it copies nothing.
 
 A *run* is what one slot has added; others may hold its beginning. A slot is a path of runs, each up to where the next
 begins, the last one up to the slot's end. A cell is in use while any slot holds it, so a run has as many cells in use
-as the slot that goes furthest in it. llama.cpp keeps the cells, but does not tell how many are free.
+as the slot that goes furthest in it. llama.cpp keeps the cells, but does not report how many are free.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Cells:
         self.total = total
         self._length = length
         self._paths: list[list[CellRun]] = [[CellRun(0)] for _ in range(slots)]
-        self._surely_free = 0  # this number at least is free: what was free, less what was taken since
+        self._surely_free = 0  # at least this number is free: the last count, less what was taken since
 
     def share(self, source: int, target: int, length: int) -> None:
         """The empty slot `target` holds the first `length` cells of `source` now, too."""
         self._paths[target] = [*_before(self._paths[source], length), CellRun(length)]
 
     def cut(self, slot: int, length: int) -> None:
-        """The slot has kept its first `length` tokens only. What it gets next is a new run if others hold the last one:
-        they may go further in that."""
+        """The slot keeps only its first `length` tokens. Its next tokens are a new run if other slots hold the last
+        one, since they may go further in it."""
         kept = _before(self._paths[slot], length)
         others = (path for other, path in enumerate(self._paths) if other != slot)
         if not kept or any(kept[-1] in path for path in others):
@@ -59,7 +59,8 @@ class Cells:
         return self.used_by(range(len(self._paths)))
 
     def has(self, count: int) -> bool:
-        """Are at least `count` cells free? (Counted only where the last count is not enough: every step asks this.)"""
+        """Are at least `count` cells free? (Counted only if the last count is not enough, because every step calls
+        this.)"""
         if count > self._surely_free:
             self._surely_free = self.total - self.used
         return count <= self._surely_free
@@ -73,7 +74,8 @@ class Cells:
         self._surely_free -= count
 
     def stats(self, owned: Iterable[int]) -> dict[str, int]:
-        """`owned`: the slots of running calls; what only others hold is idle: it is given up when cells are needed."""
+        """`owned`: the slots of running calls; cells that only other slots hold are idle and are given up when
+        needed."""
         used, held = self.used, sum(map(self._length, range(len(self._paths))))
         idle = used - self.used_by(owned)
         return {"total": self.total, "used": used, "idle": idle, "saved_by_sharing": held - used}

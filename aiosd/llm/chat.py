@@ -188,7 +188,7 @@ _NOT_SHOWN = ("inputSchema", "input_schema", "type", "strict")
 
 
 def loose_tools(tools: list[ToolDict] | None) -> frozenset[str]:
-    """The names of those with `"strict": false`: their arguments are checked by what makes the calls."""
+    """The names of tools with `"strict": false`: whatever makes their calls checks the arguments."""
     functions = [tool.get("function", tool) for tool in tools or []]
     return frozenset(str(function["name"]) for function in functions if function.get("strict") is False)
 
@@ -233,7 +233,7 @@ _TURNS = "turns of a loop"  # no template can name a filter like this
 
 
 class _Turns:
-    """What a loop goes through, with a step of the sandbox for each item."""
+    """The items of a loop; each takes a step of the sandbox."""
 
     def __init__(self, items: Iterable[Any], step: Callable[[], None]) -> None:
         self._items, self._step = items, step
@@ -244,7 +244,7 @@ class _Turns:
             yield item
 
     def __len__(self) -> int:
-        return len(self._items)  # type: ignore[arg-type]  # TypeError where there is none, which Jinja expects
+        return len(self._items)  # type: ignore[arg-type]  # TypeError if there is no length, which Jinja expects
 
 
 class _Generator(CodeGenerator):
@@ -280,7 +280,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self._quick = False
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Loops, whatever they go through and however little they do with it, take steps."""
+        """Make every turn of a loop take a step, whatever its items and its body are."""
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
             loop.iter = nodes.Filter(loop.iter, _TURNS, [], [], None, None, lineno=loop.lineno)
@@ -467,8 +467,8 @@ class ChatTemplate:
     def _continued(self, messages: list[ChatMessage], tools: list[ToolDict] | None, args: dict[str, Any]) -> str:
         """The prompt up to the end of the last message, which the model then continues."""
         *before, last = messages
-        said = last["content"]
-        text = self.raw([*before, {**last, "content": said + _HERE}], tools, add_generation_prompt=False, **args)
+        content = last["content"]
+        text = self.raw([*before, {**last, "content": content + _HERE}], tools, add_generation_prompt=False, **args)
         if text.count(_HERE) != 1:
             raise refuse("messages: the last one is the assistant's, which the model's chat template cannot continue")
         return text[: text.index(_HERE)]
@@ -549,7 +549,7 @@ def marks_of(source: str) -> Marks:
 
 _SYSTEM = {"role": "system", "content": "probe-system"}
 _USER = {"role": "user", "content": "probe-user"}
-_ANSWER = {"role": "assistant", "content": "probe-answer"}
+_ANSWER = {"role": "assistant", "content": "probe-said"}
 _TOOL = {
     "type": "function",
     "function": {
@@ -581,13 +581,13 @@ def _tried(template: ChatTemplate) -> Abilities:
         return all(text.count(message["content"]) == 1 for message in messages)
 
     one, other = {**_USER, "content": "probe-one"}, {**_USER, "content": "probe-other"}
-    said = {**_ANSWER, "content": "probe-said"}
+    answer = {**_ANSWER, "content": "probe-said"}
     can = Abilities(
         system=system,
         later=system and kept(one, _ANSWER, _SYSTEM, other),
         repeats=frozenset(
             role
-            for role, taken in (("user", kept(one, other)), ("assistant", kept(one, said, _ANSWER, other)))
+            for role, taken in (("user", kept(one, other)), ("assistant", kept(one, answer, _ANSWER, other)))
             if taken
         ),
         roles=frozenset(
@@ -655,22 +655,22 @@ def _known(message: ChatMessage, can: Abilities) -> ChatMessage:
 def _system_first(messages: list[ChatMessage]) -> list[ChatMessage]:
     """Later system messages go into the next user message; several at the beginning become one."""
     out: list[ChatMessage] = []
-    said: list[str] = []
+    texts: list[str] = []
     for message in messages:
         if message["role"] == "system":
             if len(out) == 1 and out[0]["role"] == "system":
                 out[0] = {**out[0], "content": f"{out[0]['content']}\n\n{message['content']}"}
             elif out:
-                said.append(message["content"])
+                texts.append(message["content"])
             else:
                 out.append(message)
             continue
-        if said and message["role"] == "user":
-            message = {**message, "content": "\n\n".join([*said, message["content"]])}
-            said = []
+        if texts and message["role"] == "user":
+            message = {**message, "content": "\n\n".join([*texts, message["content"]])}
+            texts = []
         out.append(message)
-    if said:
-        out.append({"role": "user", "content": "\n\n".join(said)})
+    if texts:
+        out.append({"role": "user", "content": "\n\n".join(texts)})
     return out
 
 
@@ -792,7 +792,7 @@ def _without_system(messages: list[ChatMessage]) -> list[ChatMessage]:
     """The system message at the beginning goes into the first user message."""
     if messages[0]["role"] != "system":
         return messages
-    said, rest = messages[0]["content"], messages[1:]
+    content, rest = messages[0]["content"], messages[1:]
     if rest and rest[0]["role"] == "user":
-        return [{**rest[0], "content": f"{said}\n\n{rest[0]['content']}"}, *rest[1:]]
-    return [{"role": "user", "content": said}, *rest]
+        return [{**rest[0], "content": f"{content}\n\n{rest[0]['content']}"}, *rest[1:]]
+    return [{"role": "user", "content": content}, *rest]

@@ -4,8 +4,8 @@
 of the channel is closed for good, and 1 after `link.LoadFailed`. Any other exception is a bug: its trace goes to
 stderr, and the supervisor starts a new core. SIGINT is ignored: Ctrl-C is meant for the foreground process.
 
-While there is work, the loop does not wait: it looks at its messages between two steps, which costs a read of shared
-memory. Without work it sleeps until a message comes, or something that the backend waits for.
+While there is work, the loop does not wait: it checks for messages between two steps, which costs a read of shared
+memory. Without work it sleeps until a message comes, or a descriptor of the backend becomes readable.
 """
 
 from __future__ import annotations

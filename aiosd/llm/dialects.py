@@ -399,8 +399,8 @@ def _filled(form: str, words: dict[str, str]) -> str:
 
 def closed(parameters: dict[str, Any]) -> dict[str, Any]:
     """A tool that declares no parameters takes none."""
-    said = {"properties", "additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
-    if not parameters.get("properties") and not said - {"properties"} & set(parameters):
+    declaring = {"properties", "additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
+    if not parameters.get("properties") and not declaring - {"properties"} & set(parameters):
         return {**parameters, "properties": {}, "additionalProperties": False}
     return parameters
 

@@ -260,7 +260,7 @@ class Document:
             )
         return True
 
-    # ── can two schemas be told apart? ──
+    # ── can two schemas be distinguished? ───
 
     def disjoint(self, a: Schema, b: Schema) -> bool:
         """Can no text of a's grammar be valid against b, nor the other way round? False when in doubt."""
@@ -297,9 +297,9 @@ class Document:
         common = {kind for kind in kinds_x if _overlap({kind}, kinds_y)}
         if common <= {"integer", "number"}:
             return _apart(x, y)
-        return common == {"object"} and self._told_apart(x, y, depth)
+        return common == {"object"} and self._distinguished(x, y, depth)
 
-    def _told_apart(self, x: dict[str, Any], y: dict[str, Any], depth: int) -> bool:
+    def _distinguished(self, x: dict[str, Any], y: dict[str, Any], depth: int) -> bool:
         members_x, members_y = x.get("properties", {}), y.get("properties", {})
         needed_x, needed_y = set(x.get("required", [])), set(y.get("required", []))
         open_x = x.get("additionalProperties", False) is not False or "patternProperties" in x

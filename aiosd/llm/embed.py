@@ -1,6 +1,6 @@
 """Vectors for texts, and scores for pairs of texts, in a separate small context, which is created when first needed.
 
-The model's own pooling is used where its file names one, else the mean over a text's tokens (a causal model was not
+The model's own pooling is used if its file names one, else the mean over a text's tokens (a causal model was not
 trained for this: the vectors are usable, not good). Unit length, float32.
 
 Several texts are computed at once, each as one sequence; llama.cpp pools only tokens of one batch, so a text is never
@@ -20,7 +20,7 @@ from libaios.wire import Embedded, Ranked
 #: Limits of one step, in tokens and in texts: generations wait during a step.
 BATCH, TEXTS = 512, 32
 
-#: The longest text (tokens): it is computed in one step, and generations wait for that.
+#: The longest text (tokens): it is computed in one step, and generations wait meanwhile.
 MOST_TOKENS = 2048
 
 
@@ -74,7 +74,7 @@ class EmbeddingEngine:
     def _computed(
         self, texts: Iterable[list[int]], what: str, rows: list[llama.Floats], pay: Pay
     ) -> Generator[None, None, int]:
-        """Append to `rows` what the model pools of each text, one batch between two yields. Returns the number of
+        """Append to `rows` the pooled result of each text, one batch between two yields. Returns the number of
         tokens."""
         if pay is not None:
             texts = list(texts)

@@ -1,8 +1,8 @@
 """The process of a model that only makes vectors (`--embed-model`): EMBED and TOKENIZE, no generations.
 
-Encoders such as BERT cannot generate, and what can generate makes poor vectors, so an embedding model is a core of its
-own kind. It is a `service.Server` that the kernel takes for one more llm core, and refuses generations. A call of an
-agent that is stopped waits after the batch that is being computed.
+Encoders such as BERT cannot generate, and models that can generate make poor vectors. So an embedding model is a core
+of its own kind: a `service.Server` that the kernel treats as one more llm core, and that refuses generations. A call of
+an agent that is stopped waits after the batch that is being computed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from aiosd.llm.embed import EmbeddingEngine
     from aiosd.llm.llama import Model
 
-#: A call of a stopped agent is looked at again when a message comes, and at the latest after this time.
+#: A call of a stopped agent is checked again when a message comes, and at the latest after this time.
 STOPPED_S = 60.0
 
 _THREADS = 2  # more bring little for texts of a few dozen tokens, and agents share the machine
@@ -49,16 +49,16 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     threads = spec.threads or min(_THREADS, len(os.sched_getaffinity(0)))
     layers = spec.gpu_layers if spec.gpu_layers >= 0 else 1 << 20
     try:
-        modelfile.read(spec.path)  # says better what is wrong with a file than llama.cpp does
-        model = llama.Model(spec.path, layers, lambda fraction: _tell(channel, link.LoadProgress("loading", fraction)))
+        modelfile.read(spec.path)  # its error describes a bad file better than llama.cpp's
+        model = llama.Model(spec.path, layers, lambda fraction: _send(channel, link.LoadProgress("loading", fraction)))
         embedder = EmbeddingEngine(model, threads)
         width = len(embedder.embed(["vectors"]).data) // 4
     except UsageError as err:
-        _tell(channel, link.LoadFailed(f"{spec.name}: {err}"))
+        _send(channel, link.LoadFailed(f"{spec.name}: {err}"))
         channel.pump()
         return 1
     except (WorldError, OSError) as err:
-        _tell(channel, link.LoadFailed(f"{spec.name}: {spec.path}: makes no vectors: {err}".replace("\n", " ")))
+        _send(channel, link.LoadFailed(f"{spec.name}: {spec.path}: makes no vectors: {err}".replace("\n", " ")))
         channel.pump()
         return 1
     calls = EmbedService(model, embedder, spec, threads, width)
@@ -75,7 +75,7 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     return server.run(rounds)
 
 
-def _tell(channel: Channel, message: link.FromService) -> None:
+def _send(channel: Channel, message: link.FromService) -> None:
     channel.send(link.encode(message))
 
 
@@ -88,7 +88,7 @@ class EmbedService:
         self._stopped: set[int] = set()  # peers whose agents are stopped
 
     def others(self, message: link.ToService) -> link.FromService | None:
-        """Messages that cores get and services do not."""
+        """Handle messages that only cores get."""
         match message:
             case link.Submit(key=key):
                 return link.Failed(key, errno.EINVAL, "model: this one makes vectors; it does not generate")

@@ -1,8 +1,8 @@
-"""Calls for vectors and scores that are being computed, and whose turn it is.
+"""Calls for vectors and scores that are being computed, and which of them has its turn.
 
-The embedder computes one batch of one call at a time. For the policy it is a slot: it decides which call has the
-embedder, and which gives it up to one that waits. So a call with thousands of texts delays the calls of other agents
-by a turn, not until its end. A call of a stopped agent has no turn.
+The embedder computes one batch of one call at a time. For the policy the embedder is a slot: the policy decides which
+call has it, and which gives it up to one that waits. So a call with thousands of texts delays the calls of other agents
+by one turn only. A call of a stopped agent has no turn.
 """
 
 from __future__ import annotations

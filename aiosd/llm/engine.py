@@ -2,10 +2,9 @@
 
 - *plan*: waiting calls get slots; the policy chooses which. Parked calls lose their slots if other calls need them.
 - *decode*: first the prompts, in batches of their own. A batch holds only calls that have the same number of tokens
-  left, because llama.cpp splits a batch at the length of its shortest sequence (it does not where all slots lie in one
-  cache, see `cells.py`). Prompts have a token budget in each
-  step, so that the other calls do not wait long for their next token. Then one batch, in ascending order of slots,
-  with one token of every call whose prompt is complete.
+  left, because llama.cpp splits a batch at the length of its shortest sequence (it does not if all slots lie in one
+  cache, see `cells.py`). Prompts have a token budget in each step, so that the other calls do not wait long for their
+  next token. Then one batch, in ascending order of slots, with one token of every call whose prompt is complete.
 - *settle*: choose a token from each row of logits, end the calls that are complete, make text, report to the kernel.
 
 This loop is written in Python though it runs for every token, so it does little per call: the batch arrays are numpy
@@ -56,10 +55,10 @@ logger = logging.getLogger("llm.engine")
 #: Calls that do not stream are reported this often (seconds).
 REPORT_EVERY = 0.1
 
-#: How long (seconds) and how many finished calls are remembered: a kernel that was started again asks for them.
+#: How long (seconds) and how many finished calls are remembered: a kernel that was started again requests them.
 REMEMBER_S, REMEMBER = 60.0, 256
 
-#: While a batch of prompts is computed that takes at least LONG_BATCH seconds, the engine looks every LOOK_EVERY
+#: While a batch of prompts is computed that takes at least LONG_BATCH seconds, the engine checks every LOOK_EVERY
 #: seconds whether its calls were cancelled, so that a cancel need not wait for the end of the batch.
 LONG_BATCH, LOOK_EVERY = 0.02, 0.002
 
@@ -187,7 +186,8 @@ class Engine:
         self._past.pop(key, None)
 
     def park(self, peer: int, parked: bool) -> None:
-        """What parked calls have is reported at once: nothing more of them is counted afterwards."""
+        """Park the calls of a peer, or let them go on. Tokens of parked calls are reported at once, so that none is
+        counted later."""
         if parked:
             self._parked_peers.add(peer)
         else:
@@ -205,7 +205,7 @@ class Engine:
             self._park(sequence, sequence.parked_peer, parked)
 
     def _park(self, sequence: Sequence, by_peer: bool, by_call: bool) -> None:
-        """To the policy a parked call has left: a call that cannot run must not collect a claim to service."""
+        """For the policy a parked call has left, so that a call that cannot run does not collect a claim to service."""
         before = sequence.parked
         sequence.parked_peer, sequence.parked_call = by_peer, by_call
         if sequence.parked != before:
@@ -257,7 +257,7 @@ class Engine:
         """Compute one token for every call that decodes, and for prompts as much as the time of a step allows."""
         self.meter.begin()
         for batch in schedule(self):
-            self._say_started()  # first: if a call ends this process, the kernel must know which ones ran
+            self._report_started()  # first: if a call ends this process, the kernel must know which ones ran
             if batch.sizes:
                 self._prefill(batch.calls, batch.sizes)
             else:
@@ -268,7 +268,7 @@ class Engine:
         if not self._calls:
             self._count()
 
-    # ── what `schedule` needs ─────────────────────────────────────────────────────────────────────────────
+    # ── the methods that `schedule` uses ──────────────────────────────────────────────────────────────────
 
     def give_turns(self, running: list[Sequence]) -> None:
         """Set how long the running calls should keep their slots, so that moving states takes little of the time."""
@@ -283,7 +283,7 @@ class Engine:
         return len(self._rows)
 
     def ready(self) -> list[Sequence]:
-        """The calls that can decode, ascending by slot; where there are adapters, those of one of them."""
+        """The calls that can decode, ascending by slot; if there are adapters, the calls of one of them."""
         if self._stale:
             self._ready = [s for s in self.slots.owners() if s.phase is Phase.DECODE and not s.parked]
         return self._turns.of(self._ready) if self.model.adapters and self._ready else self._ready
@@ -294,10 +294,10 @@ class Engine:
         self.cache.seat(sequence, now)
         if sequence.out and sequence.length < sequence.target:  # its state is lost: it is computed again
             sequence.least = len(sequence.out) + LEAST_GAIN
-        if not sequence.started_told:
+        if not sequence.started_reported:
             sequence.cached = sequence.length
             self.cache.count(sequence.cached)
-            sequence.slot_at, sequence.started_told = now, True
+            sequence.slot_at, sequence.started_reported = now, True
             self._limit(sequence, computed=len(sequence.prompt) - sequence.cached)
             reason = self._over(sequence) or self._pay_prompt(sequence)
             if reason:
@@ -311,9 +311,9 @@ class Engine:
         self._place(sequence)
 
     def _place(self, sequence: Sequence) -> None:
-        """Set the phase by what the cache holds of it: PREFILL while a part of the prompt is missing, else DECODE."""
+        """Set the phase: PREFILL while a part of the prompt is missing in the cache, else DECODE."""
         sequence.phase = Phase.PREFILL if prompt_left(sequence, self.exact) else Phase.DECODE
-        if sequence.phase is Phase.DECODE and not sequence.first_at and sequence.out:  # they came with the call
+        if sequence.phase is Phase.DECODE and not sequence.first_at and sequence.out:  # its tokens came with the call
             sequence.first_at = self.clock()
         self._stale = True
 
@@ -328,8 +328,9 @@ class Engine:
         self._stale = True
 
     def make_room(self, least: int, most: int) -> int:
-        """For how many tokens there are cells, up to `most`. Free slots give up theirs for these; for `least` calls
-        lose their slots, too: parked ones first, then the least urgent, but never the last, which has cells enough."""
+        """Returns for how many tokens there are cells, up to `most`. Free slots give up theirs for these; if there are
+        fewer than `least`, running calls lose their slots, too: parked ones first, then the least urgent, but never the
+        last, which has cells enough."""
         if self.cache.make_room(most) or self.cache.cells is None:
             return most
         while not self.cache.make_room(least) and self.slots.num_free < self.slots.total - 1:
@@ -341,7 +342,8 @@ class Engine:
         urgent = [call for call in owners if not call.parked]
         ranked = self.policy.order(urgent, self.clock())
         rank = {call.key: i for i, call in enumerate(ranked)}
-        # A call that gets back what it has lost keeps its slot if it can, or it might lose that again and again.
+        # A call whose lost state is being computed again keeps its slot if possible, or it might lose the state again
+        # and again.
         victim = max(owners, key=lambda call: (call.parked, len(call.out) >= call.least, rank.get(call.key, len(rank))))
         self.take_off(victim)
 
@@ -363,7 +365,8 @@ class Engine:
                 sequence.limit, sequence.limit_reason, sequence.limit_kind = allowed, "limit", "cost"
 
     def _pay_prompt(self, sequence: Sequence) -> str:
-        """Pay for what is computed of the prompt, and for the first token; "limit" if too little is left for that."""
+        """Pay for the computed part of the prompt and for the first token; "limit" if the budget has too little
+        left."""
         account = sequence.account
         if account is not None:
             whole = len(sequence.prompt) + len(sequence.out) + 1
@@ -371,7 +374,7 @@ class Engine:
         return "limit" if sequence.short else ""
 
     def _paid(self, chosen: list[Sequence]) -> list[Sequence]:
-        """Those of them that have paid for their next token; the others end."""
+        """The calls that have paid for their next token; the others end."""
         if not self._paying:
             return chosen
         rest = []
@@ -664,7 +667,7 @@ class Engine:
         self.meter.cached += sequence.cached
         self._leave(sequence)
         self._remember(past)
-        self._say_finished(past)
+        self._report_finished(past)
 
     def _finish_unbegun(self, sequence: Sequence, reason: str) -> None:
         """End a call of which nothing was computed. Its prompt counts as cached, so that nothing is charged for it."""
@@ -673,7 +676,7 @@ class Engine:
 
     def _fail(self, sequence: Sequence, code: int, sentence: str) -> None:
         self._leave(sequence)
-        self._say_started()
+        self._report_started()
         self._emit(Failed(sequence.key, code, sentence))
 
     def _leave(self, sequence: Sequence) -> None:
@@ -701,12 +704,12 @@ class Engine:
             self._past.popitem(last=False)
 
     def _attach(self, submit: Submit) -> bool:
-        """A new kernel submits its open calls again. If this one is known, send what the kernel has not got of it and
+        """A new kernel submits its open calls again. If this call is known, send what the kernel has not got of it and
         return True."""
         past, sequence = self._past.get(submit.key), self._calls.get(submit.key)
         if past is not None:
             self._rewind(past.sequence, len(submit.request.given))
-            self._say_finished(past)
+            self._report_finished(past)
         elif sequence is not None:
             self._rewind(sequence, len(submit.request.given))
             self._park(sequence, sequence.parked_peer, False)
@@ -756,7 +759,7 @@ class Engine:
         mu = mirostat.mu if mirostat is not None else None
         return Delta(sequence.key, offset, sequence.out[offset:], sequence.text.take(), logprobs, mu=mu)
 
-    def _say_started(self) -> None:
+    def _report_started(self) -> None:
         """Report which calls got or lost slots. Before a call's end, because the kernel expects its start first."""
         if self._started:
             self._emit(Step([], *self._moves()))
@@ -767,8 +770,8 @@ class Engine:
         self._started, self._preempted = [], []
         return moves
 
-    def _say_finished(self, past: _Past) -> None:
-        self._say_started()
+    def _report_finished(self, past: _Past) -> None:
+        self._report_started()
         sequence = past.sequence
         offset, sequence.sent = sequence.sent, len(sequence.out)
         self._emit(

@@ -1,9 +1,9 @@
-"""Does what llama.cpp computes of a token depend on what else is in its batch? `--exact` promises that it does not.
+"""Tests whether the result for a token depends on what else is in its batch. `--exact` promises that it does not.
 
 With some files it does depend: from a certain number of rows on, other code computes the product of a K-quantised
-matrix, and rounds in another way. Which files and which number depends on processor and build, so it is tried: the same
+matrix, and rounds in another way. The files and the number depend on processor and build, so it is tested: the same
 tokens in batches of several sizes must leave the same state, bit for bit. (States are a stricter test than logits: they
-hold every token and every layer.)
+contain every token and every layer.)
 """
 
 from __future__ import annotations

@@ -85,11 +85,11 @@ class Front:
 
     @property
     def pid(self) -> int:
-        """0: the process does not run."""
+        """Its process id; 0: the process does not run."""
         return self._process.pid if self._process is not None else 0
 
     def fds(self) -> list[int]:
-        """What can be read when there is an answer."""
+        """Descriptors that can be read when there is an answer."""
         return [self._connection.fileno()] if self._waiting and self._connection is not None else []
 
     def ask(
@@ -147,7 +147,7 @@ class Front:
 
     def _send(self, message: tuple[str, bytes]) -> None:
         assert self._connection is not None
-        with contextlib.suppress(OSError):  # it is dead: `poll` finds out
+        with contextlib.suppress(OSError):  # the process is dead: `poll` will notice
             self._connection.send_bytes(msgpack.encode(message))
 
     def _give_up(self, job: _Job, why: str) -> None:

@@ -1,10 +1,10 @@
 """Grammars that come with a call, in llama.cpp's notation (GBNF): read and checked here before llama.cpp gets them.
 
-llama.cpp reads a grammar recursively, writes a repetition out as copies, and remembers every way in which the grammar
-can produce the text so far. A grammar of a few characters could therefore stop all calls for minutes. So this file
-reads the grammar first. It refuses, and names the place of, what llama.cpp does not accept and what would grow too
-fast: deep nesting, repetitions inside repetitions, and repetitions of something that can be empty (the number of ways
-to read a text then grows with each repetition).
+llama.cpp reads a grammar recursively, writes a repetition out as copies, and keeps every way in which the grammar can
+produce the text so far. A grammar of a few characters could therefore stop all calls for minutes. So this file reads
+the grammar first. It refuses parts that llama.cpp does not accept or that would grow too fast, and names their place:
+deep nesting, repetitions inside repetitions, and repetitions of something that can be empty (the number of ways to read
+a text then grows with each repetition).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """How the KV cache is divided among slots: `--kv-layout`.
 
 - `streams`: each slot has a stream of its own. Attention reads only the slots of a batch, and on a CPU aiosd's own
-  reads a shared beginning in the store, once for all (`attention.py`, `bases.py`).
+  attention reads a shared beginning in the store, once for all (`attention.py`, `bases.py`).
 - `unified`: all slots share one set of cells (`cells.py`). Slots share a beginning without a copy, batches hold prompts
-  of all lengths, and a slot may grow as long as there are cells. Attention goes through all cells in use for every
-  row, and masks what is not its own: arithmetic that a GPU has, and a CPU has not.
+  of all lengths, and a slot may grow as long as there are cells. For every row, attention goes through all cells in use
+  and masks those of other slots: a GPU has enough arithmetic for that, a CPU has not.
 
 `auto` is unified where layers run on a GPU. Where a model keeps more than plain keys and values, it is streams.
 """
@@ -25,7 +25,7 @@ class KvLayout:
 
 
 def choose(spec: ModelSpec, file: ModelFile, on_gpu: bool) -> KvLayout:
-    """`on_gpu`: layers run on a GPU. Raises UsageError where what was asked for is not possible."""
+    """`on_gpu`: layers run on a GPU. Raises UsageError if the setting is not possible."""
     against = _against_unified(spec, file)
     if spec.kv_layout == "unified":
         if against:

@@ -31,7 +31,7 @@ Refuse = Callable[[link.CallKey, OSError], None]
 
 
 def _identity(spec: ModelSpec) -> list[tuple[int, int, int, int]]:
-    """Changes when a file of the model or of an adapter is replaced."""
+    """A value that changes when a file of the model or of an adapter is replaced."""
     paths = [*map(str, modelfile.parts(spec.path)), *(lora.path for lora in spec.lora)]
     found = [os.stat(path) for path in paths]
     return [(part.st_dev, part.st_ino, part.st_size, part.st_mtime_ns) for part in found]
@@ -48,19 +48,19 @@ class Library:
         self._thread = ThreadPoolExecutor(1, "saved-contexts")
         self._saved: Saved | None = None
         self._pending: list[tuple[Future[Any], Callable[[Any], object], link.CallKey]] = []
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # rung by the thread when it has done something
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # rung by the thread after finished work
 
     @property
     def busy(self) -> bool:
         return bool(self._pending)
 
     def fds(self) -> list[int]:
-        """What can be read when the thread has done something."""
+        """Descriptors that can be read when the thread has finished some work."""
         return [self._bell] if self._pending else []
 
     def handle(self, message: link.Ask, args: Any, conversation: Sequence[int] = ()) -> None:
-        """`conversation`: the tokens of `args.messages`, where there are any, as the prompt of a call begins that
-        continues them."""
+        """Start one call. `conversation`: the tokens of `args.messages`, if there are any, in the form in which the
+        prompt of a call that continues them begins."""
         group, tokens = message.caller.group, np.asarray(conversation, np.int32)
         match message.sys:
             case Sys.CTX_SAVE:
@@ -78,7 +78,7 @@ class Library:
     def poll(self) -> None:
         """Reply to the calls whose work the thread has finished."""
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._bell)  # first: what is done after it rings again
+            os.eventfd_read(self._bell)  # first, because the bell rings again for work that is finished later
         done = [item for item in self._pending if item[0].done()]
         self._pending = [item for item in self._pending if not item[0].done()]
         for future, finish, key in done:
@@ -101,7 +101,7 @@ class Library:
             raise wire.error(errno.ENOSYS, "this core has no folder for saved contexts")
         if self._saved is None:
             digest, known = file_sha256(self._spec.path), adapters.fingerprints(self._spec)
-            if _identity(self._spec) != self._loaded:  # the file was replaced: the states are of the old one
+            if _identity(self._spec) != self._loaded:  # the file was replaced, but the states belong to the old one
                 digest = f"replaced while it was in use, {os.getpid()} {time.time()}"
             fits = {"model": digest, "llama.cpp": ggml.build(), **self._fits}
             layout = self._cache.store.layout if self._cache.store is not None else None

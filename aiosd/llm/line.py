@@ -65,7 +65,7 @@ class Line:
         self.send(link.Failed(key, error.errno or errno.EINVAL, error.strerror or str(error), elsewhere, short))
 
     def progress(self, what: str, fraction: float) -> None:
-        """While the backend is being opened: what it does, and how far it is (0 to 1)."""
+        """Report how far the opening of the backend is: what it does, and the part that is done (0 to 1)."""
         self.send(link.LoadProgress(what, fraction))
 
     def congested(self) -> bool:
@@ -95,7 +95,7 @@ class Line:
     # ── for the process ───────────────────────────────────────────────────────────────────────────────────
 
     def messages(self) -> Iterator[link.ToService]:
-        """What has come, in order."""
+        """The messages that have come, in order."""
         early, self._early = self._early, []
         self._cancelled.clear()
         yield from early

@@ -136,7 +136,7 @@ class Model:
         self.longest_piece = max(map(len, self.pieces), default=0)
 
     def _query_marks(self) -> tuple[list[int], list[int], list[int]]:
-        """What stands before, between and behind a query and a document, where the model's file has no template."""
+        """The tokens before, between and after a query and a document, if the model's file has no template."""
         vocab, sep = self._vocab, int(C.llama_vocab_sep(self._vocab))
         end = [self.eos if self.eos >= 0 else sep] if C.llama_vocab_get_add_eos(vocab) else []
         between = [*end, sep] if C.llama_vocab_get_add_sep(vocab) else end
@@ -202,7 +202,7 @@ class Model:
         return [self.pieces[token] or self._piece(token, True) for token in tokens]
 
     def meta(self, key: str) -> str | None:
-        """A string of the GGUF's metadata; numbers come as text."""
+        """A string of the GGUF's metadata; numbers are returned as text."""
         size = C.llama_model_meta_val_str(self._model, key.encode(), None, 0)
         if size < 0:
             return None
@@ -434,7 +434,8 @@ class LlamaContext:
         return self._logits[:rows]
 
     def embedding(self, sequence: int) -> Floats:
-        """What the last decode pooled of one sequence (a copy): a vector, or the scores of a model that ranks."""
+        """The pooled result of one sequence in the last decode (a copy): a vector, or the scores of a model that
+        ranks."""
         address = _get_embeddings_seq(self._ctx, sequence)
         if not address:
             raise Bug(f"no embedding for sequence {sequence}")
@@ -456,7 +457,8 @@ class LlamaContext:
         return int(C.llama_memory_seq_pos_max(self._memory, sequence))
 
     def copy(self, source: int, target: int) -> None:
-        """Make `target` hold all that `source` holds; it must be empty. (A part of a stream aborts the process.)"""
+        """Copy the whole sequence `source` into `target`, which must be empty. (A part of a stream aborts the
+        process.)"""
         C.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def share(self, source: int, target: int, length: int) -> None:

@@ -2,7 +2,7 @@
 
 In this order, the cheap checks first: the file's head (`modelfile`), tokens and number of slots (`room`), memory for
 weights and KV cache, llama.cpp, adapters, the threads. A value that the user gave (`ctx`, `slots`, `threads`,
-`gpu_layers`) is used or refused, never changed; values that were not given are chosen here.
+`gpu_layers`) is used or refused, never changed; other values are chosen here.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class LoadedModel:
 
 
 def load(spec: ModelSpec, report: ReportProgress) -> LoadedModel:
-    """Raises UsageError (not possible as asked) or WorldError (the machine refuses), each with one line."""
+    """Load a model. Raises UsageError (the settings are not possible) or WorldError (the machine refuses), each with
+    one line."""
     file = modelfile.read(spec.path)
     file.kv_bytes = KV_BYTES[spec.kv_type]
     rope.check(spec, file)
@@ -144,10 +145,10 @@ def load(spec: ModelSpec, report: ReportProgress) -> LoadedModel:
         context, flash_attention, why = _context(spec, model, chosen, file.key_width())
         if spec.exact:
             _check_exact(context, model, chosen.slots + 1)
-        logger.info("%d slots of %d tokens: %s", chosen.slots, chosen.ctx, chosen.why)  # not before it is known to load
+        logger.info("%d slots of %d tokens: %s", chosen.slots, chosen.ctx, chosen.why)  # only if it could be loaded
         number = _threads(spec, context, chosen.slots, report)
         prompt_batch = _prompt_batch(context)
-    except BaseException:  # of any kind: llama.cpp's memory is freed by us alone
+    except BaseException:  # of any kind: llama.cpp's memory is not freed by Python
         model.close()
         raise
     loaded = LoadedModel(
@@ -169,7 +170,7 @@ def load(spec: ModelSpec, report: ReportProgress) -> LoadedModel:
 
 
 def _own_template(path: str) -> str:
-    """The chat template that is to be used instead of the model's, '' if it is the model's. Raises UsageError."""
+    """The chat template to use instead of the model's; '': use the model's. Raises UsageError."""
     if not path:
         return ""
     try:
@@ -186,7 +187,7 @@ def _own_template(path: str) -> str:
 
 
 def _check_exact(context: llama.LlamaContext, model: llama.Model, slots: int) -> None:
-    """Raises UsageError where a row depends on the others of its batch, with any of the adapters or without."""
+    """Raises UsageError if a row depends on the others in its batch, with any of the adapters or without."""
     for adapter in ("", *model.adapters):
         context.use(adapter)
         if not exact.holds(context, slots):

@@ -26,7 +26,7 @@ from libaios.wire import Sys
 
 logger = logging.getLogger("llm.local")
 
-#: The most memory for contexts without a slot where no setting gives a size.
+#: The most memory for contexts without a slot if no setting gives a size.
 MOST_CONTEXT_RAM = 4 << 30
 
 PLACES_EVERY = 1.0  # seconds between two reports on where contexts lie, while calls run; more where a report takes long
@@ -36,7 +36,7 @@ QUIET_S = 5.0  # seconds without work after which the machine may be quiet enoug
 
 
 def open_model(spec: ModelSpec, line: Line) -> Local:
-    """Raises AiosdError with one line that says why not."""
+    """Load the model. Raises AiosdError with one line: the reason why it cannot be loaded."""
     libraries.prepare()
     from aiosd.llm import llama, loading  # llama.cpp and numpy, only in this process
 
@@ -49,7 +49,7 @@ def open_model(spec: ModelSpec, line: Line) -> Local:
 
 
 class Local:
-    """One engine and what stands beside it."""
+    """One engine, with the embedder, the library and the front process beside it."""
 
     def __init__(self, spec: ModelSpec, line: Line, loaded: Any) -> None:
         from aiosd.llm.embed import EmbeddingEngine
@@ -125,9 +125,9 @@ class Local:
             self.engine.step()
             self._quiet_since = now
             if now > self._places_due:
-                self._tell_places()
+                self._report_places()
         elif not self._embeds.has_work:
-            self._tell_places()
+            self._report_places()
             if now - self._quiet_since > QUIET_S:
                 self._quiet_since = now
                 self.measure_again()
@@ -150,7 +150,7 @@ class Local:
             if empty and self.engine.cache.make_room(len(empty) * MOST_STEPS):
                 self._loaded.measure_again(empty)
 
-    def _tell_places(self) -> None:
+    def _report_places(self) -> None:
         began = time.monotonic()
         places = {peer: place for peer, place in self.engine.cache.by_peer().items() if peer > 0}
         if places != self._places:
@@ -200,7 +200,7 @@ class Local:
 
     def _submit(self, message: link.Submit) -> None:
         self._line.send(link.Working(message.key))
-        self._front.cancel(lambda key: key == message.key)  # if it is there, a new kernel has submitted it again
+        self._front.cancel(lambda key: key == message.key)  # a new kernel may have submitted it again
         prepared = None
         if not self.engine.knows(message.key):
             try:
@@ -208,7 +208,7 @@ class Local:
             except Later:
                 self._prepare(message)
                 return
-            except Exception as error:  # any: the engine meets the same one below, and reports it
+            except Exception as error:  # of any kind: the engine raises the same one below, and reports it
                 logger.debug("call %d of %d: %s", message.key[1], message.key[0], error)
         self.engine.submit(message, prepared)
         self._line.send(link.Working(None))
@@ -230,8 +230,8 @@ class Local:
         self._line.send(link.Working(None))
 
     def _aside(self, key: link.CallKey, kind: str, request: object, result: Any, then: Callable[[Any], None]) -> None:
-        """The work on its text takes long: the front process does it, and this process works on other calls. `then`
-        gets what comes of it."""
+        """The work on its text takes long: the front process does it, and this process works on other calls meanwhile.
+        `then` gets the result."""
 
         def done(encoded: bytes) -> None:
             try:
@@ -310,7 +310,8 @@ class Local:
             begin(tokens_of_pairs(self._loaded.model, request.query, request.documents))
 
     def _payer(self, ask: link.Ask) -> Callable[[int], None] | None:
-        """Pays for a number of tokens out of the caller's budgets, or raises OSError (EDQUOT). None: it has none."""
+        """The function that pays for a number of tokens from the caller's budgets, or raises OSError (EDQUOT). None: it
+        has no budget."""
         if not ask.caller.shares:
             return None
         return lambda tokens: self.engine.purses.spend(ask.key, ask.caller.shares, tokens, time.monotonic())

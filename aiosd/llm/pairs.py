@@ -1,7 +1,7 @@
 """A query and a document as the one text that a model scores.
 
-A model that ranks says in its file how the two are written (its template "rerank"); where it does not, they stand one
-after the other, with the vocabulary's marks between them. Names of control tokens in query and document are plain text.
+The file of a model that ranks has a template for this ("rerank"). Without one the two texts follow each other, with the
+vocabulary's marks between them. Names of control tokens in query and document are plain text.
 """
 
 from __future__ import annotations

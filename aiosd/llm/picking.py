@@ -1,6 +1,6 @@
 """Chooses the next token of every call of a step: one call of the sampler for all rows of logits.
 
-From most rows a token is drawn as they are. Some rows are changed first (`penalties.py`), need another way of drawing
+Most rows are used as they are. Some rows are changed first (`penalties.py`), need another way of drawing
 (`mirostat.py`), or are kept for log probabilities. That is done for each of these rows alone, before or after the
 common call of the sampler.
 """

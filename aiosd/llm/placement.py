@@ -1,9 +1,9 @@
-"""Where tensors lie, other than `--gpu-layers` says: on which device, or in main memory.
+"""Options that place tensors elsewhere than `--gpu-layers` does: on a device, or in main memory.
 
     --cpu-moe                                the weights of all experts in main memory, the rest on the GPU
-    --override-tensor 'blk\\.[0-3]\\.=CPU'     all tensors whose name has a part that fits
+    --override-tensor 'blk\\.[0-3]\\.=CPU'     all tensors whose name contains a match
 
-As in llama.cpp: patterns are searched for in the names of tensors, and the first that fits counts.
+As in llama.cpp, patterns are searched for in the names of tensors, and the first that matches counts.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ An edge is a run of tokens with a payload (the state of these tokens: in memory 
 care), and a path from the root is a prompt, or the beginning of many. Every node has its payload: what loses it
 leaves the tree, with all below it.
 
-There is one root per *scope*: a privilege group, or the one that all share for prompts marked public. Nothing is reused
-across scopes, because the time that it saves would show in one of them what the other has sent.
+There is one root per *scope*: a privilege group, or the common one for prompts marked public. Nothing is reused across
+scopes, because the saved time would show in one of them what the other has sent.
 
-A *private* node hangs below the tree and is never found by its tokens: what one preempted call has decoded, of
-use to that call alone.
+A *private* node hangs below the tree and is never found by its tokens. It holds what one preempted call has decoded,
+which only that call can use.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class Tree(Generic[P]):
         return path, at
 
     def add(self, scope: str, tokens: Tokens, stop: int, make: Callable[[int], P], now: float) -> Node[P]:
-        """The node that ends at `stop`; what is missing of `tokens[:stop]` is added, its payload (for the tokens
-        from a start that it is called with, up to `stop`) from `make`. Every node on the way is used."""
+        """The node that ends at `stop`. The missing part of `tokens[:stop]` is added; `make(start)` returns its
+        payload, for the tokens from `start` up to `stop`. Every node on the way counts as used."""
         path, at = self.walk(scope, tokens, stop)
         node = path[-1] if path else self.root(scope)
         if node.stop > at:
@@ -129,7 +129,7 @@ class Tree(Generic[P]):
         return upper
 
     def remove(self, node: Node[P]) -> list[Node[P]]:
-        """Take a node and all below it out; they come back, each without a parent, payloads still in place."""
+        """Remove a node and all nodes below it; returns them, each without a parent, with their payloads."""
         parent = node.parent
         assert parent is not None
         if node.private:

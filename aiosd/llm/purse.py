@@ -1,9 +1,9 @@
-"""What the calls of a core may still use of budgets that they share: side by side, they do not go beyond one together.
+"""How much calls of a core may still use of the budgets that they share, so that together they do not exceed one.
 
 The kernel counts tokens when they are given out, which is too late for that: each of twenty calls could be a step
-ahead. So they are paid for here before they are computed. A purse stands for one budget. It is filled with what the
-kernel says is left; while calls of this core use it the core knows better, since its own last tokens are still on their
-way to the kernel. Pure.
+ahead. So tokens are paid for here before they are computed. A purse stands for one budget. It is filled with the amount
+that the kernel reports as left; while calls of this core use it the core's own count is newer, since its last tokens
+are still on their way to the kernel. Pure.
 
     invariant: paid for ≥ computed, and nothing is paid for that is not in the purse
 """
@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 
 from aiosd.ipc.link import CallKey, PurseShare
 
-#: An unused purse is kept that long (s): the kernel may not have read yet what was used last.
+#: An unused purse is kept for this time (s): the kernel may not have read the last usage yet.
 KEEP_S = 5.0
 
 
 @dataclass(slots=True, eq=False)
 class Purse:
-    """`left`: tokens, None: as many as one likes. `room`: tokens that its calls may hold at a time, likewise."""
+    """`left`: tokens; `room`: tokens that its calls may hold at a time; None: without limit."""
 
     left: int | None
     room: int | None
@@ -32,7 +32,7 @@ class Purse:
 
 @dataclass(slots=True, eq=False)
 class CallAccount:
-    """What one call has paid, and what it holds."""
+    """The tokens that one call has paid for, and those that it holds."""
 
     key: CallKey
     purses: Sequence[Purse]
@@ -50,11 +50,11 @@ class CallAccount:
         return ""
 
     def give_back(self, tokens: int) -> None:
-        """These were paid for, and cost nothing."""
+        """Give back tokens that were paid for and then cost nothing."""
         self._change(-tokens, 0)
 
     def let_go(self) -> None:
-        """It holds nothing for the time being."""
+        """The call holds no tokens for the time being."""
         self._change(0, -self.held)
 
     def close(self, used: int) -> None:
@@ -76,7 +76,7 @@ class Purses:
         self._by_owner: dict[int, Purse] = {}
 
     def open(self, key: CallKey, shares: Iterable[PurseShare], now: float) -> CallAccount | None:
-        """For a call that has a part in these budgets; None: in none."""
+        """The account of a call that shares these budgets; None: it shares none."""
         found = [self._purse(share, now) for share in shares]
         for purse in found:
             purse.users.add(key)
@@ -90,7 +90,7 @@ class Purses:
                 purse.unused_since = now
 
     def spend(self, key: CallKey, shares: Iterable[PurseShare], tokens: int, now: float) -> None:
-        """Pay for what is computed in one go. Raises OSError (EDQUOT) when too little is left."""
+        """Pay for a call that is computed at once. Raises OSError (EDQUOT) when too little is left."""
         account = self.open(key, shares, now)
         if account is not None:
             short = account.pay(tokens, 0)

@@ -83,8 +83,8 @@ class Requests:
         self._revealed = self._reveal({*marks, *(dialect.trigger for dialect in dialects)})
 
     def _reveal(self, marks: set[str]) -> set[str]:
-        """Control tokens have no text. Those that begin or end a part of an answer get one, so that they can be found
-        in the text that the engine makes of tokens. Returns these tokens' names."""
+        """Control tokens have no text. Give one to those that begin or end a part of an answer, so that they can be
+        found in the text that the engine makes of tokens. Returns the names of these tokens."""
         revealed = set()
         for text in marks & set(self._tokenizer.controls):
             token = self._tokenizer.controls[text]

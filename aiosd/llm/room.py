@@ -1,10 +1,10 @@
 """How many tokens a slot holds, and how many slots there are: from what the model allows and from the free memory.
 
-What the user asks for is used or refused. What is not asked for is chosen here. The memory of all slots is a part of
-what is free (PART) or `--kv-memory`, and is written once at the start, so it is in use from then on. It goes to slots
-first, up to AUTO_SLOTS, because a step for many costs little more than a step for one; but each slot shall hold at
-least GOOD_CTX tokens, the conversation of an agent with its tools, even where that leaves only FEW slots: calls without
-a slot wait for their turn, but a prompt that is too long for a slot cannot run at all.
+What the user asks for is used or refused; all else is chosen here. The memory of all slots is a part of the free memory
+(PART) or `--kv-memory`, and is written once at the start, so it is in use from then on. It goes to slots first, up to
+AUTO_SLOTS, because a step for many costs little more than a step for one. But each slot shall hold at least GOOD_CTX
+tokens, the conversation of an agent with its tools, even if that leaves only FEW slots: calls without a slot wait for
+their turn, but a prompt that is too long for a slot cannot run at all.
 
 Where all slots share their cells (`kvlayout.py`), the memory is for cells, and nothing has to be divided: a slot may
 hold as many tokens as the model allows, and calls wait for cells.
@@ -59,7 +59,7 @@ def choose(spec: ModelSpec, file: ModelFile, free: int, unified: bool = False) -
 
 
 def _trained(spec: ModelSpec, file: ModelFile) -> int:
-    """Tokens that the model can make sense of; 0: that is not known."""
+    """The number of tokens that the model was made for; 0: it is not known."""
     return rope.stretched(spec, file.number("context_length")) or 0
 
 

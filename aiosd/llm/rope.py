@@ -1,5 +1,6 @@
-"""RoPE: how positions are turned, other than the model's file says. The options are llama.cpp's, value by value.
-`--rope-scaling yarn --rope-freq-scale 0.25` is for four times as many tokens as the model was trained for.
+"""RoPE: options that change how positions are encoded from what the model's file says. The options are llama.cpp's,
+value by value. `--rope-scaling yarn --rope-freq-scale 0.25` is for four times as many tokens as the model was trained
+for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from aiosd.llm.spec import YARN, ModelSpec
 
 
 def check(spec: ModelSpec, file: ModelFile) -> None:
-    """Raises UsageError for options that would have no effect: then another thing was meant."""
+    """Raises UsageError for options that would have no effect: then the user meant something else."""
     scaling = spec.rope_scaling or file.text(f"{file.architecture}.rope.scaling.type")
     given = [f"--{name.replace('_', '-')}" for name in YARN if getattr(spec, name) is not None]
     if given and scaling != "yarn":
@@ -22,14 +23,14 @@ def check(spec: ModelSpec, file: ModelFile) -> None:
 
 
 def described(spec: ModelSpec) -> str:
-    """What is set other than the model's file says, '' where nothing is; for people."""
+    """The options that differ from the model's file, for people; '': there are none."""
     given: dict[str, object] = {"rope_scaling": spec.rope_scaling} if spec.rope_scaling is not None else {}
     given |= {name: value for name, value in spec.rope.items() if name != "rope_scaling_type"}
     return ", ".join(f"{name} {value}" for name, value in given.items())
 
 
 def stretched(spec: ModelSpec, trained: int) -> int | None:
-    """How many tokens the model can make sense of; None: with another base, that is for the user to know."""
+    """The number of tokens that the model is usable for; None: not known, because the user has set another base."""
     if spec.rope_freq_base is not None:
         return None
     scale = spec.rope_freq_scale

@@ -2,10 +2,10 @@
 
     "AIOSCTX1" · header length u32 · header crc u32 · header · tokens (int32 each) · state
 
-The header (msgpack) describes what the state fits: the model's SHA-256, llama.cpp's version and the parts of a token's
-state. The state is kept with a row per token, so that it fits with flash attention and without.
-llama.cpp itself checks none of this. Where anything differs, or a checksum does not match, the state is refused and
-computed again from the messages, which every file has; only a file with a damaged header is an error.
+The header (msgpack) describes what must be equal for the state to be usable: the model's SHA-256, llama.cpp's version
+and the parts of a token's state. The state is kept with a row per token, so that it fits with flash attention and
+without. llama.cpp itself checks none of this. If anything differs, or a checksum does not match, the state is refused
+and computed again from the messages, which every file has; only a file with a damaged header is an error.
 
 A file gets its name only when all of it is on the disk: a full disk or a crash leaves the old file.
 """
@@ -88,7 +88,7 @@ class Saved:
         piece: StatePiece | None,
         lora: str = "",
     ) -> wire.SavedContext:
-        """Raises OSError (ENOSPC, EDQUOT, …), and then leaves no part of a file behind."""
+        """Save a context. Raises OSError (ENOSPC, EDQUOT, …), and then leaves no part of a file behind."""
         path = self.path(scope, name)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _sweep(path.parent)
@@ -126,7 +126,7 @@ class Saved:
         return wire.SavedContext(name, len(tokens), size, created)
 
     def read(self, scope: str, name: str) -> Opened:
-        """Raises FileNotFoundError; OSError EIO with a sentence when the file is damaged."""
+        """Read a context. Raises FileNotFoundError; OSError EIO with a sentence when the file is damaged."""
         path = self.path(scope, name)
         try:
             with open(path, "rb") as file:
@@ -158,7 +158,7 @@ class Saved:
         return {"adapter": self._adapters[lora]} if lora else {}
 
     def list(self, scope: str) -> list[wire.SavedContext]:
-        """By name. Files that cannot be read are left out."""
+        """All contexts of a scope, by name. Files that cannot be read are left out."""
         found = []
         for path in sorted(self.path(scope, "x").parent.glob("*" + _SUFFIX)):
             name = unquote(path.name.removesuffix(_SUFFIX))
@@ -171,7 +171,7 @@ class Saved:
         return found
 
     def remove(self, scope: str, name: str) -> bool:
-        """Returns whether there was one."""
+        """Remove a context. Returns whether there was one."""
         try:
             self.path(scope, name).unlink()
         except FileNotFoundError:

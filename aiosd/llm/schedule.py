@@ -1,10 +1,10 @@
-"""Who computes what in one step. `schedule` is the whole decision; read it from top to bottom.
+"""What is computed in one step, and for which calls. `schedule` is the whole decision; read it from top to bottom.
 
 A step has three parts. Calls get slots and lose them. Prompts are computed, in batches of their own. Then every call
-whose prompt is complete gets its next token, all in one batch. Where all slots lie in one cache, each part needs free
-cells of it, too: a call gets a slot only if there are cells for its prompt, and if running calls need more than there
-are, the least urgent ones lose their slots. Which calls come first is in each part the policy's
-decision (`policy/`); what a slot holds, and where a context lies meanwhile, is the cache's (`cache.py`).
+whose prompt is complete gets its next token, all in one batch. If all slots lie in one cache, each part needs free
+cells of it, too: a call gets a slot only if there are cells for its prompt, and if running calls need more cells than
+there are, the least urgent ones lose their slots. The policy (`policy/`) decides in each part which calls come first;
+the cache (`cache.py`) decides what a slot holds, and where a context lies meanwhile.
 
     waiting ──admit──▶ slot: PREFILL ──prompt complete──▶ slot: DECODE ──▶ done
        ▲                         │                              │
@@ -41,7 +41,7 @@ class Batch:
 
 
 class Desk(Protocol):
-    """What the decision needs of the engine."""
+    """The part of the engine that the decision uses."""
 
     policy: SchedulingPolicy
     slots: Slots
@@ -67,7 +67,7 @@ class Desk(Protocol):
 
 
 def schedule(desk: Desk) -> Iterator[Batch]:
-    """The batches of one step. Each has been computed when the next is asked for, and that one depends on it."""
+    """The batches of one step. Each must have been computed before the next is taken, because that depends on it."""
     policy, slots, now = desk.policy, desk.slots, desk.clock()
 
     # Slots. A parked call keeps its slot only while no other call needs it.
@@ -85,7 +85,7 @@ def schedule(desk: Desk) -> Iterator[Batch]:
         running = [call for call in slots.owners() if not call.parked]
         admitted = policy.admit(waiting, running, slots.num_free, now)
         late = False
-        for call in admitted:  # one by one: the first may compute what the next begins with
+        for call in admitted:  # one by one: the first may compute the beginning of the next
             if _leader_found(desk, call):
                 late = True
             elif desk.cache.fits(call):

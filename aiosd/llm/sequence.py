@@ -92,7 +92,7 @@ class Sequence:
 
     # what was reported to the kernel
     sent: int = 0  # how many tokens of `out`
-    started_told: bool = False
+    started_reported: bool = False
 
     # counters
     cached: int = 0
@@ -125,7 +125,7 @@ class Sequence:
     @property
     def used(self) -> int:
         """Tokens that are charged for it: those of its prompt that were not cached, and those drawn here."""
-        prompt = len(self.prompt) - self.cached if self.started_told else 0
+        prompt = len(self.prompt) - self.cached if self.started_reported else 0
         return prompt + len(self.out) - self.forced
 
     @property

@@ -1,4 +1,4 @@
-"""What a core gets at its start. Imports nothing heavy: supervisor, configuration and CLI use it too."""
+"""The settings of a core. Imports nothing heavy: supervisor, configuration and CLI use it, too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from aiosd.budgets.price import Price
 
-#: Tokens per slot at least, where no setting names them and the model was trained for them (see `room.py`).
+#: The least number of tokens per slot without a setting, if the model was trained for it (see `room.py`).
 DEFAULT_CTX = 2048
 
 #: The backend that runs a model in the core's own process, with llama.cpp.
@@ -56,7 +56,7 @@ class ModelSpec:
     context_disk: int = 2 << 30  # bytes of disk for those that do not fit there either
     folder: str = ""  # where contexts on disk lie; '': nowhere
     verbose: bool = False  # llama.cpp's own log to stderr
-    vectors_only: bool = False  # it embeds texts and does not generate: see `embedcore`
+    vectors_only: bool = False  # it makes vectors and does not generate: see `embedcore`
     lora: tuple[Lora, ...] = ()  # adapters that calls may ask for
     chat_template_file: str = ""  # instead of the template in the model's file
     override_tensor: tuple[tuple[str, str], ...] = ()  # where tensors lie: pattern of their names, kind of buffer
@@ -71,17 +71,17 @@ class ModelSpec:
     yarn_attn_factor: float | None = None
     yarn_beta_fast: float | None = None
     yarn_beta_slow: float | None = None
-    url: str = ""  # where the model is served, if it is elsewhere (REMOTE); what follows is for such a model alone
+    url: str = ""  # the server of a remote model (REMOTE); the following fields are for such a model alone
     model: str = ""  # its name there
     key_file: str = ""  # a file that holds the key to it; '': none is needed
     concurrency: int = 8  # requests at a time
     rpm: int = 0  # requests in a minute; 0: no limit
     tpm: int = 0  # tokens in a minute; 0: no limit
-    price: Price | None = None  # of any model; None: of one on this machine nothing, else it is not known
+    price: Price | None = None  # None: a local model costs nothing, the price of a remote one is not known
 
     @property
     def rope(self) -> dict[str, int | float]:
-        """What is given of RoPE, by the names of llama.cpp's parameters."""
+        """The RoPE options that were given, by the names of llama.cpp's parameters."""
         names = ("rope_freq_base", "rope_freq_scale", *YARN)
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given if self.rope_scaling is None else {"rope_scaling_type": ROPE_SCALING[self.rope_scaling], **given}

@@ -1,9 +1,9 @@
-"""How many threads compute a step. It is measured: with a small model one thread is faster than two (a step takes less
-time than waking the others), and with a large model it is not.
+"""How many threads compute a step. The number is measured: with a small model one thread is faster than two (a step
+takes less time than waking the others), and with a large model it is not.
 
 Agents share the machine with the model, so other processes may be busy during the measurement. Therefore candidates
 take turns, and the fastest step of each counts: other processes make some steps slower and none faster. The time is
-bounded, however long a step takes. How busy the others were is kept with the choice; a choice made on a busy machine
+limited, however long a step takes. The load of other processes is kept with the choice; a choice made on a busy machine
 is made again when the machine is quiet.
 """
 

@@ -1,9 +1,9 @@
-"""A test of our attention, before a model is served with it.
+"""A test of aiosd's own attention, before a model is served with it.
 
-What could be wrong: the nodes of a graph mean something else than we believe, a state has its parts in another order,
-or threads or instructions fail. So some tokens are computed, and each attention is compared with exact arithmetic, in
-double precision, on the same inputs: llama.cpp's (if its operation means something else, it is far off), ours in its
-place, and ours with the beginning read from a base.
+These things could be wrong: the nodes of a graph mean something else than assumed, a state has its parts in another
+order, or threads or instructions fail. So some tokens are computed, and each attention is compared with exact
+arithmetic, in double precision, on the same inputs: llama.cpp's (if its operation means something else, it is far off),
+aiosd's in its place, and aiosd's with the beginning read from a base.
 
 Comparing logits would not do. A quantised model rounds its activations to 8 bits before each product, so a difference
 in the last bit of one node becomes some percent of the logits: llama.cpp's own two attentions are 3 to 10 % apart.

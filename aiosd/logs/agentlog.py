@@ -1,8 +1,8 @@
 """The log of a detached agent: its files, the index beside them, and reading them in order.
 
     7.log               what agent 7 writes to, through a descriptor of its own
-    7.idx               how large 7.log was when
-    7.log.1  7.idx.1    what was written before that; .2 is older than .1, and so on
+    7.idx               the sizes of 7.log over time
+    7.log.1  7.idx.1    earlier output; .2 is older than .1, and so on
 
 The agent writes straight into 7.log, so its lines carry no time. The index has a record of 16 bytes (Unix time as
 float64, size of the log in bytes as uint64, little-endian) for each sample that found the log larger, or smaller, than
@@ -11,8 +11,8 @@ before. The kernel samples once a second (`aiosd.kernel.logkeeper`), so --since 
 The agent's descriptor cannot be replaced. So a log is shortened at its beginning: the first bytes are copied to another
 file, and then cut off (see `aiosd.kernel.logkeeper`). The index of a log that was cut begins with a record of the time
 0, whose size is the number of all bytes cut off so far. So every byte that an agent has written has a permanent number,
-and a reader finds its place again after a cut. The cut, and a reader that looks at the files and reads a block, each
-hold a lock (flock) on 7.log meanwhile.
+and a reader finds its place again after a cut. A lock (flock) on 7.log is held during a cut, and by a reader while it
+checks the files and reads a block.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Record = tuple[float, int]
 
 
 def index_path(log: str) -> str:
-    """Of `7.log` or `7.log.1`."""
+    """The path of the index of `7.log` or `7.log.1`."""
     stem, _, number = log.rpartition(".log")
     return f"{stem}.idx{number}"
 
@@ -60,14 +60,14 @@ def _unlink(path: str) -> bool:
 
 
 class LogIndex(NamedTuple):
-    """One index, read."""
+    """The content of one index."""
 
     cut: int = 0  # bytes that were written before the log begins
     records: list[Record] = []  # noqa: RUF012 # never changed
 
 
 def read_index(path: str) -> LogIndex:
-    """All whole records; none where there is no index."""
+    """Read all whole records; none if there is no index."""
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -104,7 +104,7 @@ def written_before(records: list[Record], when: float, size: int) -> int | None:
 
 
 def written_until(records: list[Record], when: float, size: int) -> int:
-    """How much of it had been written at `when`, at least; all of it where the index knows of nothing later."""
+    """How much of it had been written at `when`, at least; all of it if the index has no later record."""
     return next((min(there, size) for moment, there in records if moment >= when), size)
 
 
@@ -120,7 +120,8 @@ class LogPart(NamedTuple):
 
 
 class LogReader:
-    """Reads a log from a place on, across its files, while they change. `read` brings what is there, b"" at the end."""
+    """Reads a log from a place on, across its files, while they change. `read` returns the next bytes, b"" at the
+    end."""
 
     def __init__(self, log: str) -> None:
         """Raises FileNotFoundError."""
@@ -133,8 +134,8 @@ class LogReader:
         self._file.close()
 
     def seek(self, since: float | None = None, until: float | None = None, tail: int | None = None) -> None:
-        """To the beginning; or to what was written since a moment; or to the last `tail` lines of that. `until`: stop
-        at what was written by then."""
+        """Go to the beginning; or to the output since a moment; or to the last `tail` lines of that. `until`: stop at
+        the output of that moment."""
         with self._locked():
             parts = self._parts()
             start = parts[0].start if since is None else _start(parts, since)
@@ -158,7 +159,7 @@ class LogReader:
         return data
 
     def _parts(self) -> list[LogPart]:
-        """All files of the log, the oldest first, the one that is written to last."""
+        """All files of the log, the oldest first, the current one last."""
         start = _read_cut(index_path(self.log))
         found = [LogPart(self.log, start, start + os.fstat(self._file.fileno()).st_size)]
         with contextlib.suppress(FileNotFoundError):
@@ -190,7 +191,7 @@ def pread(parts: list[LogPart], size: int, start: int) -> bytes:
 
 
 def _start(parts: list[LogPart], since: float) -> int:
-    """Where that begins which was written since then: behind what the newest index that goes back so far has."""
+    """The number of the first byte written after `since`, from the newest index that goes back so far."""
     for part in reversed(parts):
         size = part.end - part.start
         before = written_before(read_index(index_path(part.path)).records, since, size)
@@ -200,7 +201,8 @@ def _start(parts: list[LogPart], since: float) -> int:
 
 
 def _written_by(parts: list[LogPart], until: float) -> int:
-    """Where that ends which was written by then: in the first file whose index has something later."""
+    """The number of the byte after the last one written by `until`, from the first file whose index has a later
+    record."""
     for part in parts:
         size = part.end - part.start
         upto = written_until(read_index(index_path(part.path)).records, until, size)
@@ -210,8 +212,8 @@ def _written_by(parts: list[LogPart], until: float) -> int:
 
 
 def start_of_tail(parts: list[LogPart], lines: int, start: int, end: int) -> int:
-    """Where the last `lines` lines before `end` begin, at `start` or after it. A last line without newline counts as
-    one."""
+    """The place where the last `lines` lines before `end` begin, at `start` or after it. A last line without newline
+    counts as one."""
     if lines == 0:
         return end
     position = end

@@ -1,8 +1,8 @@
-"""A BERT that embeds sentences, as its makers publish it (safetensors, configuration, vocabulary): read, written as a
-GGUF for llama.cpp, and computed here for the pieces of its vocabulary, one by one, which is what a table of static
-vectors is made of.
+"""BERT models that embed sentences, in the form in which they are published (safetensors, configuration, vocabulary):
+read here, written as a GGUF for llama.cpp, or computed for each piece of the vocabulary by itself, to make a table of
+static vectors.
 
-Only what such models have in common is read; another kind of model is refused with a sentence.
+Only the common features of such models are supported; another kind of model is refused with a sentence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _KINDS: dict[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 _CLS, _SEP = "[CLS]", "[SEP]"
 AT_ONCE = 1024  # pieces that are computed together
-FREQUENT = 1e-3  # a piece with this share of all texts has half of the weight
+FREQUENT = 1e-3  # a piece with this share of all texts has half the weight
 
 _EMBEDDINGS = {
     "embeddings.word_embeddings": "token_embd",
@@ -49,7 +49,7 @@ _LAYER = {
 
 @dataclass(frozen=True)
 class Bert:
-    """`tensors` under llama.cpp's names."""
+    """One model. `tensors`: by llama.cpp's names."""
 
     name: str
     config: dict[str, Any]
@@ -70,7 +70,8 @@ class Bert:
 
 
 def read(folder: Path, name: str) -> Bert:
-    """From a folder with model.safetensors, config.json, and vocab.txt or tokenizer.json. Raises UsageError."""
+    """Read a model from a folder with model.safetensors, config.json, and vocab.txt or tokenizer.json. Raises
+    UsageError."""
     try:
         config = json.loads((folder / "config.json").read_text())
         words = _words(folder)
@@ -123,9 +124,9 @@ def _safetensors(content: bytes) -> dict[str, Floats]:
 
 
 def write_gguf(bert: Bert, path: Path) -> None:
-    """With matrices in 16 bits."""
+    """Write the model as a GGUF, with matrices in 16 bits."""
     config = bert.config
-    special = {"bos_token_id": _CLS, "cls_token_id": _CLS, "seperator_token_id": _SEP}  # their spelling
+    special = {"bos_token_id": _CLS, "cls_token_id": _CLS, "seperator_token_id": _SEP}  # spelled so in the format
     special |= {"unknown_token_id": "[UNK]", "padding_token_id": "[PAD]", "mask_token_id": "[MASK]"}
     metadata: dict[str, Any] = {
         "general.architecture": "bert",
@@ -162,7 +163,7 @@ def _is_special(word: str) -> bool:
 
 
 def _as_llama_cpp_has_it(word: str) -> str:
-    """The beginning of a word is marked there, here its continuation."""
+    """The name of a piece for llama.cpp, which marks the beginnings of words instead of their continuations."""
     return word if _is_special(word) else word[2:] if word.startswith("##") else "\u2581" + word
 
 
@@ -170,15 +171,15 @@ def _as_llama_cpp_has_it(word: str) -> str:
 
 
 def distil(
-    bert: Bert, width: int, tell: Callable[[float], None] = lambda fraction: None
+    bert: Bert, width: int, report: Callable[[float], None] = lambda fraction: None
 ) -> tuple[list[str], Floats, NDArray[np.int8]]:
-    """Words, weights and rows of a table of `width` dimensions (see `aiosd.store.static`). `tell` is called with the
+    """Words, weights and rows of a table of `width` dimensions (see `aiosd.store.static`). `report` is called with the
     fraction that is done."""
     chosen = [number for number, word in enumerate(bert.words) if not _is_special(word)]
     parts = []
     for begin in range(0, len(chosen), AT_ONCE):
         parts.append(embed(bert, np.array(chosen[begin : begin + AT_ONCE])))
-        tell((begin + len(parts[-1])) / len(chosen))
+        report((begin + len(parts[-1])) / len(chosen))
     vectors = np.concatenate(parts)
     rows = _narrow(vectors, width)
     scales = np.abs(rows).max(axis=1) / np.float32(127) + np.float32(1e-12)
@@ -187,21 +188,21 @@ def distil(
 
 
 def _narrow(vectors: Floats, width: int) -> Floats:
-    """The directions in which they differ most (principal components)."""
+    """The vectors in the directions in which they differ most (principal components)."""
     centred = vectors - vectors.mean(axis=0)
     _, directions = np.linalg.eigh(centred.T @ centred)
     return np.asarray(centred @ directions[:, ::-1][:, :width], np.float32)
 
 
 def _weights(count: int) -> Floats:
-    """Pieces are listed by how frequent they are, so by Zipf's law the n-th has a share of about 1/n."""
+    """The weights of pieces. They are sorted by frequency, so by Zipf's law the n-th has a share of about 1/n."""
     ranks = np.arange(count) + 2.7
     shares = 1 / ranks / (1 / ranks).sum()
     return np.asarray(FREQUENT / (FREQUENT + shares), np.float32)
 
 
 def embed(bert: Bert, numbers: NDArray[Any]) -> Floats:
-    """What the model makes of each of these pieces alone: the mean over its last layer."""
+    """The vector of each of these pieces alone: the mean over the model's last layer."""
     weights = bert.tensors
     cls, sep = bert.words.index(_CLS), bert.words.index(_SEP)
     ids = np.stack([np.full(len(numbers), cls), numbers, np.full(len(numbers), sep)], axis=1)
@@ -239,7 +240,7 @@ def _norm(bert: Bert, x: Floats, name: str) -> Floats:
 
 
 def _gelu(x: Floats) -> Floats:
-    """With tanh, which is within 0.001 of the exact one."""
+    """The GELU function with tanh, which is within 0.001 of the exact one."""
     return np.asarray(
         0.5 * x * (1 + np.tanh(np.float32(0.7978846) * (x + np.float32(0.044715) * x * x * x))), np.float32
     )

@@ -1,8 +1,8 @@
 """The models that are on this machine, and one of them by its name.
 
-    nano                              the embedded one
-    qwen2.5-7b-instruct-q4_k_m        a file in our own folder
-    hf:Qwen/Qwen2.5-7B-GGUF:Q4_K_M    in the cache of the hub's library (`aiosd pull`, or any other program's doing)
+    nano                              the embedded model
+    qwen2.5-7b-instruct-q4_k_m        a file in aiosd's own folder
+    hf:Qwen/Qwen2.5-7B-GGUF:Q4_K_M    in the cache of the hub's library (from `aiosd pull`, or any other program)
     ollama:llama3.2, ollama:llama3.2:3b
     lmstudio:Qwen/Qwen2.5-7B-GGUF:Q4_K_M
 
@@ -40,7 +40,7 @@ _MOST_FILES = 10_000  # most files looked at in one folder: a wrong AIOSD_MODELS
 class FoundModel:
     """A model on this machine."""
 
-    name: str  # what `--model` takes
+    name: str  # the name for `--model`
     source: str  # nano, aiosd, hub, ollama, lmstudio; path: a file that was named
     path: str  # its file, the first one if it is split
     label: str  # its default name in a running system
@@ -55,12 +55,12 @@ class NotHere(UsageError):
         self.repo, self.quant = repo, quant
 
 
-# ── one of them ───────────────────────────────────────────────────────────────────────────────────────────
+# ── one model ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def find(word: str, folder: str = "/") -> FoundModel:
-    """The model that `word` means, a name or a path as seen from `folder`. A path is taken as it is: what is wrong with
-    the file is told when it is loaded. Raises UsageError, NotHere if it could be fetched from a hub."""
+    """The model that `word` names, by its name or by a path relative to `folder`. A path is not checked here: errors in
+    the file are reported when it is loaded. Raises UsageError, NotHere if it could be fetched from a hub."""
     if word == NANO:
         return nano()
     if word.startswith(HUB):
@@ -90,12 +90,12 @@ def nano() -> FoundModel:
 
 
 def listing() -> list[FoundModel]:
-    """All of them, the embedded one first."""
+    """All models, the embedded one first."""
     return [nano(), *_ours(), *_hub(), *_ollama(), *_lmstudio()]
 
 
 def row(model: FoundModel, room: int) -> dict[str, Any]:
-    """What its file tells, for a listing; `problem` if it cannot be read. `room`: bytes of memory that are free."""
+    """Figures from its file, for a listing; `problem` if it cannot be read. `room`: free bytes of memory."""
     row: dict[str, Any] = {"name": model.name, "source": model.source, "path": model.path}
     try:
         file = modelfile.read(model.path)
@@ -113,7 +113,7 @@ def row(model: FoundModel, room: int) -> dict[str, Any]:
     }
 
 
-# ── our own folder ────────────────────────────────────────────────────────────────────────────────────────
+# ── aiosd's own folder ────────────────────────────────────────────────────────────────────────────────────
 
 
 def _ours() -> list[FoundModel]:
@@ -160,13 +160,13 @@ def hub_name(repo: str, quant: str) -> str:
 
 
 def in_hub_cache(repo: str, quant: str) -> FoundModel:
-    """Raises NotHere."""
+    """A model in the cache. Raises NotHere."""
     for snapshot in _snapshots(places.hub() / f"models--{repo.replace('/', '--')}"):
         files = [path.relative_to(snapshot).as_posix() for path in _walk(snapshot) if path.exists()]
         try:
             return hub_found(repo, quants.choose(files, quant, repo), snapshot)
         except UsageError:
-            continue  # another file of this repository is here, or another state of it
+            continue  # the cache has another file of this repository, or another state of it
     raise NotHere(repo, quant)
 
 
@@ -189,7 +189,7 @@ def _hub() -> list[FoundModel]:
 
 
 def _snapshots(folder: Path) -> list[Path]:
-    """The states of a repository that are here, the one that `main` was last seen at first."""
+    """The cached states of a repository, the last known one of `main` first."""
     try:
         main = (folder / "refs" / "main").read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -200,7 +200,7 @@ def _snapshots(folder: Path) -> list[Path]:
 def _folders(folder: Path) -> list[Path]:
     try:
         return [path for path in folder.iterdir() if path.is_dir()]
-    except OSError:  # not there, or not ours to read
+    except OSError:  # it does not exist, or may not be read
         return []
 
 

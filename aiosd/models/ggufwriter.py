@@ -1,4 +1,4 @@
-"""Writes a model file in GGUF format: what `aiosd get-embedder` needs of it, and no more.
+"""Writes a model file in GGUF format, with the features that `aiosd get-embedder` needs.
 
 The layout is llama.cpp's (docs/gguf.md of ggml, version 3): a head, metadata, a list of tensors, and their data, each
 part aligned to 32 bytes.
@@ -23,8 +23,8 @@ _F32, _F16 = 0, 1
 
 
 def write(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """`metadata`: texts, whole numbers, truth values, floats, and lists of texts or of whole numbers. The file appears
-    under its name when it is complete."""
+    """Write a model. `metadata`: texts, whole numbers, truth values, floats, and lists of texts or of whole numbers.
+    The file gets its name when it is complete."""
     new = path.with_name(path.name + ".new")
     with open(new, "wb") as file:
         file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)))

@@ -1,11 +1,11 @@
 """Downloads from a model hub, into the cache of its own library, where every other program finds them too.
 
-    pull("Qwen/Qwen2.5-0.5B-Instruct-GGUF", "Q4_K_M", tell)
+    pull("Qwen/Qwen2.5-0.5B-Instruct-GGUF", "Q4_K_M", report)
 
 huggingface_hub (extra `aiosd[hub]`) makes the connections: tokens, mirrors (HF_ENDPOINT), offline mode (HF_HUB_OFFLINE)
-and folders (HF_HOME) are as its documentation has them. What it leaves open is done here: which file of a repository is
-meant, all parts of one that is split, a download that goes on where an earlier one was interrupted, and the checksum of
-what has arrived. Without a connection, or in offline mode, the cache is used.
+and folders (HF_HOME) are as its documentation describes them. This file does the rest: it chooses the file of a
+repository, fetches all parts of one that is split, continues interrupted downloads, and checks the checksum. Without a
+connection, or in offline mode, the cache is used.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from aiosd.units import format_size
 if TYPE_CHECKING:
     from types import ModuleType
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
-#: The hub names a large file by its SHA-256; small ones, which no model is, by something else.
+#: The hub names a large file by its SHA-256; small files, which no model is, have another name.
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 #: Larger ones need the library's own way of fetching.
 _MOST_BY_HTTP = 50 * 10**9
 
 
-def find_or_pull(word: str, folder: str, tell: Tell) -> FoundModel:
-    """As `found.find`, but a model of a hub that is not here is fetched."""
+def find_or_pull(word: str, folder: str, report: Report) -> FoundModel:
+    """As `found.find`, but a model of a hub that is not on this machine is fetched."""
     try:
         return found.find(word, folder)
     except NotHere as missing:
-        return pull(missing.repo, missing.quant, tell)
+        return pull(missing.repo, missing.quant, report)
 
 
-def pull(repo: str, quant: str, tell: Tell) -> FoundModel:
-    """Fetch a model, if the newest state of it is not here. Raises UsageError when there is none as asked for,
-    WorldError when it cannot be fetched. `tell` gets lines about what is being done."""
+def pull(repo: str, quant: str, report: Report) -> FoundModel:
+    """Fetch a model, if its newest state is not on this machine. Raises UsageError if the hub has no such model,
+    WorldError if it cannot be fetched. `report` is called with lines about the progress."""
     library = _library()
     try:
         info = library.HfApi().model_info(repo)
@@ -62,14 +62,14 @@ def pull(repo: str, quant: str, tell: Tell) -> FoundModel:
         if not _answered(err):
             with contextlib.suppress(NotHere):
                 model = _cached(repo, quant, "")
-                tell(f"{repo}: the hub cannot be reached; what is on this machine serves")
+                report(f"{repo}: the hub cannot be reached; what is on this machine serves")
                 return model
         raise WorldError(f"{repo}: {_first_line(err)}") from err
     choice = quants.choose([sibling.rfilename for sibling in info.siblings or ()], quant, repo)
     if quant == "" and choice.quant not in ("", quants.DEFAULT):
-        tell(f"{repo}: has no {quants.DEFAULT}; {choice.quant} is nearest")
+        report(f"{repo}: has no {quants.DEFAULT}; {choice.quant} is nearest")
     for file in choice.files:
-        _fetch(library, repo, file, info.sha, tell)
+        _fetch(library, repo, file, info.sha, report)
     return found.hub_found(repo, choice, _repository(repo) / "snapshots" / info.sha)
 
 
@@ -93,16 +93,16 @@ def _cached(repo: str, quant: str, why: str) -> FoundModel:
         raise UsageError(f"{found.hub_name(repo, quant)}: not on this machine, and {why} is on") from None
 
 
-def _fetch(library: ModuleType, repo: str, file: str, commit: str, tell: Tell) -> None:
-    """One file into the cache: its content first, then the library enters it under its name."""
+def _fetch(library: ModuleType, repo: str, file: str, commit: str, report: Report) -> None:
+    """Fetch one file into the cache: first its content, then the library enters it under its name."""
     try:
-        _content(library, repo, file, commit, tell)
+        _content(library, repo, file, commit, report)
         library.hf_hub_download(repo, file)
     except _unreachable(library) as err:
         raise WorldError(f"{repo}/{file}: {_first_line(err)}; what has arrived is kept, try again") from err
 
 
-def _content(library: ModuleType, repo: str, file: str, commit: str, tell: Tell) -> None:
+def _content(library: ModuleType, repo: str, file: str, commit: str, report: Report) -> None:
     url = library.hf_hub_url(repo, file, revision=commit)
     about = library.get_hf_file_metadata(url)
     size, digest = about.size, about.etag or ""
@@ -118,7 +118,7 @@ def _content(library: ModuleType, repo: str, file: str, commit: str, tell: Tell)
         if content.exists():  # another process has just fetched it
             return
         have = _room(out.fileno(), size)
-        tell(f"fetching {repo}/{file} ({format_size(size)}{f', {format_size(have)} of it are here' if have else ''})")
+        report(f"fetching {repo}/{file} ({format_size(size)}{f', {format_size(have)} of it are here' if have else ''})")
         headers = library.utils.build_hf_headers()
         library.file_download.http_get(
             url,
@@ -137,7 +137,7 @@ def _content(library: ModuleType, repo: str, file: str, commit: str, tell: Tell)
 
 
 def _room(fd: int, size: int) -> int:
-    """How much of a file is here; more than all of it is nothing."""
+    """How many bytes of a file are here; 0 if there are more than the file has."""
     have = os.fstat(fd).st_size
     if have > size:
         os.ftruncate(fd, 0)
@@ -155,7 +155,7 @@ def _repository(repo: str) -> Path:
 
 
 def _bar(library: ModuleType) -> Any:
-    """A bar on a terminal, nothing in a log."""
+    """A progress bar on a terminal, nothing in a log."""
 
     class Bar(library.utils.tqdm):  # type: ignore[name-defined,misc] # a class of a module that is imported late
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -165,8 +165,8 @@ def _bar(library: ModuleType) -> Any:
 
 
 def _unreachable(library: ModuleType) -> tuple[type[Exception], ...]:
-    """What the library raises when a hub does not answer, or not as it should: OSErrors and those of its HTTP library,
-    both of which its own HTTP error is."""
+    """The exceptions of the library when a hub does not answer, or not properly: OSErrors and those of its HTTP
+    library; its own HTTP error is of both kinds."""
     return (OSError, *library.errors.HfHubHTTPError.__bases__)
 
 

@@ -1,4 +1,4 @@
-"""The folders in which models lie: our own, and those of other programs, in which nothing is written."""
+"""The folders in which models lie: aiosd's own, and those of other programs, in which nothing is written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def ours() -> Path:
-    """Our own folder: $AIOSD_MODELS, else one in the user's cache. `make models` fetches models into it, and the user
-    may put any GGUF there."""
+    """aiosd's own folder: $AIOSD_MODELS, else one in the user's cache. `make models` fetches models into it, and the
+    user may put any GGUF there."""
     return _named("AIOSD_MODELS") or cache() / "aiosd" / "models"
 
 
@@ -31,7 +31,7 @@ def lmstudio() -> list[Path]:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         base = Path((home() / ".lmstudio-home-pointer").read_text().strip() or base)
     named: list[Path] = []
-    with contextlib.suppress(OSError, ValueError):  # not there, or not JSON
+    with contextlib.suppress(OSError, ValueError):  # missing, or not JSON
         settings = json.loads((base / "settings.json").read_text())
         folder = settings.get("downloadsFolder") if isinstance(settings, dict) else None
         named = [Path(folder).expanduser()] if isinstance(folder, str) and folder else []

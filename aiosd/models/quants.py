@@ -1,4 +1,4 @@
-"""Quantisations by their names: which one a file has, and which file of several is meant.
+"""Quantisations by their names: the one of a file, and the choice of one file among several.
 
 A repository on a hub holds one model in many sizes, `name-Q4_K_M.gguf` beside `name-Q8_0.gguf` and
 `name-BF16-00001-of-00002.gguf`. The user chooses one by the name of its quantisation; the default is Q4_K_M,
@@ -44,7 +44,7 @@ _NO_MODEL = re.compile(r"mmproj|imatrix|(?:^|[-_.])(?:vocab|lora|adapter)(?:[-_.
 
 @dataclass(frozen=True, slots=True)
 class QuantChoice:
-    """One model of a repository: its quantisation ("" if its name tells none) and its files, the first one first."""
+    """One model of a repository: its quantisation ("" if its name has none) and its files, in order."""
 
     quant: str
     files: tuple[str, ...]
@@ -55,7 +55,7 @@ class QuantChoice:
 
 
 def of_name(path: str) -> str:
-    """The quantisation that the name of a file tells, or that of the folder it lies in: "Q4_K_M", "UD-Q4_K_XL", ""."""
+    """The quantisation in the name of a file, or in that of its folder: "Q4_K_M", "UD-Q4_K_XL", ""."""
     for part in reversed(path.upper().split("/")):
         if found := _QUANT.findall(part):
             return re.sub(r"\AFP(?=16|32)", "F", str(found[-1]))
@@ -69,7 +69,7 @@ def stem_of(path: str) -> str:
 
 
 def is_model(path: str) -> bool:
-    """By its name: a GGUF with weights of a language model, the first part of one if it is split."""
+    """Whether a file, by its name, is a GGUF with weights of a language model, or the first part of one."""
     name = posixpath.basename(path)
     if not name.lower().endswith(".gguf") or _NO_MODEL.search(name):
         return False
@@ -85,8 +85,8 @@ def choices(files: Iterable[str]) -> list[QuantChoice]:
 
 
 def choose(files: Iterable[str], wanted: str, where: str) -> QuantChoice:
-    """The model that `wanted` names: a quantisation, a file, or "" for the default. Raises UsageError, which tells what
-    there is. `where`: what to call the repository."""
+    """The model that `wanted` names: a quantisation, a file, or "" for the default. Raises UsageError, which lists the
+    existing ones. `where`: the name of the repository in messages."""
     have = list(files)
     found = choices(have)
     if not found:
@@ -116,7 +116,7 @@ def _fits(choice: QuantChoice, wanted: str) -> bool:
 
 
 def _nearest(found: list[QuantChoice]) -> list[QuantChoice]:
-    """Those nearest to the default; of two equally near the larger, of two of one size the plain one."""
+    """The models nearest to the default; of two equally near the larger, of two of one size the plain one."""
 
     def distance(choice: QuantChoice) -> tuple[float, bool, bool]:
         off = math.log2(_bits(choice.quant) / BITS[DEFAULT])

@@ -1,5 +1,5 @@
-"""From a granted host to a connection: resolved here, every address checked, and connected to the address that was
-checked. So a name that is resolved to another address a moment later (DNS rebinding) leads nowhere.
+"""From a granted host to a connection: its name is resolved here, every address checked, and the connection is made to
+the checked address. So a name that is resolved to another address a moment later (DNS rebinding) leads nowhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from aiosd.sandbox import addresses
 
-THREADS = 32  # that look names up,
+THREADS = 32  # threads that look names up,
 LOOKUPS = 2  # … and how many of them for one agent
 CONNECT_S = 8.0  # for one address of a host,
 ADDRESSES = 4  # of a host that are tried, at most
@@ -22,11 +22,11 @@ Resolved = tuple[socket.AddressFamily, Address]
 
 
 class Unreachable(Exception):
-    """The host cannot be reached now; the message tells why."""
+    """The host cannot be reached now; the message has the reason."""
 
 
 class Private(Exception):
-    """The host's address is not public; the message tells which."""
+    """The host's address is not public; the message has the address."""
 
 
 def why_not(address: str) -> str:
@@ -35,8 +35,8 @@ def why_not(address: str) -> str:
 
 
 def _is_ours(address: str) -> bool:
-    """A public address of this machine itself: what listens there may listen for this machine only. No packet is
-    sent."""
+    """Whether it is a public address of this machine itself: a server there may be meant for this machine only. No
+    packet is sent."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.connect((address, 9))
@@ -45,14 +45,14 @@ def _is_ours(address: str) -> bool:
 
 
 class Dialer:
-    """`why_not`: as the function; tests put another in its place."""
+    """Makes connections. `why_not`: the function of that name; tests use another one."""
 
     def __init__(self, why_not: Callable[[str], str] = why_not) -> None:
         self._why_not = why_not
         self._threads = ThreadPoolExecutor(THREADS, "lookup")
 
     async def dial(self, host: str, port: int, lookups: asyncio.Semaphore) -> socket.socket:
-        """`lookups`: of the agent. Raises Unreachable, Private."""
+        """Connect to a host. `lookups`: limits the agent's lookups. Raises Unreachable, Private."""
         found = await self._look_up(host, port, lookups)
         for _, address in found:
             if why := self._why_not(address[0]):
@@ -69,8 +69,8 @@ class Dialer:
         raise Unreachable(f"{host}:{port} cannot be reached: {reason}")
 
     async def _look_up(self, host: str, port: int, lookups: asyncio.Semaphore) -> list[Resolved]:
-        """An agent that waits no longer still has its thread until that is through: Linux's resolver cannot be
-        interrupted."""
+        """The addresses of a name. If the agent stops waiting its thread is still used until the lookup ends, because
+        Linux's resolver cannot be interrupted."""
         loop = asyncio.get_running_loop()
         await lookups.acquire()
 

@@ -1,5 +1,5 @@
-"""The proxy's process. Until the first agent has a network of single hosts it waits and has loaded nothing, so it costs
-no more than an agent that sleeps."""
+"""The proxy's process. It waits, and has loaded nothing, until the first agent has a network of single hosts: till then
+it takes no more memory than an idle agent."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The proxy at agents' gates.
 
-A connection has one request (see `request`): its head is read, its host compared with what the agent was granted and
-dialled, and then bytes go both ways until one side ends. Each agent has a limit of connections; when it is reached, or
-when all agents together have too many, further ones wait at its own gate. None of them can be silent for ever, and no
-more of their bytes lies here than the buffers of a few reads.
+A connection has one request (see `request`): its head is read, its host is compared with the agent's grants and
+connected, and then bytes go both ways until one side ends. Each agent has a limit of connections; when it is reached,
+or when all agents together have too many, further ones wait at the agent's own gate. No connection may be silent for
+ever, and each takes no more memory than the buffers of a few reads.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from aiosd.sandbox import hosts
 logger = logging.getLogger("proxy")
 
 CONNECTIONS = 64  # of one agent
-CONNECTIONS_ALL = 4096  # of all agents; beyond that each has
+CONNECTIONS_ALL = 4096  # of all agents; when there are more, each agent may have
 FEW = 8
-FDS_KEPT = 256  # descriptors that are no connections'
+FDS_KEPT = 256  # descriptors kept free for other uses than connections
 ACCEPTED_AT_ONCE = 16
-HEAD_S = 20.0  # for a request's head
-DIAL_S = 30.0  # until its host is connected
+HEAD_S = 20.0  # time for a request's head
+DIAL_S = 30.0  # time until its host is connected
 IDLE_S = 900.0  # without a byte in either direction
-LINGER_S = 2.0  # for a client to read why it was refused
+LINGER_S = 2.0  # time for a client to read why it was refused
 GUESTS = 64  # connections of one agent that are passed on to the gateway, until there is a pause
-PAUSE_S = 0.2  # for that, and after a descriptor was missing
-BUFFER = request.HEAD_BYTES  # of a read; twice that lies here in each direction
+PAUSE_S = 0.2  # length of that pause, and of the one after a descriptor was missing
+BUFFER = request.HEAD_BYTES  # of one read; at most twice that is buffered in each direction
 DENIED_AGAIN_S = 60.0  # after which the same denial is reported again
 DENIED_KNOWN = 256  # of one agent,
 DENIED_PER_S = 20  # new denials of one agent that are reported in a second, at most
@@ -50,7 +50,7 @@ _PHRASES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fie
 
 @dataclass(slots=True, eq=False)
 class AgentGate:
-    """One agent."""
+    """The gate of one agent, with its connections."""
 
     pid: int
     life: int
@@ -58,15 +58,15 @@ class AgentGate:
     listeners: list[socket.socket]
     lookups: asyncio.Semaphore
     connections: set[asyncio.Task[None]] = field(default_factory=set)
-    guests: int = 0  # passed on since the last pause
-    denied: OrderedDict[tuple[str, int], float] = field(default_factory=OrderedDict)  # when that was reported
-    told: int = 0  # denials in this second,
-    second: float = 0.0  # … which has begun then
+    guests: int = 0  # connections passed on since the last pause
+    denied: OrderedDict[tuple[str, int], float] = field(default_factory=OrderedDict)  # last report of each denial
+    reported: int = 0  # denials reported in this second,
+    second: float = 0.0  # … and when that second began
 
 
 @dataclass(slots=True)
 class _Traffic:
-    """Of one connection."""
+    """The state of one connection."""
 
     pid: int
     shares: Shares
@@ -78,8 +78,8 @@ class _Traffic:
 
 
 class Proxy:
-    """`denied` gets what was refused, `shares` what is done and for which agent; `guests`: the passage to the gateway,
-    None: there is none."""
+    """Serves all gates. `denied` is called with each denial, `shares` counts the work for each agent; `guests`: the
+    passage to the gateway, None: there is none."""
 
     def __init__(self, dialer: Dialer, denied: OnDenied, shares: Shares, guests: socket.socket | None = None) -> None:
         self._dialer = dialer
@@ -88,7 +88,7 @@ class Proxy:
         self._guests = guests
         self._loop = asyncio.get_running_loop()
         self.gates: dict[int, AgentGate] = {}
-        self._full: set[AgentGate] = set()  # whose further connections wait
+        self._full: set[AgentGate] = set()  # gates whose further connections wait
         self.connections = 0
         self.served = 0
         self.refused = 0
@@ -98,7 +98,7 @@ class Proxy:
     # ── gates ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def handle(self, message: passage.PassageMessage, fds: list[int]) -> None:
-        """Of the kernel."""
+        """Handle a message of the kernel."""
         match message:
             case passage.Gate():
                 self._open(message, [socket.socket(fileno=fd) for fd in fds])
@@ -110,7 +110,7 @@ class Proxy:
 
     def _open(self, message: passage.Gate, listeners: list[socket.socket]) -> None:
         known = self.gates.get(message.pid)
-        if known is not None and known.life == message.life:  # a new kernel has sent it again
+        if known is not None and known.life == message.life:  # a new kernel has sent the gate again
             for one in listeners:
                 one.close()
             return
@@ -121,7 +121,7 @@ class Proxy:
         self._listen(gate)
 
     def _close(self, pid: int) -> None:
-        """The agent has ended: so do its connections."""
+        """The agent has ended: close its connections."""
         gate = self.gates.pop(pid, None)
         if gate is None:
             return
@@ -142,12 +142,13 @@ class Proxy:
             self._loop.add_reader(listener, self._accept, gate, listener, number > 0)
 
     def _pause(self, gate: AgentGate) -> None:
-        """At the proxy. (Connections of the gateway are counted there.)"""
+        """Accept no more connections for a moment at the gate of the proxy. (The gateway counts its connections
+        itself.)"""
         self._full.add(gate)
         self._loop.remove_reader(gate.listeners[0])
 
     def _resume(self) -> None:
-        """There is room again."""
+        """Accept connections again, since there is room."""
         for gate in [gate for gate in self._full if self._room(gate)]:
             self._listen(gate)
 
@@ -166,7 +167,7 @@ class Proxy:
                 sock, _ = listener.accept()
             except (BlockingIOError, ConnectionError):
                 return
-            except OSError as err:  # out of descriptors: those that wait keep waiting, and we do not spin meanwhile
+            except OSError as err:  # out of descriptors: they keep waiting, and are not polled meanwhile
                 logger.warning("connections of agents: %s", err)
                 self._rest(gate, gate.listeners)
                 return
@@ -190,7 +191,7 @@ class Proxy:
         self._shares.connected(gate.pid)
         if gate.guests == 1:
             self._loop.call_later(PAUSE_S, self._rested, gate)
-        with sock, contextlib.suppress(OSError):  # it does not keep up: the connection is refused
+        with sock, contextlib.suppress(OSError):  # the gateway does not keep up: the connection is refused
             if self._guests is not None:
                 passage.send(self._guests, passage.Guest(gate.pid), [sock.fileno()])
 
@@ -205,7 +206,7 @@ class Proxy:
     def _end(self, gate: AgentGate, done: asyncio.Task[None]) -> None:
         self.connections -= 1
         gate.connections.discard(done)
-        if not done.cancelled() and (err := done.exception()) is not None:  # a bug: it costs this connection
+        if not done.cancelled() and (err := done.exception()) is not None:  # a bug: it ends this connection only
             logger.error("a connection of agent %d: a bug of the proxy", gate.pid, exc_info=err)
         self._resume()
 
@@ -237,7 +238,7 @@ class Proxy:
             far_writer.transport.abort()
 
     async def _dial(self, gate: AgentGate, wanted: ProxyRequest) -> socket.socket:
-        """Raises Bad."""
+        """Connect to the wanted host. Raises Bad."""
         host, port = wanted.host, wanted.port
         granted = hosts.rule(gate.grants, host, port)
         if granted is None:
@@ -257,9 +258,9 @@ class Proxy:
         self.refused += 1
         key, now = (wanted.host, wanted.port), time.monotonic()
         if now - gate.second >= 1.0:
-            gate.second, gate.told = now, 0
-        if gate.told < DENIED_PER_S and now - gate.denied.get(key, -DENIED_AGAIN_S) >= DENIED_AGAIN_S:
-            gate.told += 1
+            gate.second, gate.reported = now, 0
+        if gate.reported < DENIED_PER_S and now - gate.denied.get(key, -DENIED_AGAIN_S) >= DENIED_AGAIN_S:
+            gate.reported += 1
             gate.denied[key] = now
             gate.denied.move_to_end(key)
             if len(gate.denied) > DENIED_KNOWN:
@@ -270,12 +271,12 @@ class Proxy:
 
 async def _streams(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection(sock=sock, limit=BUFFER)
-    writer.transport.max_size = BUFFER  # type: ignore[attr-defined] # of a read: else it takes 256 kB at a time
+    writer.transport.max_size = BUFFER  # type: ignore[attr-defined] # size of a read, 256 kB by default
     return reader, writer
 
 
 async def _head(reader: asyncio.StreamReader) -> ProxyRequest:
-    """Raises Bad, IncompleteReadError."""
+    """Read the head of a request. Raises Bad, IncompleteReadError."""
     try:
         async with asyncio.timeout(HEAD_S):
             return request.parse(await reader.readuntil(b"\r\n\r\n"))
@@ -286,7 +287,7 @@ async def _head(reader: asyncio.StreamReader) -> ProxyRequest:
 
 
 async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: int, words: str) -> None:
-    """Clients of CONNECT show the first line and nothing else: so the sentence is in there, too."""
+    """Refuse a request. Clients of CONNECT show only the first line: so the sentence is in there, too."""
     phrase = words.encode("ascii", "replace")[:512].replace(b"\r", b" ").replace(b"\n", b" ").decode("ascii")
     if status not in (403, 502):
         phrase = _PHRASES.get(status, "Refused")
@@ -297,7 +298,7 @@ async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, st
             writer.write(head.encode("ascii") + b"Connection: close\r\n\r\n" + body)
             await writer.drain()
             writer.write_eof()
-            while await reader.read(BUFFER):  # what it still sends would make Linux drop the answer
+            while await reader.read(BUFFER):  # unread data would make Linux drop the answer
                 pass
 
 
@@ -309,7 +310,7 @@ async def _relay(
     far_writer: asyncio.StreamWriter,
     traffic: _Traffic,
 ) -> None:
-    """Until both directions are through, or nothing comes any more. Raises Bad for a body that is none."""
+    """Copy until both directions have ended, or no data come any more. Raises Bad for a malformed body."""
     if wanted.head:
         far_writer.write(wanted.head)
         there = _copy_body(wanted.body, reader, far_writer, traffic)
@@ -334,7 +335,7 @@ async def _relay(
 
 
 async def _flushed(writer: asyncio.StreamWriter) -> None:
-    """What is still to be written goes out before the connection is cut."""
+    """Wait until all data are written, before the connection is closed."""
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(LINGER_S):
             writer.close()
@@ -366,7 +367,7 @@ async def _copy_bytes(
 async def _copy_body(
     length: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, traffic: _Traffic
 ) -> None:
-    """Of a plain request, and nothing that follows it: that would be a request to another host, perhaps."""
+    """Copy the body of a plain request, and nothing after it: that might be a request to another host."""
     if length != request.CHUNKED:
         await _copy_bytes(length, reader, writer, traffic)
         return

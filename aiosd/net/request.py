@@ -1,8 +1,8 @@
-"""What a client of the proxy sends: the head of a request, taken apart. Pure.
+"""Parses the head of a request from a client of the proxy. Pure.
 
-Two kinds are served: `CONNECT HOST:PORT`, after which bytes go both ways as they are, and requests of plain HTTP with a
-whole URL (`GET http://HOST/…`), of which one goes on for each connection. Of the second kind the head is made anew: the
-Host that a server reads is the host that was checked, and how long the body is has one meaning only.
+Two kinds of requests are served: `CONNECT HOST:PORT`, after which bytes go both ways unchanged, and requests of plain
+HTTP with a whole URL (`GET http://HOST/…`), one for each connection. For the second kind the head is made anew: the
+Host that a server reads is the host that was checked, and the length of the body has only one meaning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TARGET = re.compile(rb"[\x21-\x7e]+")
 _NOT_IN_HEAD = re.compile(rb"[\r\n\0]")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?")
-#: Headers that are about the way to the proxy, not about what is asked for.
+#: Headers that concern the connection to the proxy, not the request itself.
 _OURS = {
     b"connection", b"proxy-connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization", b"host",
     b"proxy-authenticate",
@@ -29,7 +29,7 @@ CHUNKED = -1
 
 
 class Bad(Exception):
-    """The request is refused with this status; the message tells why."""
+    """The request is refused with this status; the message has the reason."""
 
     def __init__(self, words: str, status: int = 400) -> None:
         super().__init__(words)
@@ -38,14 +38,14 @@ class Bad(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ProxyRequest:
-    host: str  # as `hosts.address` writes it
+    host: str  # in the form of `hosts.address`
     port: int
     head: bytes = b""  # for the server; b"": it was CONNECT
     body: int = 0  # bytes that follow, or CHUNKED
 
 
 def parse(data: bytes) -> ProxyRequest:
-    """`data`: a head with the empty line behind it. Raises Bad."""
+    """Parse a head. `data`: the head with the empty line after it. Raises Bad."""
     first, *lines = data.removesuffix(b"\r\n\r\n").split(b"\r\n")
     words = first.split(b" ")
     if len(words) != 3 or words[2] not in (b"HTTP/1.0", b"HTTP/1.1"):
@@ -96,7 +96,7 @@ def _authority(text: str, port: int) -> tuple[str, int]:
 
 
 def _headers(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """Names in small letters."""
+    """The headers, with names in small letters."""
     if len(lines) > HEADERS:
         raise Bad(f"more than {HEADERS} headers", 431)
     found = []
@@ -109,7 +109,7 @@ def _headers(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def _body(headers: list[tuple[bytes, bytes]], version: bytes) -> int:
-    """Two meanings of how long a body is would be two requests for two servers."""
+    """The length of the body. It must be unambiguous, or the server might see another request than this proxy."""
     encodings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
     lengths = {value for name, value in headers if name == b"content-length"}
     if encodings:

@@ -13,7 +13,7 @@ from aiosd.net.proxy import Proxy
 from aiosd.net.shares import Shares
 from aiosd.net.spec import ProxySpec
 
-OUTBOX_BYTES = 1 << 20  # for the kernel, above which denials are not reported
+OUTBOX_BYTES = 1 << 20  # unsent bytes for the kernel above which denials are not reported
 
 
 def serve(superior: Superior, spec: ProxySpec, rounds: Rounds) -> int:
@@ -57,6 +57,6 @@ async def _serve(superior: Superior, spec: ProxySpec, rounds: Rounds) -> int:
 
 
 def _beat(loop: asyncio.AbstractEventLoop, rounds: Rounds) -> None:
-    """The loop comes round."""
+    """Send a heartbeat at each round of the loop."""
     rounds.begin()
     loop.call_later(BEAT_S, _beat, loop, rounds)

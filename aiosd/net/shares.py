@@ -1,7 +1,7 @@
-"""Whose the proxy's processor time is: what it has used since the last look is shared out among agents by what it has
-done for them meanwhile. To take the time of each step would cost more than the step.
+"""Divides the proxy's processor time among agents: the time used since the last sample, in proportion to the work that
+was done for each agent meanwhile. Measuring the time of each step would cost more than the step.
 
-A connection or a refusal counts as `CONNECTION` reads, a read as one and one more for each `PIECE` bytes.
+A connection or a refusal counts as `CONNECTION` reads; a read counts as one, and one more for each `PIECE` bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ After = Callable[[float, Callable[[], None]], object]
 
 
 class Shares:
-    """`charge` is called with agents and microseconds. `used`: seconds of this process on processors."""
+    """The division. `charge` is called with agents and microseconds. `used`: processor seconds of this process."""
 
     def __init__(
         self, after: After, charge: Callable[[int, int], None], used: Callable[[], float] = time.process_time
@@ -27,7 +27,7 @@ class Shares:
         self._after = after
         self._charge = charge
         self._used = used
-        self._work: Counter[int] = Counter()  # by agent, since the last look
+        self._work: Counter[int] = Counter()  # by agent, since the last sample
         self._since = 0.0
 
     def connected(self, pid: int) -> None:
@@ -37,7 +37,7 @@ class Shares:
         self._note(pid, 1 + count // PIECE)
 
     def _note(self, pid: int, work: int) -> None:
-        if not self._work:  # what was used while no agent was served is charged to none
+        if not self._work:  # time that was used while no agent was served is charged to none
             self._since = self._used()
             self._after(LOOK_S, self._look)
         self._work[pid] += work

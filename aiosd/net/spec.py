@@ -1,4 +1,4 @@
-"""What the supervisor gives the proxy. Apart, so that the supervisor imports nothing else of it."""
+"""The settings that the supervisor passes to the proxy. In a file of their own: the supervisor imports nothing else."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ProxySpec:
-    """Descriptors of `aiosd.ipc.passage`: where gates come from, and where connections to the gateway go; -1: no
-    gateway."""
+    """Descriptors of `aiosd.ipc.passage`: one over which gates come, and one for connections to the gateway; -1: there
+    is no gateway."""
 
     gates: int
     guests: int = -1

@@ -1,4 +1,4 @@
-"""Which addresses lie in the public internet: the only ones that agents with a network of single hosts reach. Pure.
+"""Tells public addresses from others: agents with a network of single hosts reach only public ones. Pure.
 
 The owner of a name decides to which address it leads. So a granted name may lead to this machine, to one beside it, or
 to a cloud's service that gives out keys; the address decides, not the name.
@@ -11,12 +11,12 @@ import ipaddress
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")  # IPv4 in IPv6, as it was meant at first
 _SHARED = ipaddress.ip_network("100.64.0.0/10")
-#: Not public either, whatever the tables of this Python say.
+#: Not public either, even if the tables of this Python have them as public.
 _MORE = [ipaddress.ip_network(text) for text in ("64:ff9b:1::/48", "2001::/23", "2002::/16", "fec0::/10", "5f00::/16")]
 
 
 def why_not_public(address: str) -> str:
-    """In a few words; "": it is public."""
+    """Why an address is not public, in a few words; "": it is public."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -29,7 +29,7 @@ def why_not_public(address: str) -> str:
 
 
 def _inner(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that an IPv6 address stands for."""
+    """The IPv4 address that an IPv6 address stands for; None: it stands for none."""
     if isinstance(ip, ipaddress.IPv4Address):
         return None
     if ip in _NAT64 or (ip in _COMPATIBLE and int(ip) > 1):

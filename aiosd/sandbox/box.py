@@ -1,9 +1,10 @@
-"""The kernel's decision: the box of a new agent, from what was asked for, the rules of its group, and its parent's box.
+"""The kernel's decision about the box of a new agent: from the call's request, the rules of its group, and its parent's
+box.
 
-    a person's agent    what was asked for, else the rules of the group, else the settings; when these are `strict`,
-                        the cage
-    an agent's child    its parent's box: the same files, the same workspace. It may have less network, and it can never
-                        have more of anything. That of an agent that is not confined is not, unless it is asked for
+    a person's agent    the request, else the rules of the group, else the settings; when these are `strict`, the cage
+    an agent's child    its parent's box: the same files, the same workspace. It may have less network, and never
+                        more of anything. The child of an agent that is not confined is not confined either, unless the
+                        call requests it
 
 Single hosts (`hosts`) can only be granted in the cage, because only there an agent has a network of its own.
 
@@ -24,22 +25,22 @@ from aiosd.sandbox import hosts
 from libaios import digest, wire
 from libaios.sandbox import CERTIFICATES
 
-LEVELS = ("none", "flat", "cage")  # from the weakest on
+LEVELS = ("none", "flat", "cage")  # from the weakest to the strongest
 STRICT = "strict"  # a setting: no agent is in less than the strongest level
 
-#: Variables that a confined agent gets of the environment in which it was started. All others may be secrets.
+#: Variables that a confined agent gets from the environment of its start. All others may be secrets.
 VARIABLES = (
     "PATH", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM", "COLORTERM", "NO_COLOR", "LINES", "COLUMNS", "USER", "LOGNAME",
     "SHELL", "PAGER", "EDITOR", "PYTHON*", "VIRTUAL_ENV", "AIOS*", "OMP_*", "CC", "CXX", "CFLAGS", "LDFLAGS",
     "LD_LIBRARY_PATH",
     *CERTIFICATES,
 )  # fmt: skip
-#: In small letters. They pass as well, but for one that has a password in it.
+#: Names in small letters. These pass as well, except a value that has a password in it.
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 class Box(Struct, array_like=True, frozen=True):
-    """What one agent may reach. Paths are `os_text`, absolute and without symbolic links."""
+    """The limits of one agent. Paths are `os_text`, absolute and without symbolic links."""
 
     level: str
     net: str  # see `hosts`
@@ -49,7 +50,7 @@ class Box(Struct, array_like=True, frozen=True):
 
 
 class SandboxSettings(Struct, frozen=True):
-    """The settings for agents, or what a [[group]] of aiosd.toml says for its own."""
+    """The settings for all agents, or those of a [[group]] of aiosd.toml for its own."""
 
     level: str = "none"
     net: str = "all"
@@ -89,7 +90,7 @@ def of_child(wish: wire.Sandbox, parent: Box) -> Box:
 
 
 def of_child_with_more(wish: wire.Sandbox, parent: Box) -> Box | None:
-    """The same where a person has allowed it to be less confined; None: it is not confined at all."""
+    """The same if a person has allowed the child to be less confined; None: it is not confined at all."""
     level = wish.level or parent.level
     if level == "none":
         return None
@@ -103,7 +104,7 @@ def of_child_with_more(wish: wire.Sandbox, parent: Box) -> Box | None:
 
 
 def check(wish: wire.Sandbox) -> None:
-    """What the types of its fields cannot tell. Raises OSError (EINVAL)."""
+    """Check what the types of its fields cannot express. Raises OSError (EINVAL)."""
     for path in (*wish.own, *wish.read, *wish.write):
         plain = wire.os_bytes(path)
         if not plain.startswith(b"/") or plain.startswith(b"//") or b"\0" in plain or os.path.normpath(plain) != plain:
@@ -111,7 +112,7 @@ def check(wish: wire.Sandbox) -> None:
 
 
 def with_hosts(wish: wire.Sandbox) -> wire.Sandbox:
-    """Its hosts as they are compared. Raises OSError (EINVAL)."""
+    """The request with its hosts in the form in which they are compared. Raises OSError (EINVAL)."""
     if not hosts.are_named(wish.net):
         return wish
     try:
@@ -122,8 +123,8 @@ def with_hosts(wish: wire.Sandbox) -> wire.Sandbox:
 
 
 def without_data(wish: wire.Sandbox, data: str) -> wire.Sandbox:
-    """The folder of an agent's program is granted unasked. Where aiosd's own data lies in it, too (approvals, the
-    audit, what other agents keep), the program alone is."""
+    """The request without aiosd's own data. The folder of an agent's program is granted automatically; if aiosd's data
+    (approvals, the audit, data of other agents) lie in it, only the program itself is granted."""
     own = [path for path in wish.own if not _within(wire.os_text(data), [path])]
     if len(own) < len(wish.own) and wish.program.startswith("/"):
         own.append(wish.program)
@@ -131,7 +132,8 @@ def without_data(wish: wire.Sandbox, data: str) -> wire.Sandbox:
 
 
 def refuse_data(box: Box, data: str, workspaces: str) -> None:
-    """No agent gets the data of the system itself, whoever grants it. Raises OSError (EINVAL)."""
+    """Raises OSError (EINVAL) if the box has data of the system itself: no agent gets these, even if a person grants
+    them."""
     text = wire.os_text(data)
     for path in (*box.read, *box.write):
         inside = _within(path, [text]) and not _within(path, [wire.os_text(workspaces)])
@@ -141,7 +143,7 @@ def refuse_data(box: Box, data: str, workspaces: str) -> None:
 
 
 def environment(env: Mapping[str, str], allowed: Iterable[str]) -> dict[str, str]:
-    """Those variables that a confined agent gets; names may end in '*'."""
+    """The variables that a confined agent gets; names may end in '*'."""
     patterns = (*VARIABLES, *allowed)
     return {
         name: value
@@ -151,13 +153,14 @@ def environment(env: Mapping[str, str], allowed: Iterable[str]) -> dict[str, str
 
 
 def at_home(env: Mapping[str, str], box: Box) -> dict[str, str]:
-    """The environment with the workspace as home, and where its hosts are reached."""
+    """The environment with the workspace as home, and with the address of its proxy."""
     own = hosts.proxied(env) if hosts.are_named(box.net) else env
     return {**own, "HOME": box.workspace, "TMPDIR": box.workspace + "/tmp"}
 
 
 def workspace(folder: str, group: str, program: str, name: str) -> str:
-    """Where agents of this group, program and name keep their files. `name` is "" when none was given on purpose."""
+    """The folder in which agents of this group, program and name keep their files. `name`: "" if none was given on
+    purpose."""
     key = digest.short(wire.os_bytes(program), 4).hex()
     stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in wire.os_shown(program).rpartition("/")[2])
     return os.path.join(folder, group, f"{stem.lstrip('.')[:32] or 'agent'}-{key}", f"={name}" if name else "-")
@@ -168,7 +171,7 @@ def _once(rules: Iterable[str], wish: Iterable[str]) -> list[str]:
 
 
 def _possible(net: str, level: str) -> str:
-    """Raises OSError (ENOTSUP)."""
+    """Check that the level can have this network. Raises OSError (ENOTSUP)."""
     if hosts.are_named(net) and level != "cage":
         words = f"--net {net[:200]} needs --sandbox cage: in {level} an agent has the machine's network, or none"
         raise wire.error(errno.ENOTSUP, f"sandbox: {words}")

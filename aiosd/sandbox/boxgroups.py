@@ -6,9 +6,9 @@
     net = "none"                      none, all, gateway, or hosts: ["example.org", "*.example.net:8443"]
     read = ["~/data"]                 files and folders, as seen from the folder of aiosd.toml
     write = ["out"]
-    env = ["OPENAI_API_KEY", "AWS_*"] variables that they get of the environment in which they are started
+    env = ["OPENAI_API_KEY", "AWS_*"] variables that they get from the environment of their start
 
-What a group does not say is as for all agents.
+Keys that a group does not have are as for all agents.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from libaios import wire
 
 
 def read(values: Mapping[str, Any], folder: str, general: SandboxSettings) -> tuple[str, SandboxSettings]:
-    """A group's name and its rules, of keys that their readers have read. ValueError with a sentence."""
+    """A group's name and its rules, from values that the keys' readers have made. ValueError with a sentence."""
     if "name" not in values:
         raise ValueError("a group without name")
     rules = SandboxSettings(
@@ -71,7 +71,7 @@ def net(value: Any) -> str:
 
 level, texts = _word(LEVELS), _texts
 
-#: Every key of [[group]], and what makes its value of what TOML gave, or raises ValueError.
+#: Every key of [[group]], with the function that makes its value from that of TOML, or raises ValueError.
 READERS: dict[str, Callable[[Any], Any]] = {
     "name": _name,
     "sandbox": level,

@@ -1,7 +1,7 @@
-"""The cage of a system: namespaces that are made once at the start, which its agents enter (see `native/cage.c`).
+"""The cage of a system: namespaces that are made once at the start, and that its agents enter (see `native/cage.c`).
 
-A child makes them, sends their descriptors here and ends; the descriptors keep them. Every process that is forked
-inherits these, and may enter. An agent closes them before its program runs.
+A child makes them, sends their descriptors here and ends; the descriptors keep them alive. Every forked process
+inherits these and may enter the namespaces. An agent closes them before its program runs.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class Cage:
         return self.user, self.machine, self.cage, self.ipc, self.net
 
 
-#: That of this process, set when it was built; forked processes have it, too.
+#: The cage of this process, set when it was built; forked processes have it, too.
 current: Cage | None = None
 
 
 def descriptors() -> tuple[int, ...]:
-    """What a process must keep that is to enter the cage; nothing where there is none."""
+    """The descriptors that a process needs to enter the cage; empty if there is no cage."""
     return current.fds() if current is not None else ()
 
 
 def look(system: Iterable[str], needed: Iterable[str]) -> Machine:
-    """What of the machine belongs into a cage: folders of the system, and files that are `needed` wherever they lie
-    (/etc/resolv.conf leads to /run in many a machine)."""
+    """The part of the machine that belongs into a cage: folders of the system, and files that are `needed` wherever
+    they lie (/etc/resolv.conf leads to /run on many machines)."""
     system = tuple(system)
     real = [os.path.realpath(path) for path in (*system, *places.DEVICES) if os.path.exists(path)]
     kept = places.outermost(real)
@@ -62,8 +62,8 @@ def look(system: Iterable[str], needed: Iterable[str]) -> Machine:
 
 
 def links_to(path: str) -> Iterator[tuple[str, str]]:
-    """The links on the way to a path, but for those directly below the root, each with the real path of its folder; and
-    where they lead."""
+    """The links on the way to a path, except those directly below the root, each with the real path of its folder, and
+    with its target."""
     at = ""
     for name in path.split("/")[1:]:
         folder, at = os.path.realpath(at or "/"), f"{at}/{name}"
@@ -74,7 +74,7 @@ def links_to(path: str) -> Iterator[tuple[str, str]]:
 
 
 def build(native: Native, machine: Machine, fork: Callable[[Callable[[], int]], int]) -> Cage:
-    """Raises OSError with a sentence. `fork`: runs a function in a child, and returns its Linux pid."""
+    """Build the cage. `fork`: runs a function in a child, and returns its Linux pid. Raises OSError with a sentence."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def child() -> int:

@@ -1,4 +1,4 @@
-"""The functions in C that confine the calling process, and what their results mean."""
+"""The functions in C that confine the calling process, and the errors for their results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STEPS = (
 
 
 class Native:
-    """Each raises OSError when a step failed; then the process is half done, and can only end."""
+    """The functions. Each raises OSError when a step failed; then the process is confined in part, and can only end."""
 
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path, use_errno=True)
@@ -37,7 +37,7 @@ class Native:
         self._build.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint32, self._made]
 
     def confine(self, plan: bytes) -> int:
-        """Confine this process as a `plan` says; returns the descriptor of the filter's listener (0: there is none)."""
+        """Confine this process by a `plan`; returns the descriptor of the filter's listener (0: there is none)."""
         return _checked(self._confine(plan, len(plan)))
 
     def build_cage(self, places: bytes, count: int) -> list[int]:
@@ -48,7 +48,7 @@ class Native:
 
 
 def load() -> Native | None:
-    """None: they were not compiled."""
+    """Load the functions; None: they were not compiled."""
     spec = importlib.util.find_spec("aiosd.sandbox._confine")
     return Native(spec.origin) if spec is not None and spec.origin is not None else None
 

@@ -1,11 +1,13 @@
-"""Doors: how a confined agent, and what it starts, reach aiosd's control socket and no other.
+"""Doors: how a confined agent, and the processes that it starts, reach aiosd's control socket and no other.
 
-With the right to connect Unix sockets an agent would reach those of the user's other programs, many of which do what
-they are told (docker, an SSH agent); Landlock does not guard sockets by their paths. So the seccomp program of an agent
-asks aiosd whenever a Unix socket is made: the kernel answers through the agent's door with a socket that is already
-connected, to the kernel. A `connect` of it fails with EISCONN, whatever its path, and the SDK knows what that means.
+With the right to connect Unix sockets an agent would reach those of the user's other programs, many of which obey every
+client (docker, an SSH agent); Landlock does not guard sockets by their paths. So the seccomp program of an agent sends
+aiosd a request whenever a Unix socket is made: the kernel answers through the agent's door with a socket that is
+already connected to the kernel. A `connect` of this socket fails with EISCONN, whatever its path, and the SDK handles
+that.
 
-Only processes under an agent's seccomp program can ask at its door: so it is certain whose they are.
+Only processes under an agent's seccomp program can send requests at its door: so it is certain which agent they belong
+to.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ _NEW_FD = struct.Struct("=QIIII")  # struct seccomp_notif_addfd
 
 
 class Question:
-    """A process waits in `socket()`."""
+    """A request: a process waits in `socket()`."""
 
     def __init__(self, door: int) -> None:
-        """Raises OSError when the process that asked has ended meanwhile."""
+        """Read the request. Raises OSError when the process that sent it has ended meanwhile."""
         buffer = bytearray(_QUESTION.size)
         fcntl.ioctl(door, _RECEIVE, buffer)
         fields = _QUESTION.unpack(buffer)
@@ -36,7 +38,7 @@ class Question:
         self._type: int = fields[7]  # the second argument
 
     def connect(self) -> socket.socket | None:
-        """Give it one end of a new pair of sockets; the other end is returned. None: it has ended meanwhile."""
+        """Give the process one end of a new pair of sockets; returns the other end. None: it has ended meanwhile."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             theirs.setblocking(not self._type & socket.SOCK_NONBLOCK)
@@ -51,6 +53,6 @@ class Question:
         return ours
 
     def refuse(self, number: int) -> None:
-        """Its `socket()` fails with this errno."""
-        with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+        """Make its `socket()` fail with this errno."""
+        with contextlib.suppress(FileNotFoundError):  # the process has ended meanwhile
             fcntl.ioctl(self._door, _SEND, _ANSWER.pack(self._id, 0, -number, 0))

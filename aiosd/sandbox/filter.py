@@ -1,10 +1,11 @@
-"""The seccomp program: which system calls a confined agent can make.
+"""The seccomp program: the system calls that a confined agent can make.
 
-Landlock guards files. This closes what is no file: other processes, the kernel's own interfaces, sockets. A call is
+Landlock guards files. This closes everything that is no file: other processes, the kernel's own interfaces, sockets. A
+call is
 
-    refused      with EPERM; with ENOSYS where programs have another way that they take then
-    looked into  when it depends on an argument: `clone` of a new thread is allowed, of a new namespace it is not
-    allowed      everything else that this list knows; what Linux gets in future (a larger number) is ENOSYS
+    refused      with EPERM; with ENOSYS if programs then use another way
+    inspected    when it depends on an argument: `clone` of a new thread is allowed, of a new namespace it is not
+    allowed      all other calls that this list knows; calls of later Linux versions (larger numbers) get ENOSYS
 
 Only the low half of an int argument is compared, because Linux ignores the other half. Numbers are searched as in a
 sorted array: a program that compares one after the other takes seven times as long to install.
@@ -30,7 +31,8 @@ _NUMBER_AT, _ARCH_AT, _ARGS_AT = 0, 4, 16
 EPERM, ENOSYS = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
 EAFNOSUPPORT, EOPNOTSUPP = _ERRNO | errno.EAFNOSUPPORT, _ERRNO | errno.EOPNOTSUPP
 
-#: Programs that meet these take another way. What io_uring does is seen by no filter; clone3 has its flags in memory.
+#: Programs that get ENOSYS for these use another way. No filter sees io_uring's operations; clone3 has its flags in
+#: memory.
 _MISSING = {
     "userfaultfd": 323, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "clone3": 435,
     "memfd_secret": 447,
@@ -44,14 +46,14 @@ _DENIED = {
     "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "fsopen": 430, "fsconfig": 431, "fsmount": 432,
     "fspick": 433, "move_mount": 429, "open_tree": 428, "open_tree_attr": 467, "mount_setattr": 442, "unshare": 272,
     "setns": 308,
-    # files past their paths
+    # access to files without their paths
     "open_by_handle_at": 304, "name_to_handle_at": 303, "fanotify_init": 300, "fanotify_mark": 301, "quotactl": 179,
     "quotactl_fd": 443, "acct": 163, "swapon": 167, "swapoff": 168, "file_setattr": 469,
     # the machine
     "reboot": 169, "sethostname": 170, "setdomainname": 171, "kexec_load": 246, "kexec_file_load": 320,
     "init_module": 175, "finit_module": 313, "delete_module": 176, "settimeofday": 164, "clock_settime": 227,
     "clock_adjtime": 305, "adjtimex": 159, "iopl": 172, "ioperm": 173, "syslog": 103, "vhangup": 153,
-    # the kernel's own interfaces, and what is rarely used
+    # the kernel's own interfaces, and rarely used calls
     "bpf": 321, "add_key": 248, "request_key": 249, "keyctl": 250, "lookup_dcookie": 212, "modify_ldt": 154,
     "uselib": 134, "ustat": 136, "sysfs": 139, "personality": 135, "vmsplice": 278, "lsm_set_self_attr": 460,
     # memory and messages that are shared by name
@@ -87,8 +89,8 @@ def known_here() -> bool:
 
 
 def program(network: bool, doors: bool) -> bytes:
-    """The program for an agent with or without a network. `doors`: a Unix socket is asked of a listener (see `doors`);
-    without it there is none."""
+    """The program for an agent with or without a network. `doors`: a new Unix socket becomes a request to a listener
+    (see `doors`); without it there are no Unix sockets."""
     unix = _ASK if doors else EAFNOSUPPORT
     looked_into = {
         _CLONE: _mask(0, _NAMESPACES, EPERM),
@@ -111,7 +113,7 @@ def program(network: bool, doors: bool) -> bytes:
         (_IF_EQUAL, 1, 0, _ARCH),
         _return(_KILL),
         (_LOAD, 0, 0, _NUMBER_AT),
-        (_IF_GREATER, 0, 1, _LAST),  # also all of x32, whose numbers begin at 2 to the 30th
+        (_IF_GREATER, 0, 1, _LAST),  # includes all of x32, whose numbers begin at 2 to the 30th
         _return(ENOSYS),
     ]
     return b"".join(struct.pack("=HBBI", *one) for one in [*head, *_search(actions)])
@@ -146,7 +148,8 @@ def _file_type(argument: int) -> list[Instruction]:
 
 
 def _own_priority(user: int) -> list[Instruction]:
-    """Of oneself or one's own group: number 0. The first argument `user` means all processes of a user."""
+    """Priority of the caller or its own group: number 0. The first argument `user` stands for all processes of a
+    user."""
     return [
         _argument(0),
         (_IF_EQUAL, 2, 0, user),
@@ -158,9 +161,9 @@ def _own_priority(user: int) -> list[Instruction]:
 
 
 def _own_scheduling() -> list[Instruction]:
-    """Of oneself: number 0. C libraries name threads by their numbers, which nothing here tells from processes, and
-    libzmq (Jupyter) ends the program if it may not give its own ones the ordinary policy, which they have: that is
-    called a success, and nothing is done."""
+    """Scheduling of the caller: number 0. C libraries name threads by numbers, which cannot be told from processes
+    here. libzmq (Jupyter) ends the program if it may not set the ordinary policy for its own threads, which they
+    already have: that call is answered with success, and nothing is done."""
     return [
         _argument(0),
         (_IF_EQUAL, 4, 0, 0),
@@ -173,7 +176,7 @@ def _own_scheduling() -> list[Instruction]:
 
 
 def _own_or_reading() -> list[Instruction]:
-    """prlimit64 of oneself, or without new limits: pid 0, or a null pointer (both halves)."""
+    """prlimit64 of the caller, or without new limits: pid 0, or a null pointer (both halves)."""
     pointer = _ARGS_AT + 8 * 2
     return [
         _argument(0),
@@ -188,7 +191,7 @@ def _own_or_reading() -> list[Instruction]:
 
 
 def _socketpair() -> list[Instruction]:
-    """Pairs of Unix sockets. None of datagrams: such a socket can send to any other one by its path."""
+    """Pairs of Unix sockets. Not for datagrams: such a socket can send to any other one by its path."""
     return [
         _argument(0),
         (_IF_EQUAL, 0, 4, _UNIX),
@@ -202,7 +205,7 @@ def _socketpair() -> list[Instruction]:
 
 
 def _socket(network: bool, unix: int) -> list[Instruction]:
-    """A Unix socket of streams; with a network also TCP, UDP, and questions about routes."""
+    """A Unix socket of streams; with a network also TCP, UDP, and netlink queries about routes."""
     block = _if_family(_UNIX, _kind(_STREAM, (0,), unix))
     if network:
         internet = [*_kind(_STREAM, (0, _TCP), _ALLOW)[:-1], *_kind(_DATAGRAM, (0, _UDP), _ALLOW)]
@@ -217,7 +220,7 @@ def _if_family(family: int, block: list[Instruction]) -> list[Instruction]:
 
 
 def _kind(kind: int, protocols: tuple[int, ...], action: int) -> list[Instruction]:
-    """A type of socket with one of these protocols. The last instruction is what becomes of all other types."""
+    """A type of socket with one of these protocols. The last instruction decides about all other types."""
     inside = _one_of(2, protocols, then=action, other=EAFNOSUPPORT)
     return [
         _argument(1),
@@ -232,8 +235,8 @@ def _kind(kind: int, protocols: tuple[int, ...], action: int) -> list[Instructio
 
 
 def _search(actions: dict[int, list[Instruction]]) -> list[Instruction]:
-    """A tree over the numbers; the accumulator holds the call's. A jump reaches 255 instructions, so the blocks lie
-    right behind the test that leads to them."""
+    """A search tree over the numbers; the accumulator holds the number of the call. A jump reaches 255 instructions, so
+    each block follows directly after the test that leads to it."""
     return _tree(sorted(actions), actions)
 
 
@@ -247,5 +250,5 @@ def _tree(numbers: list[int], actions: dict[int, list[Instruction]]) -> list[Ins
     low, high = _tree(numbers[:middle], actions), _tree(numbers[middle:], actions)
     if len(low) <= 255:
         return [(_IF_AT_LEAST, len(low), 0, numbers[middle]), *low, *high]
-    # Too far for a conditional jump: over an unconditional one.
+    # Too far for a conditional jump: jump over an unconditional one.
     return [(_IF_AT_LEAST, 0, 1, numbers[middle]), (0x05, 0, 0, len(low)), *low, *high]

@@ -1,10 +1,11 @@
-"""Networks of single hosts: which there are, what of them covers what, and what of it an agent gets to know. Pure.
+"""Networks of agents: their forms, which covers which, and the variables that tell an agent's programs about its proxy.
+Pure.
 
 - `all`: the machine's network.
 - `none`: no network.
-- `gateway`: a network of its own, in which there is the gateway of aiosd and nothing else.
-- `example.org,*.example.net:8443`: the same, and a proxy (`aiosd.net`) that connects to these.
-  Without a port 80 and 443 are meant; `*.` is all below a name, not that itself.
+- `gateway`: a network of its own, with aiosd's gateway and nothing else.
+- `example.org,*.example.net:8443`: the same, and a proxy (`aiosd.net`) that connects to these hosts.
+  Without a port, ports 80 and 443 are meant; `*.` stands for all names below a name, not that name itself.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ PORTS = (80, 443)  # of a host without a port
 MOST = 64  # hosts of one agent
 CHARACTERS = 8192  # of all of them
 
-#: Where the proxy listens in an agent's own network.
+#: The address at which the proxy listens in an agent's own network.
 PROXY_HOST, PROXY_PORT = "127.0.0.1", 3128
 
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # as the last part of a name it makes an address of that
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a name with such a last part would be taken for an address
 _CONTROL = re.compile(r"[\x00-\x20\x7f]")
 
 
@@ -44,29 +45,29 @@ class HostGrant(NamedTuple):
 
 
 def are_named(net: str) -> bool:
-    """Whether this network is one of its own, of single hosts or of the gateway alone."""
+    """Whether the agent has a network of its own: with single hosts, or the gateway alone."""
     return net not in ("", ALL, NONE)
 
 
 def normal(words: Iterable[str]) -> str:
-    """One network from what a person wrote: `all`, `none`, `gateway`, or hosts, in one text or several. Raises
-    ValueError."""
+    """A network in its normal form, from a person's words: `all`, `none`, `gateway`, or hosts, in one text or several.
+    Raises ValueError."""
     found = [word.strip() for text in words for word in text.split(",")]
     if found in ([ALL], [NONE]):
         return found[0]
     if ALL in found or NONE in found:
         raise ValueError("all and none stand alone")
-    if GATEWAY in found:  # it is there besides hosts, too
+    if GATEWAY in found:  # it is reached besides hosts, too
         found = [word for word in found if word != GATEWAY]
         if not found:
             return GATEWAY
     net = ",".join(dict.fromkeys(str(_grant(word)) for word in found))
-    grants(net)  # how many there are
+    grants(net)  # checks their number
     return net
 
 
 def grants(net: str) -> tuple[HostGrant, ...]:
-    """Of a network as `normal` writes it; none of those that are a word. Raises ValueError."""
+    """The hosts of a network in its normal form; empty if it is a word. Raises ValueError."""
     if not are_named(net) or net == GATEWAY:
         return ()
     if len(net) > CHARACTERS:
@@ -78,12 +79,12 @@ def grants(net: str) -> tuple[HostGrant, ...]:
 
 
 def rule(granted: Iterable[HostGrant], host: str, port: int) -> HostGrant | None:
-    """By which grant a host (as `host_of` writes it) may be reached at a port; None: by none."""
+    """The grant by which a host (as `host_of` writes it) may be reached at a port; None: there is none."""
     return next((one for one in granted if port in one.ports and matches("host", one.host, host)), None)
 
 
 def covers(wide: str, narrow: str) -> bool:
-    """Whether a network reaches all that another one does."""
+    """Whether the network `wide` reaches everything that `narrow` reaches."""
     if wide in (ALL, narrow) or narrow == NONE:
         return True
     mine = grants(wide)
@@ -99,7 +100,7 @@ def covers(wide: str, narrow: str) -> bool:
 
 
 def refusal(granted: Iterable[HostGrant], host: str, port: int) -> str:
-    """Why a host that no grant names is not reached, with what would allow it."""
+    """Why a host that no grant names is not reached, and the option that would allow it."""
     shown = f"[{host}]" if ":" in host else host
     found = [str(one) for one in granted if matches("host", one.host, host)]
     wanted = shown if port in PORTS else f"{shown}:{port}"
@@ -109,7 +110,7 @@ def refusal(granted: Iterable[HostGrant], host: str, port: int) -> str:
 
 def address(text: str) -> tuple[str, int]:
     """HOST or HOST:PORT, [v6] or [v6]:PORT, as a host that can be compared, and its port (0: none was given). Raises
-    ValueError for what is none."""
+    ValueError for other text."""
     host, port = text, 0
     if text.startswith("["):
         inside, closed, rest = text[1:].partition("]")
@@ -124,7 +125,7 @@ def address(text: str) -> tuple[str, int]:
 
 
 def proxied(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment of an agent that has a network of single hosts."""
+    """The environment of an agent with a network of single hosts: names the proxy."""
     url = f"http://{PROXY_HOST}:{PROXY_PORT}"
     own = {"http_proxy": url, "https_proxy": url, "all_proxy": url, "no_proxy": "localhost,127.0.0.1"}
     kept = {name: value for name, value in env.items() if name.lower() not in own}
@@ -142,7 +143,7 @@ def _grant(word: str) -> HostGrant:
     host, port = address(word)
     if _is_address(host):
         _refuse_private(host)
-    elif "." not in host:  # none has a public address: it is another word that was meant to be understood
+    elif "." not in host:  # no such name has a public address: the person meant a word that does not exist
         raise ValueError(f"{word[:80]!r} is no host (such as example.org), and neither all nor none")
     return HostGrant(host, port)
 

@@ -1,7 +1,8 @@
 """Landlock: rights on files, by the folder below which they lie (landlock(7)).
 
-A ruleset says which rights it governs; what no rule grants of these is denied. A kernel that knows fewer rights gets a
-smaller ruleset. `ABI` numbers are Landlock's own versions: 5.13 has 1, 6.2 has 3, 6.7 has 4, 6.10 has 5, 6.12 has 6.
+A ruleset has a set of governed rights; of these, whatever no rule grants is denied. A kernel that knows fewer rights
+gets a smaller ruleset. `ABI` numbers are Landlock's own versions: 5.13 has 1, 6.2 has 3, 6.7 has 4, 6.10 has 5, 6.12
+has 6.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _WANT_VERSION = 1
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = (1 << bit for bit in range(4))
 TRUNCATE, IOCTL_DEVICE = 1 << 14, 1 << 15
 
-#: What a rule may grant below a folder.
+#: The rights that a rule may grant below a folder.
 READ = EXECUTE | READ_FILE | READ_DIR
 WRITE = READ | sum(1 << bit for bit in range(1, 15))  # all but ioctl on devices
 DEVICE = READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEVICE
@@ -29,12 +30,12 @@ MAKE_DEVICES = 1 << 6 | 1 << 11  # character and block devices: no rule grants t
 
 @dataclass(frozen=True, slots=True)
 class Ruleset:
-    """What Linux can govern here."""
+    """The rights that this Linux can govern."""
 
     files: int
     net: int
     scoped: int
-    size: int  # bytes of its C struct that this Linux knows
+    size: int  # bytes of the C struct that this Linux knows
 
 
 def abi() -> int:

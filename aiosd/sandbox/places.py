@@ -1,11 +1,12 @@
-"""Which mounts a cage has, and which an agent in it gets besides: pure, and without a single look at the disk.
+"""The mounts of a cage, and those that an agent in it gets besides. Pure, without any access to the disk.
 
-The cage's root is a small file system in memory, read-only. It has the system's folders (`system`) and, for everything
-else that lies directly below the machine's root, an empty folder. A path that an agent was granted lies in one of these
-(/home, say): the agent covers it with memory of its own, makes the folders above the path there, and attaches the path.
+The cage's root is a small read-only file system in memory. It has the system's folders (`system`) and an empty folder
+for everything else that lies directly below the machine's root. A path that an agent was granted lies in one of these
+folders (/home, for example): the agent covers the folder with memory of its own, makes the folders above the path
+there, and attaches the path.
 
-    invariant: what an agent sees is `system`, its own memory, and what it was granted; of the names above that,
-               those that lead there, and no others
+    invariant: an agent sees `system`, its own memory, and the paths that it was granted; of the names above a path only
+               those that lead there
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ ATTACH, MEMORY, TERMINALS, FOLDER, LINK, SEAL = range(6)
 READ_ONLY, NO_SUID, NO_DEVICES = 1, 2, 4
 
 _RECORD = struct.Struct("=6I")
-_SHARED = "size=64m,mode=1777"  # of /tmp and of /dev/shm; what needs more uses TMPDIR, which is on the disk
+_SHARED = "size=64m,mode=1777"  # of /tmp and of /dev/shm; for more there is TMPDIR, which is on the disk
 _COVER = "size=1m,mode=755"
 _TERMINALS = "mode=600,ptmxmode=666"
 
-#: Where an agent finds its own terminal (`aios-run -t`), which lies in the machine's /dev/pts; others find /dev/null.
+#: The name of an agent's own terminal (`aios-run -t`), which lies in the machine's /dev/pts; for others it is
+#: /dev/null.
 CONSOLE = "/dev/console"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 _DEVICE_LINKS = {
@@ -36,27 +38,27 @@ _DEVICE_LINKS = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One step of building: what `native/cage.h` calls a place. Paths are `os_text`, absolute."""
+    """One step of building a cage (a place in `native/cage.h`). Paths are `os_text`, absolute."""
 
     kind: int
     target: str
-    source: str = ""  # of a mount: a path; of memory: options; of a link: where it leads
+    source: str = ""  # of a mount: a path; of memory: options; of a link: its target
     attributes: int = 0
     must: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What of the machine is in the cage, and what lies beside it."""
+    """The parts of the machine that are in the cage, and the names of all others."""
 
     system: tuple[str, ...]  # folders and files, resolved, none of them inside of another
     folders: tuple[str, ...] = ()  # directly below the root, without links
     links: dict[str, str] = field(default_factory=dict)  # … and the links there
-    ways: dict[str, str] = field(default_factory=dict)  # links further down, over which programs come to `system`
+    ways: dict[str, str] = field(default_factory=dict)  # links further down that lead programs to `system`
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
-    """Sorted, without those that lie inside of others."""
+    """The paths, sorted, without those that lie inside of others."""
     kept: list[str] = []
     for path in sorted(set(paths)):
         if not any(inside(path, (other,)) for other in kept):
@@ -87,7 +89,7 @@ def of_agent(
     terminal: str = "",
     ways: Mapping[str, str] | None = None,
 ) -> list[Place]:
-    """The steps of one agent, when it has entered the cage. `protected`: see `sandbox.protected`; `terminal`: its own,
+    """The steps of one agent after it has entered the cage. `protected`: see `sandbox.protected`; `terminal`: its own,
     "": it has none; `ways`: links in the paths that it got, see `needed`."""
     granted = dict.fromkeys(_below_root(machine, read), False)
     granted |= dict.fromkeys(_below_root(machine, write), True)
@@ -95,7 +97,7 @@ def of_agent(
     covers: list[Place] = []
     grants: list[Place] = []
     seals: list[Place] = []
-    seen = dict.fromkeys(machine.system, False)  # what can be seen, and whether it can be written to
+    seen = dict.fromkeys(machine.system, False)  # visible paths, and whether they can be written to
     covered = {"/tmp"}
     for path in sorted(granted):
         writable = granted[path]
@@ -132,21 +134,21 @@ def of_agent(
 
 
 def needed(machine: Machine, links: Iterable[Iterable[str]], granted: Sequence[str]) -> dict[str, str]:
-    """Of links in the paths that an agent got (its program, its arguments) those that lead to something that it
-    can see, and that are not there anyway."""
+    """The links in the paths that an agent got (its program, its arguments) that lead to visible paths and do not exist
+    in the cage anyway."""
     seen = (*machine.system, *granted)
     return {
         link: source
         for link, source in links
         if link not in machine.ways
-        and _top(link) != "/dev"  # these are in every cage
+        and _top(link) != "/dev"  # links in /dev are in every cage
         and not inside(link, seen)
         and (inside(source, seen) or any(inside(path, (source,)) for path in granted))
     }
 
 
 def packed(places: Sequence[Place]) -> bytes:
-    """As `native/cage.h` has them, one behind the other."""
+    """The places as records of `native/cage.h`, concatenated."""
     return b"".join(map(_pack, places))
 
 
@@ -175,7 +177,7 @@ def _no_console() -> Place:
 
 
 def _covering(machine: Machine, top: str) -> list[Place]:
-    """Memory over a folder below the root, and into it again what of the system lies there."""
+    """Cover a folder below the root with memory, and attach there again the parts of the system that lie in it."""
     again: list[Place] = []
     if top == "/dev":
         again = [Place(FOLDER, "/dev/shm"), Place(FOLDER, "/dev/pts")]
@@ -190,7 +192,7 @@ def _top(path: str) -> str:
 
 
 def _below_root(machine: Machine, paths: Iterable[str]) -> list[str]:
-    """The paths, and instead of the root itself what lies there."""
+    """The paths, with the entries of the root instead of the root itself."""
     found: list[str] = []
     for path in paths:
         if path == "/":

@@ -1,7 +1,7 @@
 """From an agent's box to the plan that `native/confine.c` carries out: bytes, made in the agent's own process.
 
-Most of a plan is the same for all agents (`Ground`): what of the system they may read, the seccomp programs, the cage.
-It is made once in the supervisor, before any agent is forked. The rest are the agent's own paths.
+Most of a plan is the same for all agents (`Ground`): the parts of the system that they may read, the seccomp programs,
+the cage. This part is made once in the supervisor, before any agent is forked. The rest are the agent's own paths.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RULE = struct.Struct("=Q4I")
 
 #: Programs and libraries.
 _PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix/store", "/etc/alternatives")
-#: Of /etc only what programs need: other files there are secrets (/etc/shadow, /etc/ssl/private).
+#: Files of /etc that programs need; some others there are secrets (/etc/shadow, /etc/ssl/private).
 _ETC = (
     "passwd", "group", "nsswitch.conf", "hosts", "host.conf", "resolv.conf", "gai.conf", "services", "protocols",
     "localtime", "timezone", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/certs", "ssl/openssl.cnf",
@@ -36,10 +36,10 @@ _ETC = (
     "gitconfig", "inputrc", "terminfo",
     "profile", "bash.bashrc", "fonts", "magic", "login.defs", "shells", "java",
 )  # fmt: skip
-#: All of /proc, because a rule on /proc/self would hold for one process only; Landlock itself guards what is another
-#: process's memory, files and environment.
+#: All of /proc, because a rule on /proc/self would hold for one process only; Landlock itself guards memory, files and
+#: environment of other processes.
 _KERNEL = ("/proc", "/sys/devices/system/cpu", "/sys/fs/cgroup")
-#: What a cage has of its own.
+#: File systems of a cage's own.
 _PRIVATE = {"/tmp": landlock.WRITE, "/dev/shm": landlock.WRITE, "/dev/pts": landlock.DEVICE | landlock.READ_DIR}
 _PRIVATE |= {"/dev": landlock.READ_DIR}
 _OUTPUT = landlock.WRITE_FILE | landlock.TRUNCATE
@@ -49,7 +49,7 @@ _NO_CAGE = (-1, -1, -1, -1, _KEEP_NETWORK, 0)
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What the plans of all agents have in common on this machine."""
+    """The common part of the plans of all agents on this machine."""
 
     ruleset: landlock.Ruleset
     rules: bytes
@@ -69,7 +69,7 @@ def ground(python_path: Iterable[str], built: Cage | None = None) -> Ground:
 
 
 def common_rules(python_path: Iterable[str]) -> list[tuple[str, int]]:
-    """What all confined agents may do below which path, or with which file."""
+    """The rights of all confined agents, by folder or file."""
     python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *_modules(python_path)}
     rules = [(path, landlock.READ) for path in (*_PROGRAMS, *sorted(python), *(f"/etc/{name}" for name in _ETC))]
     rules += [(path, landlock.READ_FILE | landlock.READ_DIR) for path in _KERNEL]
@@ -77,8 +77,8 @@ def common_rules(python_path: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def granted(python_path: Iterable[str]) -> dict[str, list[str]]:
-    """For people: what of the machine every confined agent may use besides what is its own, and which variables of the
-    environment in which it was started it gets."""
+    """For people: the parts of the machine that every confined agent may use besides its own files, and the variables
+    that it gets from the environment of its start."""
     there = [(path, rights) for path, rights in common_rules(python_path) if os.path.exists(path)]
     return {
         "read": [path for path, rights in there if rights != landlock.DEVICE],
@@ -88,8 +88,8 @@ def granted(python_path: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _modules(python_path: Iterable[str]) -> Iterator[str]:
-    """Folders of modules. Where that is the root, the user's home or a folder above it, which is chance (an empty word
-    in PYTHONPATH stands for the folder in which aiosd was started), it is aiosd alone."""
+    """Folders of modules. If one is the root, the user's home or a folder above it, which happens by chance (an empty
+    word in PYTHONPATH stands for the folder in which aiosd was started), only aiosd itself is taken."""
     homes = [os.path.realpath(os.path.expanduser("~"))]
     with contextlib.suppress(KeyError):  # a user without an entry
         homes.append(os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir))
@@ -101,7 +101,7 @@ def _modules(python_path: Iterable[str]) -> Iterator[str]:
 
 
 def machine(common: Iterable[tuple[str, int]]) -> Machine:
-    """What of it is in a cage: /etc as a whole, because files in it are replaced by others."""
+    """The parts of the machine that are in a cage: /etc as a whole, because files in it get replaced."""
     paths = [path for path, _ in common]
     etc = [path for path in paths if path.startswith("/etc/")]
     return cage.look((*(path for path in paths if path not in etc), "/etc"), etc)
@@ -116,10 +116,11 @@ def plan(
     terminal: str = "",
     names: Iterable[str] = (),
 ) -> bytes:
-    """The whole plan for one agent. `doors`: its Unix sockets are asked of a listener (see `doors`). `network_fd`: of
-    the network to enter, in place of a new one, where the box names single hosts. `outputs`: descriptors that were
-    handed over open for writing, wherever their files lie: scripts open them anew, by the name /dev/stderr.
-    `terminal`: the path of its own, "": it has none. `names`: paths as it got them, over links perhaps."""
+    """The whole plan for one agent. `doors`: its Unix sockets are requested from a listener (see `doors`).
+    `network_fd`: of the network to enter instead of a new one, if the box names single hosts. `outputs`: descriptors
+    that were handed over open for writing, wherever their files lie: scripts open them again by names such as
+    /dev/stderr. `terminal`: the path of its own, "": it has none. `names`: paths as the agent got them, perhaps over
+    links."""
     ruleset, network = ground.ruleset, box.net != hosts.NONE
     entry, mounts = _cage(ground, box, network_fd, terminal, names) if box.level == "cage" else (_NO_CAGE, b"")
     own = [_rule(path, landlock.READ, strict=True) for path in box.read]
@@ -149,7 +150,7 @@ def plan(
 def _cage(
     ground: Ground, box: Box, network_fd: int, terminal: str, names: Iterable[str]
 ) -> tuple[tuple[int, ...], bytes]:
-    """The cage's part of the head, and the records of its places. Raises OSError where there is no cage."""
+    """The cage's part of the head, and the records of its places. Raises OSError if there is no cage."""
     if ground.cage is None:
         raise OSError(errno.ENOTSUP, "sandbox: there is no cage here")
     fixed: dict[str, bool] = {}
@@ -167,8 +168,8 @@ def _cage(
 
 
 def _is_file(fd: int) -> bool:
-    """Whether there can be a rule about it (about a pipe there can be none, and there need not) that grants no more
-    than is granted already by handing it over."""
+    """Whether there can be a rule about the descriptor's file that grants no more than handing it over has granted.
+    (For a pipe there can be none, and none is needed.)"""
     mode = os.fstat(fd).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
         return False
@@ -176,8 +177,8 @@ def _is_file(fd: int) -> bool:
 
 
 def _rule(path: str, rights: int, strict: bool = False, must: bool = False) -> bytes:
-    """One that is not there grants nothing, or is an error if it `must` be there. `strict`: nor does one that leads
-    through a symbolic link, because it was none when the path was named: another process has changed it since."""
+    """A rule. A missing path grants nothing, or is an error if it `must` exist. `strict`: a path that leads through a
+    symbolic link grants nothing either: there was none when it was named, so another process has changed it since."""
     encoded = os_bytes(path) + b"\0"
     encoded += bytes(-len(encoded) % 8)
     return _RULE.pack(rights & ~landlock.MAKE_DEVICES, must, strict, len(encoded), 0) + encoded

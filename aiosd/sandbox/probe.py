@@ -1,7 +1,7 @@
-"""What this machine can do, found out by doing it: a forked child confines itself, and tries what must not work.
+"""Tests what this machine can do: a forked child confines itself, and then tries actions that must fail.
 
-The settings of a machine mislead (a user namespace may be allowed and then be of no use); only a try tells. It is made
-once, when the system starts.
+The settings of a machine can be misleading (a user namespace may be allowed and then be of no use), so only a test
+shows it. It is made once, when the system starts.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Offer:
 
     level: str
     reason: str = ""
-    open: tuple[str, ...] = ()  # what a confined agent can still do, for people
+    open: tuple[str, ...] = ()  # gaps that remain for a confined agent, for people
 
 
 def offer(native: Native | None, ground: Ground | None, fork: ForkFunction) -> tuple[Offer, Ground | None]:
-    """What is possible here, and the ground with its cage, if there can be one. `fork`: runs a function in a child, and
-    returns its Linux pid."""
+    """The strongest level that works here, and the ground with its cage, if there can be one. `fork`: runs a function
+    in a child, and returns its Linux pid."""
     why = _missing(native)
     if native is None or ground is None or why:
         return Offer("none", why), ground
@@ -90,7 +90,7 @@ def _reads(setting: str) -> str:
 
 
 def _tried(native: Native, ground: Ground, level: str, fork: ForkFunction) -> str:
-    """Confine a child; what went wrong, or nothing."""
+    """Confine a child. Returns a sentence about the failure; "": there was none."""
     reading, writing = os.pipe()
     box = Box(level, "none", "/usr")
     outside = os.stat("/tmp").st_dev if os.path.exists("/tmp") else -1
@@ -116,7 +116,7 @@ def _tried(native: Native, ground: Ground, level: str, fork: ForkFunction) -> st
 
 
 def _attempts() -> str:
-    """In the confined child: whether it is confined, and still works."""
+    """In the confined child: test that it is confined, and still works."""
     try:
         os.close(os.open("/etc/passwd", os.O_RDONLY))
         os.close(os.open(os.devnull, os.O_RDWR))
@@ -135,7 +135,7 @@ def _attempts() -> str:
 
 
 def _attempts_in_cage(outside: int) -> str:
-    """`outside`: the device of the machine's /tmp."""
+    """The same in a cage. `outside`: the device of the machine's /tmp."""
     try:
         os.close(os.open("/tmp/probe", os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         for fd in os.openpty():

@@ -1,10 +1,10 @@
-"""What stays read-only in folders that an agent may write to: files that make other programs run something.
+"""Files that stay read-only in folders that an agent may write to, because they make other programs run code.
 
-A folder of a person's with a repository in it is written to by an agent, and then used by the person: a hook that the
+An agent may write to a person's folder with a repository in it, and later the person uses that folder: a hook that the
 agent left there would run with all the person's rights. So in a cage hooks and settings of repositories are mounted
-read-only, `.git` itself and the folders above it are mounted onto themselves, so that they cannot be renamed and made
-anew, and some well-known files of editors and shells are read-only, too. What is not there when the agent starts is not
-protected.
+read-only; `.git` itself and the folders above it are mounted onto themselves, so that they cannot be renamed and made
+anew; and some well-known files of editors and shells are read-only, too. Files that do not exist when the agent starts
+are not protected.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MOST_FOUND = 300
 
 
 def find(folder: str) -> dict[str, bool]:
-    """Paths below a folder, and whether each stays writable: `False` is to be read-only, `True` only to stay in its
-    place. In an order in which they can be mounted one after the other."""
+    """Paths below a folder, and whether each stays writable: False: read-only; True: it must only stay in its place. In
+    an order in which they can be mounted one after the other."""
     found: dict[str, bool] = {}
     for path in _candidates(folder):
         for above in _between(folder, path):

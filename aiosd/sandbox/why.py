@@ -1,7 +1,7 @@
-"""Why an agent can or cannot use a path, or reach a host: which layer allows or denies it, by which rule, and what
-would allow it.
+"""Explains why an agent can or cannot use a path, or reach a host: which layer allows or denies it, by which rule, and
+what would allow it.
 
-All but the path's own mode follows from the agent's box, and from what the plans of all agents have in common
+Everything but the path's own mode follows from the agent's box, and from the common part of all plans
 (`plan.common_rules`).
 """
 
@@ -23,7 +23,7 @@ _PRIVATE = ("/tmp", "/dev/shm", "/dev/pts")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Of one deed."""
+    """The result for one deed."""
 
     deed: str  # read, write or run, or reach
     allowed: bool
@@ -32,12 +32,12 @@ class Finding:
 
 
 def findings(path: str, box: Box, machine: Machine, common: Sequence[tuple[str, int]]) -> list[Finding]:
-    """`path`: absolute, without links. `common`: what all agents are granted, by path."""
+    """The results for a path. `path`: absolute, without links. `common`: the rights of all agents, by path."""
     return [_finding(deed, path, box, machine, common) for deed in _DEEDS]
 
 
 def of_host(url: str, box: Box) -> Finding:
-    """`url`: SCHEME://HOST[:PORT][/…]. Raises ValueError."""
+    """The result for a host. `url`: SCHEME://HOST[:PORT][/…]. Raises ValueError."""
     scheme, _, rest = url.partition("://")
     host, port = hosts.address(rest.partition("/")[0])
     port = port or {"http": 80, "https": 443, "ws": 80, "wss": 443}.get(scheme.lower(), 0)
@@ -79,12 +79,12 @@ def _finding(deed: str, path: str, box: Box, machine: Machine, common: Sequence[
 
 
 def _remedy(deed: str, path: str) -> str:
-    """Nothing for `run`, because what may be read may be run."""
+    """The option of aios-run that would allow it. "" for `run`, because a file that may be read may be run."""
     return {"read": f"--read {path}", "write": f"--write {path}"}.get(deed, "")
 
 
 def _granted(box: Box) -> list[tuple[str, int, str]]:
-    """Path, rights, and by which rule."""
+    """Path, rights, and the name of the rule."""
     granted = [(box.workspace, landlock.WRITE, "its workspace")]
     granted += [(path, landlock.READ, f"granted by read: {path}") for path in box.read]
     return granted + [(path, landlock.WRITE, f"granted by write: {path}") for path in box.write]
@@ -95,7 +95,8 @@ def _rule(deed: str, path: str, rules: Iterable[tuple[str, int, str]]) -> str:
 
 
 def _mode(deed: str, path: str) -> str:
-    """What the file's own mode denies to a process of this user without capabilities, as agents are: also to root."""
+    """What the file's own mode denies to a process of this user without capabilities (agents have none, even as
+    root)."""
     try:
         found = os.stat(path)
     except OSError as err:

@@ -1,1 +1,1 @@
-"""The store: what agents keep. A service with one thread and one database (see `main`)."""
+"""The store: notes and files of agents. A service with one thread and one database (see `main`)."""

@@ -4,8 +4,8 @@ An export is a tar for people and other programs: a file of JSON lines for each 
 large contents under their hashes, and `aiosd.json`, which describes the rest. A backup is a tar of the database file
 itself and the same contents. Either is read back into a store, whose database is kept beside the new one.
 
-Both are made from files that do not change any more: those of a store that no process has open, or of a snapshot, which
-the running store makes of itself (`snapshots.py`).
+Both are made from files that do not change any more: the files of a store that no process has open, or a snapshot,
+which the running store makes of itself (`snapshots.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def backup(folder: Path, target: IO[bytes]) -> None:
 
 
 def export(folder: Path, target: IO[bytes]) -> tuple[dict[str, int], list[str]]:
-    """Write a tar of all rows and contents. Returns how many rows of which table, and what could not be read."""
+    """Write a tar of all rows and contents. Returns the number of rows of each table, and sentences about what could
+    not be read."""
     salvage = Salvage.open(folder / FILE)
     model = new_database(None, salvage.plan.schema)
     columns = columns_of(model)
@@ -102,7 +103,7 @@ def _add_stream(tar: tarfile.TarFile, name: str, file: IO[bytes]) -> None:
 
 
 def counted(folder: Path) -> dict[str, int]:
-    """How many rows of which table there are; of empty tables nothing."""
+    """The number of rows of each table that is not empty."""
     path = folder / FILE
     if not path.exists():
         return {}
@@ -121,8 +122,9 @@ def _count(path: Path, plan: roots.RootPages) -> dict[str, int]:
 
 
 def load(source: IO[bytes], folder: Path) -> tuple[dict[str, int], Path | None]:
-    """Read an export or a backup into a store that no process has open. Returns how many rows of which table, and where
-    the database that was there is now. Raises UsageError for a file that is neither; the store is as it was then."""
+    """Read an export or a backup into a store that no process has open. Returns the number of rows of each table, and
+    the path to which the old database was moved. Raises UsageError for a file that is neither; then the store is
+    unchanged."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     new = folder / f"{FILE}.new"
     for stale in (new, new.with_name(new.name + "-wal")):
@@ -134,7 +136,7 @@ def load(source: IO[bytes], folder: Path) -> tuple[dict[str, int], Path | None]:
             _load_contents(tar, folder)
     except (tarfile.TarError, EOFError, KeyError, ValueError, TypeError, apsw.Error) as err:
         new.unlink(missing_ok=True)
-        why = str(err).partition(":\n")[0]  # without the list of all compressions that it does not have
+        why = str(err).partition(":\n")[0]  # without the list of compressions that were tried
         raise UsageError(f"is no export and no backup of aiosd, or a damaged one ({why})") from err
     return counts, take_place(new, folder / FILE, "before-import")
 
@@ -199,7 +201,7 @@ def _value(value: Any) -> Any:
 
 
 def _load_contents(tar: tarfile.TarFile, folder: Path) -> None:
-    """What is there already is not written again: it has the same hash."""
+    """Write the contents. A content that exists already is not written again: it has the same hash."""
     for member in tar.getmembers():
         place, _, name = member.name.partition("/")
         if place != CONTENTS or not member.isfile():

@@ -1,14 +1,15 @@
-"""What a call of the store amounts to, for rules and people.
+"""Decides which calls of the store need a person's consent, and describes them for rules and people.
 
-What an agent keeps in its own space is its own. What belongs to its group, or to another agent, belongs to others, too:
-to remove it, to roll it back, or to write over what another one wrote last, asks a person where no rule decides.
-That holds for files and for the group's notes. Two things do not ask: to append to a file, which takes nothing away;
-and to write where the owner has shared a path for writing, because it has allowed that. An agent may also change, write
-over and (a note) remove what it wrote last itself. Nobody knows who wrote a note that an older aiosd has kept: it asks.
+Files and notes in an agent's own space are its own. Those of its group, or of another agent, belong to others, too: to
+remove them, to roll them back, or to overwrite what another agent wrote last, needs a person's consent if no rule
+decides. That holds for files and for the group's notes. Two things need none: to append to a file, because that takes
+nothing away; and to write to a path that the owner has shared for writing, because the owner has allowed that. An agent
+may also change, overwrite and (a note) remove what it wrote last itself. The author of a note that an older aiosd has
+kept is not known, so it needs consent.
 
-The question is asked within the transaction of the call, when all is known and nothing has been done: the exception
-ends the transaction. The call that comes again, allowed, does the same once more, and what it is about must be the
-same: the version of the file and the content that is written are part of what was allowed.
+The decision is made within the transaction of the call, when all is known and nothing has been done: the exception ends
+the transaction. When the call comes again, allowed, it goes through the same steps, and must concern the same: the
+version of the file and the content that is written are part of what was allowed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ SHARED = "what belongs to others, too, is not {} without asking"
 
 
 class Consent:
-    """`require` raises `Unapproved`; `ruled` says whether any rule names a call (see `service.Server`)."""
+    """The decision. `require` raises `Unapproved`; `ruled` returns whether any rule names a call (see
+    `service.Server`)."""
 
     def __init__(self) -> None:
         self.require: Callable[[link.Ask, Deed], None] = lambda ask, deed: None
@@ -48,8 +50,9 @@ class Consent:
         more: Sequence[tuple[str, object]] = (),
         names: bytes = b"",
     ) -> None:
-        """The caller is about to do `call` to this file. `done`: what becomes of what there is ("removed"), "".
-        `content`: what is written; `names`: the hashes of what is written in pieces. Raises Unapproved."""
+        """The caller is about to make `call` on this file. `done`: what the call does to existing content ("removed"),
+        or "". `content`: what is written; `names`: the hashes of content that is written in pieces. Raises
+        Unapproved."""
         asks = done and old is not None and self._of_others(ask.caller, space, old, call)
         default = SHARED.format(done) if asks else ""
         if not default and not self.ruled(call):
@@ -75,8 +78,9 @@ class Consent:
         done: str = "",
         writes: wire.MemAdd | wire.MemUpdate | None = None,
     ) -> None:
-        """The caller is about to do `call` to this note, which `author` (an owner, "": nobody knows) wrote last; None:
-        there is none yet. `done`: what becomes of it ("removed"), "". `writes`: what is written. Raises Unapproved."""
+        """The caller is about to make `call` on this note. `author`: the owner that wrote it last, "" if that is not
+        known, None if there is no note yet. `done`: what the call does to it ("removed"), or "". `writes`: what is
+        written. Raises Unapproved."""
         asks = done and old is not None and shared and author != owners.own(ask.caller)
         default = SHARED.format(done) if asks else ""
         if not default and not self.ruled(call):
@@ -114,7 +118,7 @@ def _shown(caller: link.Caller, space: Namespace) -> str:
 
 
 def _given(args: wire.MemAdd | wire.MemUpdate) -> list[tuple[str, object]]:
-    """What a call writes into a note: of its arguments those that are not as by default."""
+    """What a call writes into a note: the arguments that differ from their defaults."""
     fields = [field for field in msgspec.structs.fields(args) if field.name not in ("note", "if_version", "shared")]
     given = [(field.name, getattr(args, field.name), field.default) for field in fields]
     return [(f"writes {name}", value) for name, value, default in given if value not in (default, [], {}, None)]

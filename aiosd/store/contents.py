@@ -1,20 +1,21 @@
-"""What files consist of: contents of up to PIECE bytes, each kept once and known by its blake2b-256.
+"""The parts of files: contents of up to PIECE bytes, each kept once and identified by its blake2b-256.
 
-A version of a file is a list of contents, so what two versions have in common is there once. A content of up to SMALL
-bytes lies in its row. A larger one is a file of its own, named by its hash, and is compared with that hash whenever it
-is read: one that the disk has changed or lost is EIO, and never a wrong answer.
+A version of a file is a list of contents, so parts that two versions have in common are stored once. A content of up to
+SMALL bytes lies in its row. A larger one is a file of its own, named by its hash, and is compared with that hash
+whenever it is read: if the disk has changed or lost it, the call gets EIO, and never wrong data.
 
-What an owner uses is counted for each owner (`content_uses`), and that is what the quota limits: an owner pays once for
-a content, however often it uses it, and pays the same whether or not others have it too. So nothing tells an owner
-what others keep; and since no call takes a hash, to guess one leads nowhere.
+Usage is counted for each owner (`content_uses`), and the quota limits that: an owner pays once for a content, however
+often it uses it, and pays the same whether or not others have it, too. So an owner cannot find out what others keep;
+and since no call takes a hash, guessing one leads nowhere.
 
 **A file and its row.** A file is complete before the transaction that refers to it can commit: it is written under a
-name of its own in `new/`, synced, and linked into `contents/`, whose folder is synced. (A piece of a file that comes
-in pieces is synced with all others when that is finished: a power cut ends what has been begun.) A file is removed only
-after the commit that drops the last use: that transaction puts its hash into `doomed`. `clean`, outside of any
-transaction, looks at both. What is doomed, and a link in `new/` whose content got no row, because its transaction was
-lost or this process was killed, goes then. Other files without a row are left alone: they may be all that is left of
-damaged rows.
+name of its own in `new/`, synced, and linked into `contents/`, whose folder is synced. (A piece of a file that comes in
+pieces is synced with all others when that is finished: a power cut ends what has been begun.) A file is removed only
+after the commit that drops the last use: that transaction puts its hash into `doomed`. `clean`, outside of any after
+the commit that drops the last use: that transaction puts its hash into `doomed`. `clean`, outside of any transaction,
+removes two kinds of files: those in `doomed`, and those behind a link in `new/` whose content got no row, because its
+transaction was lost or this process was killed. Other files without a row are left alone: they may be all that is left
+of damaged rows.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CLEAN_AT_ONCE = 200  # files
 
 
 class Contents:
-    """All but `read` and `clean` belong into the transaction of the call that they serve."""
+    """All methods but `read` and `clean` must be called in the transaction of a call."""
 
     def __init__(self, database: Database, folder: Path) -> None:
         self._db = database
@@ -49,7 +50,7 @@ class Contents:
             one.mkdir(mode=0o700, exist_ok=True)
         self._fresh = os.listdir(self._new)  # links whose content may have no row
         self._number = 0
-        self._read = (b"", b"")  # hash and bytes of the file that was read last, for readers in small steps
+        self._read = (b"", b"")  # hash and bytes of the file that was read last: some calls read in small steps
         self._may_be_doomed = True
 
     # ── changing ──────────────────────────────────────────────────────────────────────────────────────────
@@ -63,7 +64,7 @@ class Contents:
         in_file = len(data) > SMALL
         if in_file and not self._path(name).exists():
             self._write(name, data, sync)
-        elif in_file and sync:  # left by a transaction that was lost, or a piece of what is not finished
+        elif in_file and sync:  # left by a transaction that was lost, or a piece of an unfinished upload
             self.sync([name])
         if row is None:
             sql = "INSERT INTO contents(hash, size, data, file) VALUES(?, ?, ?, ?)"
@@ -75,8 +76,7 @@ class Contents:
         return content
 
     def sync(self, names: Iterable[bytes]) -> None:
-        """These files are on the disk when this returns. Takes little time where the disk has written them already.
-        Raises OSError (EIO)."""
+        """Make these files durable. Takes little time if the disk has written them already. Raises OSError (EIO)."""
         names = list(names)
         if not names:
             return
@@ -92,12 +92,12 @@ class Contents:
         _sync_folder(self._folder)
 
     def names(self, contents: Iterable[int]) -> bytes:
-        """The hashes of these contents, one behind the other."""
+        """The hashes of these contents, concatenated."""
         found = (self._db.row("SELECT hash FROM contents WHERE id = ?", content) for content in contents)
         return b"".join(row[0] for row in found if row is not None)
 
     def use(self, owner: int, contents: Iterable[int]) -> None:
-        """One more use of each; of one that is named twice, two."""
+        """Count one more use of each; of one that is named twice, two."""
         for content, times in Counter(contents).items():
             sql = "UPDATE content_uses SET uses = uses + ? WHERE owner = ? AND content = ? RETURNING 1"
             if self._db.row(sql, times, owner, content) is None:
@@ -105,7 +105,7 @@ class Contents:
                 self.charge(owner, self._size(content))
 
     def release(self, owner: int, contents: Iterable[int]) -> None:
-        """One use less of each. What is not used any more is gone with the commit."""
+        """Count one use less of each. Contents without a use are gone with the commit."""
         for content, times in Counter(contents).items():
             sql = "UPDATE content_uses SET uses = uses - ? WHERE owner = ? AND content = ? RETURNING uses"
             row = self._db.row(sql, times, owner, content)
@@ -117,7 +117,7 @@ class Contents:
                 self._drop(content)
 
     def charge(self, owner: int, size: int) -> None:
-        """Count bytes that an owner keeps; what is not a content (the row of a version) costs too."""
+        """Count bytes that an owner keeps; rows of versions cost something, too."""
         sql = "INSERT INTO file_bytes VALUES(?1, ?2) ON CONFLICT(owner) DO UPDATE SET bytes = bytes + ?2"
         self._db.do(sql, owner, size)
 
@@ -138,7 +138,7 @@ class Contents:
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, content: int) -> bytes:
-        """Raises OSError (EIO) when it is damaged or not there."""
+        """The bytes of a content. Raises OSError (EIO) when it is damaged or missing."""
         row = self._db.row("SELECT hash, size, data FROM contents WHERE id = ?", content)
         if row is None:
             raise wire.error(errno.EIO, "a part of this file is missing in the store")
@@ -197,7 +197,7 @@ class Contents:
         return bool(self._fresh) or self._may_be_doomed
 
     def _settle(self, link: str) -> None:
-        """A file was written for a transaction, which has ended: the file stays if that has committed."""
+        """Decide about a file that was written for a transaction that has ended: it stays if that was committed."""
         with contextlib.suppress(ValueError):
             name = bytes.fromhex(link.partition(".")[0])
             if self._db.row("SELECT 1 FROM contents WHERE hash = ?", name) is None:
@@ -210,7 +210,7 @@ class Contents:
         if not rows:
             return
         for (name,) in rows:
-            self._path(name).unlink(missing_ok=True)  # `put` would have taken it off the list
+            self._path(name).unlink(missing_ok=True)  # not committed, or `put` would have removed it from there
         with self._db.transaction():
             for (name,) in rows:
                 self._db.do("DELETE FROM doomed WHERE hash = ?", name)
@@ -221,8 +221,8 @@ class Contents:
 
 
 def _begin_writing(fd: int) -> None:
-    """Have the disk begin with what this file has, and do not wait for it: a later fsync then waits for little."""
-    _SYNC_FILE_RANGE(fd, 0, 0, _WRITE)  # where that is refused the fsync does it all
+    """Have the disk begin to write this file, without waiting for it: a later fsync then takes little time."""
+    _SYNC_FILE_RANGE(fd, 0, 0, _WRITE)  # if that is refused the fsync writes all
 
 
 def _sync_folder(path: Path) -> None:

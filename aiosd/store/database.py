@@ -1,16 +1,16 @@
 """The database of the store: one file, one connection, one process, one thread.
 
-SQLite is the truth; whatever else the store holds is made from it and may be lost. The connection has the file for
-itself (`locking_mode=EXCLUSIVE`: a second opener is refused, and no shared memory lies beside the file). A commit
-is on the disk before its caller gets an answer (WAL, `synchronous=FULL`). Each page carries a checksum (`cksumvfs`):
-a page that the disk has changed is an error for those who need it, and never a wrong answer.
+SQLite is the truth; all other data of the store are made from it and may be lost. The connection has the file for
+itself (`locking_mode=EXCLUSIVE`: a second process that opens it is refused, and no shared memory lies beside the file).
+A commit is on the disk before its caller gets an answer (WAL, `synchronous=FULL`). Each page has a checksum
+(`cksumvfs`): a page that the disk has changed is an error for calls that need it, and never wrong data.
 
 **Group commit.** Most of a commit's time is the wait for the disk, which is the same for one call and for fifty. So the
 calls of one turn of the service share a transaction: `begin`, the calls, `commit`, and only then their answers. Each
-call has a savepoint, or checks all before it changes anything (`bare`), and one that fails undoes itself alone. When
-the whole transaction is lost (`commit` raises; or SQLite itself has undone it, which it does when a page cannot be read
-or the disk is full), nothing of it has happened: what was made in memory from it is dropped (`undone`), and the service
-does the calls again, each on its own. Outside of `begin` and `commit` each transaction is durable when it ends.
+call has a savepoint, or makes all its checks before its first change (`bare`), so a call that fails is undone alone.
+When the whole transaction is lost (`commit` raises; or SQLite itself has undone it, which it does when a page cannot be
+read or the disk is full), nothing of it has happened: what was made in memory from it is dropped (`undone`), and the
+service does the calls again, each on its own. Outside of `begin` and `commit` each transaction is durable when it ends.
 
 **Once.** `once` is how a call takes effect once, whatever dies: its effect and a memo of its reply are one transaction
 (see `memos`). **Room.** On a disk that is nearly full nothing may grow, and removals go on (see `room`).
@@ -42,11 +42,11 @@ logger = logging.getLogger("store")
 
 VERSION = 5
 FILE = "store.db"
-CHECKPOINT_PAGES = 1000  # of the WAL: a commit that exceeds this copies them into the file, in a tenth of a second
-IN_MEMORY = ("temp_store=MEMORY",)  # what a savepoint would put back
-CHECKSUM_BYTES = 8  # at the end of each page, as cksumvfs wants it
+CHECKPOINT_PAGES = 1000  # of the WAL: a commit that exceeds this copies the pages into the file, in a tenth of a second
+IN_MEMORY = ("temp_store=MEMORY",)  # for the pages to which a savepoint goes back
+CHECKSUM_BYTES = 8  # at the end of each page, as cksumvfs requires
 
-#: What makes a schema of version n one of version n + 1. A migration is never changed after its release.
+#: Migrations: each turns schema version n into n + 1. A migration is never changed after its release.
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE system(boot TEXT NOT NULL);
@@ -62,8 +62,8 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE VIRTUAL TABLE note_words USING fts5(owner, text, tokenize='unicode61');
     """,
     FILES,
-    # Search: filters by tag and metadata without a look at each note, a note by its own text, and vectors. `pending` is
-    # what has no vector yet of the embedder that `embedder.current` names.
+    # Search: filters by tag and metadata without reading each note, a note by its own text, and vectors. `pending` has
+    # texts that have no vector yet from the embedder that `embedder.current` names.
     """
     CREATE TABLE note_tags(owner INTEGER, tag TEXT, note INTEGER, PRIMARY KEY(owner, tag, note)) WITHOUT ROWID;
     CREATE TABLE note_fields(owner INTEGER, name TEXT, value TEXT, note INTEGER,
@@ -101,8 +101,8 @@ MIGRATIONS: tuple[str, ...] = (
 
 
 class _Part:
-    """One for all transactions of a database: how deep they are is in its books. (A generator for each would take as
-    long as the statements within it.)"""
+    """A transaction, or a part of one. One object serves for all, because their depth is counted in the database. (A
+    generator for each would take as long as the statements within it.)"""
 
     __slots__ = ("_database", "_saved")
 
@@ -117,23 +117,23 @@ class _Part:
 
 
 class Database:
-    """Raises WorldError, with a sentence, when the file cannot be used."""
+    """The database. Raises WorldError, with a sentence, when the file cannot be used."""
 
     def __init__(self, folder: Path, room: DiskReserve | None = None) -> None:
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.undone: list[Callable[[], None]] = []  # called when a whole transaction was lost: drop what you made of it
-        self.reported: set[tuple[str, object]] = set()  # what is lost, and was named in the log
+        self.undone: list[Callable[[], None]] = []  # called when a whole transaction was lost: drop its results
+        self.reported: set[tuple[str, object]] = set()  # lost things that were named in the log
         self.counts = {"commits": 0, "lazy_commits": 0, "calls": 0, "undone": 0, "damaged": 0}
         self.memos = Memos(self.rows)
         self._part, self._bare = _Part(self, True), _Part(self, False)
-        self._changes = 0  # when the bare part began
+        self._changes = 0  # the number of changes when the bare part began
         self._grouping = False
         self._depth = 0
-        self._begun = False  # a transaction of ours is open,
+        self._begun = False  # a shared transaction is open,
         self._lost: OSError | None = None  # … or SQLite has undone it
         self._lazy = False  # the commit does not wait for the disk
-        self._joins = False  # what enters a transaction next does not ask it to, either
+        self._joins = False  # nor does the next part of it require that
         self._quiet = True  # nothing was written since the last checkpoint
         try:
             self.db = connect(self.path)
@@ -163,7 +163,7 @@ class Database:
                 self.db.pragma("user_version", number)
 
     def close(self) -> None:
-        """What was not committed is undone."""
+        """Close the file. Uncommitted changes are undone."""
         self.db.close()
 
     # ── statements ────────────────────────────────────────────────────────────────────────────────────────
@@ -179,14 +179,14 @@ class Database:
         return found[0] if found else None
 
     def do(self, sql: str, *values: Any) -> None:
-        """A statement that gives no rows."""
+        """Execute a statement without result rows."""
         try:
             self.db.execute(sql, values)
         except apsw.Error as err:
             self._fail(err)
 
     def many(self, sql: str, all_values: Iterable[Sequence[Any]]) -> None:
-        """The same for each of these."""
+        """The same for each of these rows of values."""
         try:
             self.db.executemany(sql, all_values)
         except apsw.Error as err:
@@ -195,8 +195,8 @@ class Database:
     # ── transactions ──────────────────────────────────────────────────────────────────────────────────────
 
     def transaction(self) -> _Part:
-        """All that is done within it, or, when anything is raised, nothing. May be nested. Durable when the outermost
-        ends, or with `commit` where calls are grouped."""
+        """All that is done within the block, or nothing if an exception is raised. May be nested. Durable when the
+        outermost block ends, or with `commit` if calls are grouped."""
         return self._part
 
     def _enter(self, saved: bool) -> None:
@@ -249,9 +249,9 @@ class Database:
 
     @contextmanager
     def lazily(self) -> Iterator[None]:
-        """A transaction that does not wait for the disk, unless it is a part of one that does: it is durable with the
-        next that does. A killed process loses nothing of it, a power cut may. For what is made from other rows, or
-        would be done again."""
+        """A transaction that does not wait for the disk, unless it is a part of one that does: it becomes durable with
+        the next one that does. A killed process loses nothing of it, a power cut may. For data that are made from other
+        rows, or that would be made again."""
         if self._begun:
             self._joins = not self._depth
             with self._part:
@@ -268,15 +268,15 @@ class Database:
                 self._wait_for_disk_again()
 
     def _wait_for_disk_again(self) -> None:
-        """No transaction is open."""
+        """Make later commits wait for the disk again. No transaction may be open."""
         if self._lazy:
             self._lazy = False
             with self.as_oserror():
                 self.db.pragma("synchronous", "FULL")
 
     def _end_lazy(self) -> None:
-        """Calls that share a transaction have begun with some that do not wait for the disk, and here is one that does.
-        (What a transaction does is said before it begins.)"""
+        """A call must wait for the disk, but the shared transaction began with calls that need not: end that one. (How
+        a transaction commits must be set before it begins.)"""
         try:
             self._commit()
         except OSError as err:
@@ -284,16 +284,16 @@ class Database:
             raise
 
     def begin(self) -> None:
-        """From now on calls share a transaction, until `commit`."""
+        """Begin a shared transaction for all calls until `commit`."""
         self._grouping = True
 
     @property
     def open(self) -> bool:
-        """Something was done since `begin`, and is not durable yet, or lost."""
+        """Whether there are changes since `begin` that are not durable yet, or lost."""
         return self._begun
 
     def commit(self) -> None:
-        """Make what was done since `begin` durable. Raises OSError: nothing of it has happened."""
+        """Make the changes since `begin` durable. Raises OSError: none of them has happened."""
         self._grouping = False
         if self._begun:
             self._commit()
@@ -312,7 +312,7 @@ class Database:
         self._wait_for_disk_again()
 
     def _drop(self) -> None:
-        """The whole transaction is lost."""
+        """Drop the whole transaction, which is lost."""
         self._begun, self._lost = False, None
         self.counts["undone"] += 1
         if self.db.in_transaction:
@@ -325,7 +325,7 @@ class Database:
             self._checkpoint()  # into the room of the ballast: then the WAL is free for removals
 
     def rest(self) -> None:
-        """Called when there is nothing else to do: what would hold up calls later is done now."""
+        """Called when there is nothing else to do: do work now that would delay calls later."""
         self.room.restore()
         if self._quiet:
             return
@@ -341,7 +341,7 @@ class Database:
     # ── calls that take effect once ───────────────────────────────────────────────────────────────────────
 
     def begin_system(self, boot: str) -> bool:
-        """Say which system uses the file now. True: another one than before. Keys are unique for the life of a system,
+        """Note which system uses the file now. True: another one than before. Keys are unique for the life of a system,
         so its memos begin anew."""
         try:
             if self.row("SELECT 1 FROM system WHERE boot = ?", boot):
@@ -354,7 +354,7 @@ class Database:
         return True
 
     def _renew(self, table: str, columns: str) -> None:
-        """Make an empty table in place of one. Where a damaged page does not let it go, its pages are given up."""
+        """Replace a table by an empty one. If a damaged page prevents dropping it, its pages are given up."""
         make = f"CREATE TABLE {table}({columns})"
         try:
             with self.transaction():
@@ -371,10 +371,10 @@ class Database:
             self.do(make)
 
     def once(self, ask: link.Ask, effect: Callable[[], Any], frees: bool = False, bare: bool = False) -> Any:
-        """The reply of the call: of `effect`, or the one that it got before a death. `frees`: the call removes
-        something, and is done on a full disk, too. `bare`: it makes its checks before its first change, so it needs no
-        savepoint, for which SQLite copies each page that is changed. Where it fails later all the same, the whole
-        transaction is lost."""
+        """The reply of the call: the result of `effect`, or the reply that the call got before a death. `frees`: the
+        call removes something, and is done on a full disk, too. `bare`: it makes its checks before its first change, so
+        it needs no savepoint, for which SQLite copies each page that is changed. If it fails later all the same, the
+        whole transaction is lost."""
         assert not self._depth, "a memo belongs to the whole of a call"
         if ask.again:
             known = self.memos.find(ask)
@@ -396,7 +396,7 @@ class Database:
 
     @contextmanager
     def as_oserror(self) -> Iterator[None]:
-        """What SQLite cannot do becomes an errno and a sentence."""
+        """Convert errors of SQLite into an OSError with errno and sentence."""
         try:
             yield
         except apsw.Error as err:
@@ -428,14 +428,14 @@ class Database:
 
 
 def settle(path: Path) -> None:
-    """Bring what the WAL has into the file, where that can be done: for reading the file by itself. Raises WorldError
-    when another process has it open."""
+    """Bring the content of the WAL into the file, if possible, so that the file can be read by itself. Raises
+    WorldError when another process has it open."""
     try:
         connect(path).close()
     except apsw.BusyError as err:
         raise WorldError(f"{path}: another process has it open") from err
     except apsw.Error as err:
-        logger.info("%s: %s", path, err)  # what is damaged is named by those who read it
+        logger.info("%s: %s", path, err)  # the code that reads the file reports what is damaged
 
 
 def connect(path: Path) -> apsw.Connection:
@@ -452,8 +452,8 @@ def connect(path: Path) -> apsw.Connection:
         name, _, value = setting.partition("=")
         db.pragma(name, value)
     db.pragma("journal_size_limit", WAL_BYTES)
-    # A plan does not depend on the values of its parameters. Else SQLite plans many statements anew each time that they
-    # are executed, if a table has an index with a condition: it might be met by these values.
+    # A plan does not depend on the values of its parameters. Otherwise SQLite plans many statements anew each time that
+    # they are executed, if a table has an index with a condition: these values might meet it.
     db.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     db.wal_autocheckpoint(CHECKPOINT_PAGES)
     db.execute("BEGIN IMMEDIATE; COMMIT")  # takes the lock that EXCLUSIVE then keeps

@@ -1,10 +1,10 @@
-"""Where vectors come from: a table in this process (`static`), a model in an llm core, or nowhere.
+"""Embedders make vectors: a table in this process (`static`), or a model in an llm core; or there is none.
 
-A core is asked as any program asks it: by a client of the control socket. The kernel knows this process as a part of
-the system and lets it make vectors, and nothing else. The client belongs to two threads, one for queries and one for
-the queue, so that a query does not wait for a batch of texts; they wait for the kernel, and the service does not: it
-puts texts into a lane and finds answers in `poll`, when its descriptor is readable. When the kernel or the core is away
-the answer is None, and what waits in the queue is asked for again later.
+The store uses a core as any program does: as a client of the control socket. The kernel recognises this process as a
+part of the system and lets it make vectors, and nothing else. The client is used by two threads, one for queries and
+one for the queue, so that a query does not wait for a batch of texts. These threads wait for the kernel; the service
+does not: it puts texts into a lane and finds answers in `poll`, when its descriptor is readable. When the kernel or the
+core is not there the answer is None, and texts in the queue are sent again later.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     OnVectors = Callable[[Sequence[Floats | None] | None], None]
 
 CALL_S = 60.0  # for one batch: the core may be loading
-QUERIES = 32  # that are asked for with one call
-SHORTEST = 16  # letters of a text that the core finds too long; shorter ones are given up
-_PLACES, _PLACE = 64, 64 << 10  # of a file, for its name
+QUERIES = 32  # whose vectors are requested with one call
+SHORTEST = 16  # letters: a text that the core finds too long is shortened down to this, and then given up
+_PLACES, _PLACE = 64, 64 << 10  # places of a file that are hashed, and bytes of each
 
 _Request = tuple[list[str], "OnVectors"]
 
@@ -84,7 +84,7 @@ class OfCore:
             os.eventfd_write(self._bell, 1)
 
     def _vectors(self, texts: list[str]) -> list[Floats | None] | None:
-        """None: there is no answer."""
+        """The vectors of texts; None: there is no answer."""
         try:
             return list(self._call(texts))
         except OSError as err:
@@ -92,13 +92,14 @@ class OfCore:
                 self._drop()
                 return None
         try:
-            return [self._one(text) for text in texts]  # one of them is the reason
+            return [self._one(text) for text in texts]  # one of the texts is the reason
         except OSError:
             self._drop()
             return None
 
     def _one(self, text: str) -> Floats | None:
-        """Of as much of its beginning as the model takes; None: of nothing. Raises OSError when there is no answer."""
+        """The vector of the longest beginning that the model takes; None: it takes none. Raises OSError when there is
+        no answer."""
         while True:
             try:
                 return self._call([text])[0]
@@ -119,14 +120,14 @@ class OfCore:
         return [row if np.isfinite(row).all() else None for row in rows]
 
     def _connected(self) -> Client:
-        """Raises NoKernel."""
+        """The connection, made if there is none. Raises NoKernel."""
         with self._lock:
             if self._client is None:
                 self._client = Client(self._home)
             return self._client
 
     def _drop(self) -> None:
-        """After an error the next call makes a new connection."""
+        """Close the connection after an error: the next call makes a new one."""
         with self._lock:
             client, self._client = self._client, None
         if client is not None:
@@ -134,8 +135,8 @@ class OfCore:
 
 
 def fingerprint(path: Path) -> str:
-    """The same for the same file, and another for another: from its size and from places all over it, since a model may
-    be as large as the memory. Raises OSError."""
+    """The same text for the same file, another one for another file: made from its size and from places all over it,
+    since a model may be as large as the memory. Raises OSError."""
     size = path.stat().st_size
     found = hashlib.blake2b(str(size).encode(), digest_size=12)
     with open(path, "rb") as file:

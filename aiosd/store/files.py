@@ -1,9 +1,9 @@
-"""Files with their versions: the rows. What a caller may do with them is asked elsewhere (`spaces`, `storage`).
+"""Files with their versions: the rows. Rights are checked elsewhere (`spaces`, `storage`).
 
 A file has a path in the space of its owner, and versions with numbers that grow by one; a version is a list of contents
-(see `contents`). What is removed keeps its versions and lies in the trash until a person empties that; until then it
-counts for the quota. `most_versions` are kept of each file: when a new one comes, the oldest goes first, and its
-contents with it where nothing else uses them. Nothing else is ever pruned: what exceeds `quota` is refused.
+(see `contents`). A removed file keeps its versions and lies in the trash until a person empties that; until then it
+counts for the quota. `most_versions` are kept of each file: when a new one comes, the oldest is removed, with contents
+that nothing else uses. Nothing else is ever removed automatically: what exceeds `quota` is refused.
 
 A file of a mounted folder is a row too, so that it is listed and found with the others, but has no versions.
 """
@@ -26,12 +26,12 @@ from aiosd.store.spaces import Namespace, below, no_file
 from libaios import wire
 from libaios.wire import PIECE, File
 
-ROW_BYTES = 200  # what a version costs besides its contents
+ROW_BYTES = 200  # counted for a version besides its contents
 REMOVE_AT_ONCE = 1000  # files of the trash, in one call
 
 _COLUMNS = "f.id, f.owner, f.path, f.size, f.version, f.created, f.updated, f.author, f.mount"
 
-#: What a read of a small file needs, in one statement. (CROSS JOIN: SQLite takes the tables in this order.)
+#: Reads a small file with one statement. (CROSS JOIN: SQLite takes the tables in this order.)
 _AT_ONCE = """
     SELECT f.id, v.number, v.size, c.data FROM owners o
     CROSS JOIN files f ON f.owner = o.id AND f.path = ?2 AND f.removed IS NULL
@@ -76,7 +76,7 @@ class Files:
         return None if row is None else FileRow(*row)
 
     def require(self, owner: int | None, path: str) -> FileRow:
-        """Raises OSError: ENOENT, EISDIR."""
+        """The file at this path. Raises OSError: ENOENT, EISDIR."""
         row = self.find(owner, path)
         if row is None:
             if self.is_folder(owner, path):
@@ -93,7 +93,7 @@ class Files:
         return self._db.row(sql, owner, *below(path)) is not None
 
     def require_free(self, owner: int, path: str) -> None:
-        """That a file may be made there. Raises OSError: EISDIR, ENOTDIR."""
+        """Check that a file may be made there. Raises OSError: EISDIR, ENOTDIR."""
         if self.is_folder(owner, path):
             raise wire.error(errno.EISDIR, f"{path}: is a folder")
         names = path.split("/")
@@ -114,7 +114,7 @@ class Files:
         except OSError as err:
             if not plainly.is_damage(err):
                 raise
-        # From the index alone: ids and paths. Then each by itself.
+        # Ids and paths from the index alone, then each row by itself.
         paths = dict(self._db.rows(sql.replace(_COLUMNS, "f.id, f.path"), *which))
         rows, lost = plainly.piecemeal(self._all_of, list(paths))
         plainly.report(self._db, "files", [paths[file] for file in lost])
@@ -126,7 +126,8 @@ class Files:
         return [FileRow(*row) for row in self._db.rows(f"SELECT {_COLUMNS} FROM files f WHERE f.id IN ({marks})", *ids)]
 
     def counted(self, owner: int | None) -> tuple[int, int]:
-        """Files that are there, without those of mounted folders, and in the trash: from indexes alone."""
+        """The numbers of live files (without those of mounted folders) and of files in the trash, from indexes
+        alone."""
         live = "SELECT count(*) FROM files WHERE owner = ?1 AND removed IS NULL"
         mounted = "SELECT count(*) FROM mounted WHERE mount IN (SELECT id FROM mounts WHERE owner = ?1)"
         trash = "SELECT count(*) FROM files WHERE owner = ?1 AND removed IS NOT NULL"
@@ -135,7 +136,7 @@ class Files:
     # ── versions ──────────────────────────────────────────────────────────────────────────────────────────
 
     def version(self, row: FileRow, number: int | None) -> tuple[int, list[int]]:
-        """Size and contents. Raises OSError (ENOENT)."""
+        """Size and contents of a version. Raises OSError (ENOENT)."""
         number = row.version if number is None else number
         found = self._db.row("SELECT size, contents FROM versions WHERE file = ? AND number = ?", row.id, number)
         if found is None:
@@ -143,7 +144,7 @@ class Files:
         return found[0], unpacked(found[1])
 
     def version_at(self, row: FileRow, time: float) -> int:
-        """The newest version that is not later. Raises OSError (ENOENT)."""
+        """The newest version that is not later than `time`. Raises OSError (ENOENT)."""
         sql = "SELECT number FROM versions WHERE file = ? AND time <= ? ORDER BY number DESC LIMIT 1"
         found = self._db.row(sql, row.id, time)
         if found is None:
@@ -158,7 +159,7 @@ class Files:
         return [wire.Version(*found) for found in self._db.rows(sql, row.id, before, limit)]
 
     def piece(self, row: FileRow, number: int | None, offset: int, size: int) -> tuple[bytes, int]:
-        """Some bytes from `offset` on, of one content, and the size of the whole."""
+        """Some bytes from `offset` on, of one content, and the size of the whole file."""
         whole, contents = self.version(row, number)
         if offset >= whole or not size:
             return b"", whole
@@ -166,11 +167,11 @@ class Files:
         return self.contents.read(contents[index])[within : within + size], whole
 
     def at_once(self, owner: str, path: str, number: int | None, offset: int) -> tuple[int, int, int, bytes] | None:
-        """Id, version and size of a file, and its bytes from this offset to the end of one content, where that lies in
-        the database. None: there is something else about it, which one who goes step by step finds."""
+        """Id, version and size of a file, and its bytes from this offset to the end of one content, if that lies in the
+        database. None: this is another case, which the caller handles step by step."""
         try:
             found = self._db.row(_AT_ONCE, owner, path, number, f"$[{offset // PIECE}]")
-        except OSError:  # damage of what only this statement needs?
+        except OSError:  # perhaps only this statement needs the damaged page
             return None
         return None if found is None else (found[0], found[1], found[2], found[3][offset % PIECE :])
 
@@ -190,7 +191,7 @@ class Files:
     def add(
         self, owner: int, path: str, old: FileRow | None, size: int, contents: Sequence[int], now: float, by: str
     ) -> FileRow:
-        """A new version of what lies at the path. The uses of its contents have been counted."""
+        """Add a version to the file at the path, or a new file. The uses of its contents have been counted."""
         number = 1 if old is None else old.version + 1
         created = now if old is None else old.created
         if old is None:
@@ -214,7 +215,7 @@ class Files:
         return self.version(row, None)[1][:1]
 
     def require_quota(self, owner: int, before: int) -> None:
-        """After a change. Raises OSError (EDQUOT) when it has made the owner exceed the quota."""
+        """Called after a change. Raises OSError (EDQUOT) when it has made the owner exceed the quota."""
         now = self.contents.bytes_of(owner)
         if now > self.quota and now > before:
             trash = self._db.row("SELECT count(*) FROM files WHERE owner = ? AND removed IS NOT NULL", owner)
@@ -222,13 +223,13 @@ class Files:
             raise wire.error(errno.EDQUOT, f"the quota of {self.quota} bytes of files is used up{hint}")
 
     def remove(self, row: FileRow, now: float) -> None:
-        """Into the trash."""
+        """Move a file into the trash."""
         self.promises.broken(("file", row.id))
         self._db.do("UPDATE files SET removed = ? WHERE id = ?", now, row.id)
         self.words.drop(row.id, row.owner)
 
     def restore(self, owner: int, file: int) -> FileRow:
-        """Out of the trash. Raises OSError: ENOENT, EEXIST."""
+        """Take a file out of the trash. Raises OSError: ENOENT, EEXIST."""
         sql = f"SELECT {_COLUMNS} FROM files f WHERE id = ? AND owner = ? AND removed IS NOT NULL"
         found = self._db.row(sql, file, owner)
         if found is None:
@@ -249,7 +250,7 @@ class Files:
         return [wire.Trashed(*found) for found in self._db.rows(sql, owner, after, limit)]
 
     def empty(self, owner: int | None, ids: Sequence[int] | None) -> int:
-        """Remove from the trash for good; None: all, REMOVE_AT_ONCE at most."""
+        """Remove files from the trash for good, at most REMOVE_AT_ONCE. `ids` None: all."""
         sql = "SELECT id FROM files WHERE owner = ? AND removed IS NOT NULL"
         if ids is None:
             found = self._db.rows(f"{sql} LIMIT ?", owner, REMOVE_AT_ONCE)
@@ -260,7 +261,7 @@ class Files:
         return len(found)
 
     def destroy(self, owner: int | None, file: int) -> None:
-        """With all its versions."""
+        """Remove a file with all its versions."""
         assert owner is not None
         self.promises.broken(("file", file))
         for number, contents in self._db.rows("SELECT number, contents FROM versions WHERE file = ?", file):
@@ -269,7 +270,7 @@ class Files:
         self._db.do("DELETE FROM files WHERE id = ?", file)
 
     def index_some(self) -> bool:
-        """Enter words of files that a repair or an import has left without. True: there may be more."""
+        """Enter the words of files that have none after a repair or an import. True: there may be more."""
         rows = self._db.rows(
             "SELECT u.file, f.owner, f.path FROM unindexed u LEFT JOIN files f ON f.id = u.file LIMIT 20"
         )
@@ -293,7 +294,8 @@ class Files:
 
 
 def packed(contents: Sequence[int]) -> str:
-    """As JSON, which SQLite reads, too: after a repair what is counted of contents is made from these rows."""
+    """A list of contents as JSON. SQLite reads it, too: after a repair the uses of contents are counted from these
+    rows."""
     return json.dumps(list(contents), separators=(",", ":"))
 
 

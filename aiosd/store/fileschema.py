@@ -1,6 +1,6 @@
-"""The tables of the storage manager: what makes a schema of version 1 one of version 2.
+"""The tables of the storage manager: the migration from schema version 1 to 2.
 
-What they mean is told where they are used: `contents`, `files`, `filewords`, `spaces`, `uploads`, `mounts`.
+Their meaning is described where they are used: `contents`, `files`, `filewords`, `spaces`, `uploads`, `mounts`.
 """
 
 FILES = """

@@ -1,7 +1,7 @@
-"""Search for files: by words, and where there is an embedder by meaning too, in one ranking as for notes (`search`).
+"""Search for files: by words, and if there is an embedder by meaning, too, in one ranking as for notes (`search`).
 
-What the caller may see, and the folder that is asked for, hold before any limit. A query is split into words and each
-is quoted; the owner is a word of its own in the index, so no query leads to files that the caller may not see.
+The caller's rights and the requested folder are applied before any limit. A query is split into words and each is
+quoted; the owner is a word of its own in the index, so no query leads to files that the caller may not see.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 EXCERPT = 160  # characters
 EXCERPTS = 10  # of one search
-SPACES_AT_ONCE = 100  # of which a part may be seen: SQLite has limits
+SPACES_AT_ONCE = 100  # spaces of which a part may be seen, in one statement: SQLite has limits
 WALKED_AT_ONCE = 16  # files that are read between two pauses
 _ALL_OF = "SELECT f.id FROM files f WHERE f.owner = ? AND f.removed IS NULL"
 _WORD = re.compile(r"[^\W_]+")
 
 
-#: The spaces in which a caller searches, with what it may see there now.
+#: Returns the spaces in which a caller searches, with the files that it may see there now.
 Seen = Callable[[], Sequence[Namespace]]
 
 
@@ -43,8 +43,8 @@ class FileSearch:
     def search(
         self, caller: link.Caller, seen: Seen, query: str, folder: str, k: int
     ) -> list[wire.FoundFile] | Generator[Pause, None, list[wire.FoundFile]]:
-        """Files of the spaces that `seen` gives, the best first: at once, or what brings them after a while. Meanwhile
-        what was shared may have been taken back, so `seen` is asked again after each pause."""
+        """Files of the spaces that `seen` returns, the best first: either the list, or a generator that yields pauses.
+        Meanwhile shares may end, so `seen` is called again after each pause."""
         spaces = _by_owner(seen)
         if self._meaning.embedder is not None and spaces:
             return self._by_meaning(caller, seen, query, folder, k)
@@ -73,7 +73,7 @@ class FileSearch:
     def _walked(
         self, caller: link.Caller, seen: Seen, query: str, folder: str, k: int
     ) -> Generator[Pause, None, list[wire.FoundFile]]:
-        """A page of an index is damaged: by words, from the files themselves."""
+        """Search by words in the files themselves, because a page of an index is damaged."""
         words, scores, lost = plainly.words_of(query), dict[int, float](), list[int]()
 
         def read(files: Sequence[int]) -> list[FileRow]:
@@ -111,7 +111,7 @@ class FileSearch:
             row = None
             try:
                 row = self._files.by_id(file)
-            except OSError as err:  # a damaged page costs what is on it
+            except OSError as err:  # only what is on a damaged page is lost
                 if not plainly.is_damage(err):
                     raise
                 plainly.report(self._db, "files with the numbers", [file])
@@ -156,7 +156,7 @@ class FileSearch:
         return None if part is None else [file for (file,) in self._db.rows(part[0], *part[1])]
 
     def _excerpt(self, file: int, query: str) -> str:
-        """A piece of the text around the first of the words that is in it; where none is, its beginning."""
+        """A part of the text around the first word of the query in it; if there is none, its beginning."""
         text = as_text(self._files.words.read(file))
         words = [re.escape(word) for word in _WORD.findall(query)[:MOST_WORDS]]
         found = re.search(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", text, re.IGNORECASE) if words else None

@@ -1,10 +1,10 @@
 """The words of files: of their paths and of their texts, in an index of the database (`filesearch` looks into it).
 
-What a file has changes with its words in one transaction. The index has the beginning (INDEXED bytes) of what is
-UTF-8; of other files only the path. It keeps no copy of the texts. The owner is a word of its own in the index.
+A file and its words change in one transaction. The index has the beginning (INDEXED bytes) of files that are UTF-8; of
+other files only the path. It keeps no copy of the texts. The owner is a word of its own in the index.
 
-Others that index texts (search by meaning) follow along: `followers` are called within the same transaction. To them
-this class is the source of the texts of files (`kind`, `everything`, `texts`).
+Other indexes of texts (search by meaning) follow the changes: `followers` are called within the same transaction. They
+read the texts of files from this class (`kind`, `everything`, `texts`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Follower(Protocol):
 
 
 class FileWords:
-    """`read`: the beginning of what the file of this number has now; b"" if it cannot be read."""
+    """The index. `read`: returns the beginning of the file with this number; b"" if it cannot be read."""
 
     kind = FILES
     everything = "SELECT id AS item, owner FROM files WHERE removed IS NULL"
@@ -34,7 +34,7 @@ class FileWords:
         self.followers: list[Follower] = []
 
     def texts(self, items: Sequence[int]) -> list[tuple[int, str]]:
-        """The texts of these files; one that is not text has its path."""
+        """The texts of these files; the path of a file that is no text."""
         return [(item, text) for item in items if (text := self._path_and_text(item))]
 
     def _path_and_text(self, item: int) -> str:
@@ -58,7 +58,7 @@ class FileWords:
 
 
 def as_text(data: bytes) -> str:
-    """What the bytes are as UTF-8, though a character may be cut off at the end; "" if they are no text."""
+    """The bytes as UTF-8; the last character may be cut off. "": they are no text."""
     if b"\0" in data:
         return ""
     try:

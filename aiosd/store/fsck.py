@@ -1,4 +1,4 @@
-"""Finds out what is damaged in a store that no process has open, and names it. Changes nothing."""
+"""Finds the damage in a store that no process has open, and reports it. Changes nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aiosd.store.salvage import Salvage, columns_of
 
 
 def check(path: Path) -> list[str]:
-    """What is damaged, in sentences; none: nothing is."""
+    """One sentence for each damage; an empty list: there is none."""
     salvage = Salvage.open(path)
     try:
         found = [] if salvage.plan.first_page else ["page 1 is damaged: without a repair aiosd cannot open the store"]
@@ -45,7 +45,7 @@ def _sentence(name: str, lost: LostRows, kept: bool) -> str:
 
 
 def _inconsistencies(path: Path) -> list[str]:
-    """What the pages alone do not show."""
+    """Damage that the pages alone do not show."""
     try:
         db = roots.open_closed(path)
         try:

@@ -1,7 +1,7 @@
-"""The store's server: all calls that are at hand share one commit, and their answers wait for it.
+"""The store's server: all calls that have come share one commit, and their answers wait for it.
 
-If the commit fails they are done again, each with a commit of its own, so that each gets the answer that is its own: a
-removal goes through on a disk on which its neighbour's addition does not.
+If the commit fails the calls are done again, each with a commit of its own, so that each gets its own result: on a disk
+on which one call's addition fails, another call's removal still succeeds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from aiosd.ipc.service import Server, as_failed
 
 logger = logging.getLogger("store")
 
-BUSY_S = 0.02  # after a message more are expected
+BUSY_S = 0.02  # for this time after a message more messages are expected
 
 
 class Group(Protocol):
-    """Effects that become durable together: of all calls between `begin` and `commit`. What is done outside of them is
-    durable at once."""
+    """Effects of calls that become durable together: of all calls between `begin` and `commit`. Effects of other work
+    are durable at once."""
 
     def begin(self) -> None: ...
     @property
@@ -32,7 +32,7 @@ class Group(Protocol):
 
 
 class Nothing:
-    """No effects."""
+    """The group of a service without effects."""
 
     open = False
 
@@ -51,7 +51,7 @@ class GroupServer(Server):
 
     @property
     def busy(self) -> bool:
-        """Calls keep coming."""
+        """Whether calls keep coming."""
         return time.monotonic() - self._came < BUSY_S
 
     def _turn(self, messages: list[link.ToService]) -> None:
@@ -61,7 +61,7 @@ class GroupServer(Server):
         for message in messages:
             self._handle(message)
         if group.open and len(messages) > 1:
-            self.channel.work.end()  # a death from here on is no single call's fault
+            self.channel.work.end()  # if the process dies from here on, no single call is to blame
         try:
             group.commit()
         except OSError as err:
@@ -73,7 +73,7 @@ class GroupServer(Server):
         self._release()
 
     def _has_effect(self, message: link.ToService) -> bool:
-        """Whether it may have had one, and no answer yet."""
+        """Whether the message's call may have had an effect, and has no answer yet."""
         if isinstance(message, link.Ask):
             return message.key in self._lives
         return isinstance(message, link.PeerGone | link.Keep)
@@ -82,7 +82,7 @@ class GroupServer(Server):
         self._alone(partial(self._go_on, key))
 
     def _alone(self, act: Callable[[], None]) -> None:
-        """One thing with a commit of its own."""
+        """Do one thing with a commit of its own."""
         self.group.begin()
         act()
         try:
@@ -95,7 +95,7 @@ class GroupServer(Server):
         self._release()
 
     def _release(self) -> None:
-        """What the answers stand for is durable: they may go."""
+        """Send the answers, because their effects are durable."""
         held, self._held = self._held, []
         for message, size in held:
             Server._out(self, message, size)

@@ -1,19 +1,19 @@
 """Vectors of one owner in memory, and the nearest of them to another vector. The only file that imports FAISS.
 
-A vector is a row, in half precision, as it is in the database. Rows of up to LARGE vectors are all compared with the
+A vector is a row, in half precision, as it is in the database. With up to LARGE vectors all rows are compared with the
 query. Above that a second copy, of one bit for each dimension (RaBitQ), finds RESCORED candidates, which are compared
-exactly. A third one of the same bits, row by row, does that among the rows that a filter lets pass, where these are
-many. Both take as long to make as all else that is done when an index is read, and are made afterwards: by searches, a
-part by each, and (`refine`) between them. Until then all rows are compared. What is removed or replaced leaves a dead
-row, a tombstone: it is found no more, and when a fifth of the rows is dead the owner of this object makes it anew
-(`worn`).
+exactly. A third copy of the same bits, row by row, does that among the rows that pass a filter, if these are many. To
+make each copy takes as long as all else when an index is read, so they are made afterwards: by searches, a part by
+each, and (`refine`) between them. Until then all rows are compared. A vector that is removed or replaced leaves a dead
+row, a tombstone: it is found no more, and when a fifth of the rows is dead the owner of this object makes the index
+anew (`worn`).
 
-A live vector is always found by itself. The estimates of RaBitQ are too good to miss it, and dead rows cannot hide
-it: candidates are asked for until RESCORED of them are live (a note that is changed a thousand times leaves a thousand
-rows beside its own). `among` is for filters: then these rows, and no others, are candidates.
+A live vector is always found by itself. The estimates of RaBitQ are good enough not to miss it, and dead rows cannot
+hide it: candidates are fetched until RESCORED of them are live (a note that is changed a thousand times leaves a
+thousand dead rows). `among` is for filters: then only these rows are candidates.
 
-Nothing of this is ever saved. FAISS loads a damaged file and uses it, or dies of it, and the rows come back from the
-database in a second. It runs in one thread: a process that has used more cannot be forked safely.
+Nothing of this is ever saved: FAISS loads a damaged file and uses it, or crashes, while the rows can be read again from
+the database in a second. FAISS runs in one thread: a process that has used more cannot be forked safely.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 LARGE = 16_000  # rows; more get the copy in bits
-RESCORED = 500  # candidates of that copy, for BITS dimensions; more where fewer bits say less
+RESCORED = 500  # candidates of that copy, for BITS dimensions; more if there are fewer bits
 BITS = 384
 AT_ONCE = 4_000  # rows that a copy in bits gets by one search
 WORN = 0.2  # the share of dead rows at which it is time for a new index,
@@ -41,7 +41,7 @@ PER_ENTRY = 120  # bytes of memory for the numbers of one vector
 
 
 class VectorIndex:
-    """Of vectors with `width` dimensions and unit length."""
+    """The index of vectors with `width` dimensions and unit length."""
 
     def __init__(self, width: int) -> None:
         logging.getLogger("faiss").setLevel(logging.WARNING)  # it logs which library it tries
@@ -50,11 +50,11 @@ class VectorIndex:
 
         faiss.omp_set_num_threads(1)
         self._np = np
-        self._faiss: Any = faiss  # whose types do not know its own Python layer
+        self._faiss: Any = faiss  # Any: its types do not include its own Python layer
         self.width = width
         self._exact: Any = self._new_exact()
         self._rough: Any = None
-        self._bits: Any = None  # as `_rough`, but each row by itself
+        self._bits: Any = None  # as `_rough`, but each row can be compared by itself
         self._rows: dict[int, int] = {}  # of the live ones, by id
         self._ids: Ints = np.zeros(0, np.int64)  # by row; -1: dead. Longer than there are rows
         self.dead = 0
@@ -79,7 +79,7 @@ class VectorIndex:
         return self.dead > max(WORN_LEAST, WORN * self.rows)
 
     def _new_exact(self) -> Any:
-        """All of its rows are compared, in half precision."""
+        """An index that compares all rows, in half precision."""
         faiss = self._faiss
         return faiss.IndexScalarQuantizer(self.width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
 
@@ -102,7 +102,7 @@ class VectorIndex:
         self._enter(ids, first)
 
     def _enter(self, ids: Sequence[int], first: int) -> None:
-        """These are the rows from `first` on."""
+        """Enter the ids of the rows from `first` on."""
         self._make_room(self.rows)
         for row, number in enumerate(ids, first):
             self.remove(number)  # of two with one id in `ids` the last one counts
@@ -130,7 +130,7 @@ class VectorIndex:
         return self._catch_up(self._rough)
 
     def _begin_rough(self) -> None:
-        """The copies in bits, without any row yet. The mean of the rows is what the bits are relative to."""
+        """Make the copies in bits, without any row yet. The bits are relative to the mean of the rows."""
         vectors = self._exact.reconstruct_n(0, min(self.rows, LARGE))
         self._rough = self._faiss.IndexRaBitQFastScan(self.width, self._faiss.METRIC_INNER_PRODUCT)
         self._bits = self._new_bits()
@@ -154,7 +154,7 @@ class VectorIndex:
         return self._compare(query, k, self._candidates(query, self._wanted(k)))
 
     def _rows_of(self, ids: Sequence[int] | Ints) -> Ints:
-        """The rows of those that are here. To look up each takes long where they are many."""
+        """The rows of the ids that are in the index. Looking up each takes long if there are many."""
         np = self._np
         if len(ids) * LOOKED_UP > self.rows:
             here: Ints = np.flatnonzero(np.isin(self._ids[: self.rows], np.asarray(ids, np.int64)))
@@ -164,11 +164,11 @@ class VectorIndex:
         return rows[rows >= 0]
 
     def _wanted(self, k: int) -> int:
-        """Candidates."""
+        """The number of candidates."""
         return max(RESCORED, 4 * k) * -(-BITS // self.width)
 
     def _sifted(self, query: Floats, rows: Ints, wanted: int) -> Ints:
-        """Those of these rows that may be the nearest: this number of them, where there are many more."""
+        """The rows that may be the nearest: `wanted` of them, if there are many more."""
         if self._bits is None or len(rows) < 2 * wanted or not self._catch_up(self._bits):
             return rows
         chosen = self._new_bits()
@@ -177,7 +177,7 @@ class VectorIndex:
         return rows[chosen.search(query, wanted)[1][0]]  # type: ignore[no-any-return]
 
     def _catch_up(self, copy: Any) -> bool:
-        """Whether this copy has all rows; if not it gets some more, in some milliseconds."""
+        """Whether a copy has all rows; if not, add some more, for some milliseconds."""
         begin = int(copy.ntotal)
         count = min(self.rows - begin, AT_ONCE)
         if count:
@@ -206,7 +206,7 @@ class VectorIndex:
         return self._named(scores[0], rows[0])
 
     def _compare(self, query: Floats, k: int, rows: Ints) -> list[tuple[int, float]]:
-        """With these rows, which are copied to lie side by side: to find each where it is takes longer."""
+        """Compare with these rows. They are copied first to lie side by side, which is faster."""
         if not len(rows):
             return []
         chosen = self._new_exact()
@@ -215,7 +215,7 @@ class VectorIndex:
         return self._named(scores[0], rows[places[0]])
 
     def _codes(self, index: Any) -> Any:
-        """Its memory, row by row. Of use until the index changes."""
+        """The memory of an index, row by row. Valid until the index changes."""
         size = int(index.code_size)
         return self._faiss.rev_swig_ptr(index.codes.data(), self.rows * size).reshape(self.rows, size)
 

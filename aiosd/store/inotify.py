@@ -1,4 +1,4 @@
-"""inotify, which Python's library does not have: one descriptor that tells what changes in watched folders."""
+"""inotify, which Python's library does not have: one descriptor that reports changes in watched folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class InotifyEvent:
 
 
 class Inotify:
-    """Raises OSError."""
+    """One instance of inotify. Raises OSError."""
 
     def __init__(self) -> None:
         self._libc: Any = ctypes.CDLL(None, use_errno=True)
@@ -35,8 +35,8 @@ class Inotify:
             raise _last_error()
 
     def watch(self, folder_fd: int) -> int:
-        """Watch an open folder; the number of its watch. The way is over /proc, since a path could lead elsewhere by
-        now."""
+        """Watch an open folder; returns the number of its watch. The path is one in /proc, since the folder's own path
+        may lead elsewhere by now."""
         path = f"/proc/self/fd/{folder_fd}".encode()
         found: int = self._libc.inotify_add_watch(self.fd, path, CHANGES | ONLYDIR | EXCL_UNLINK)
         if found < 0:
@@ -47,7 +47,7 @@ class Inotify:
         self._libc.inotify_rm_watch(self.fd, watch)  # EINVAL: the folder is gone, and the watch with it
 
     def read(self) -> list[InotifyEvent]:
-        """What has come; [] when nothing has."""
+        """The events that have come; [] if there are none."""
         try:
             data = os.read(self.fd, _BUFFER)
         except BlockingIOError:

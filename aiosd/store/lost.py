@@ -1,8 +1,8 @@
-"""What has lost its owner, and how it gets one. For a store that no process has open.
+"""Notes and files without an owner, and how they get one. For a store that no process has open.
 
-After a repair notes and files are there though the row of their owner could not be read, and so is what a damaged page
-has kept from ending with its agent: their owner is called `lost/` and a number then, which no caller is. A person may
-give them to the agents of a name. That renames the owner and touches nothing of it, so the name must be new to the
+After a repair there may be notes and files whose owner's row could not be read; and a damaged page can keep data from
+being removed at their agent's end. Their owner is then called `lost/` and a number, which no caller is. A person may
+give them to the agents of a name. That renames the owner and changes none of the data, so the name must be new to the
 store: two owners may have notes of the same key, and files of the same path.
 """
 
@@ -33,7 +33,7 @@ class LostOwner(NamedTuple):
 
 
 def found(path: Path) -> list[LostOwner]:
-    """Of a damaged store nothing: it has to be repaired first."""
+    """All lost owners. For a damaged store the list is empty: it has to be repaired first."""
     try:
         with contextlib.closing(roots.open_closed(path)) as db:
             rows = db.execute(_COUNTED, (owners.LOST, owners.LOST[:-1] + "0"))  # "0" follows "/"
@@ -43,7 +43,7 @@ def found(path: Path) -> list[LostOwner]:
 
 
 def give(folder: Path, lost: str, to: str) -> LostOwner:
-    """To the agents of this user with the name `to`: `NAME`, or `GROUP/NAME`. Raises UsageError."""
+    """Give the data to the agents of this user with the name `to`: `NAME`, or `GROUP/NAME`. Raises UsageError."""
     group, slash, name = to.rpartition("/")
     if not is_name(name) or (slash and not is_name(group)):
         raise UsageError(f"{to!r} is neither a name nor GROUP/NAME")

@@ -1,15 +1,15 @@
-"""LRU-K: a cache that remembers how often, not only how lately, an entry was wanted.
+"""LRU-K: a cache that considers how often, not only how recently, an entry was used.
 
-Plain LRU keeps what was wanted last, so a pass over many entries that are wanted once (a listing, a search) drives out
-all that is wanted again and again. LRU-K looks at the K-th last reference instead: the entry whose K-th last reference
-lies farthest back goes first, and entries with fewer than K references go before all others, by plain LRU among
-themselves. Two corrections make it work where agents are the users. References that follow each other closely belong
-to one piece of work (an agent reads a note, thinks, reads it again) and say nothing about the future: within the
-*correlated reference period* they count as one, and the entry does not go: its agent is at work on it, and without that
-a new note among well-known ones would be gone when it is read the second time. And an entry that returns soon after it
-was evicted must not start from nothing, or it would never get its second reference: so the references of evicted
-entries are kept as a *history*, of as many as there are residents. Without it a working set a little larger than the
-cache is never learned.
+Plain LRU keeps the entries that were used last, so a pass over many entries that are used once (a listing, a search)
+evicts all that are used again and again. LRU-K considers the K-th last reference instead: the entry whose K-th last
+reference is the oldest is evicted first, and entries with fewer than K references are evicted before all others, by
+plain LRU among themselves. Two corrections make it work for agents. References that follow each other closely belong to
+one piece of work (an agent reads a note, thinks, reads it again) and do not predict later uses. So within the
+*correlated reference period* they count as one, and the entry is not evicted, because its agent is working on it;
+otherwise a new note among well-known ones would be gone before it is read the second time. And an entry that returns
+soon after its eviction must not start from nothing, or it would never get its second reference: so the references of
+evicted entries are kept as a *history*, with as many entries as there are residents. Without it a working set a little
+larger than the cache is never learned.
 
 Time is counted in references, so the same references give the same evictions. The cache is pure: its values lie
 elsewhere too, evicting one loses nothing and costs no I/O. Its size is in bytes, for each owner and in all.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 K = 2
-CORRELATED = 30  # references within which a repetition says nothing
+CORRELATED = 30  # references within which a repetition does not count
 LEAST_HISTORY = 16
 
 Value = TypeVar("Value")
@@ -38,16 +38,17 @@ class _Entry(Generic[Value]):
     value: Value
     owner: Hashable
     size: int
-    times: tuple[int, ...]  # of the last K uncorrelated references, the newest first
-    last: int  # reference, correlated or not
+    times: tuple[int, ...]  # the times of the last K uncorrelated references, the newest first
+    last: int  # the last reference, correlated or not
 
     def rank(self, k: int) -> tuple[int, int]:
-        """The smallest goes first. 0 as the first part: there was no K-th last reference yet."""
+        """The entry with the smallest rank is evicted first. A first part of 0: there was no K-th last reference
+        yet."""
         return (self.times[k - 1] if len(self.times) >= k else 0, self.last)
 
 
 class LruK(Generic[Value]):
-    """`most_bytes` in all, `owner_bytes` for each owner (None: only the sum counts)."""
+    """The cache. `most_bytes` in all, `owner_bytes` for each owner (None: only the sum counts)."""
 
     def __init__(
         self, most_bytes: int, owner_bytes: int | None = None, k: int = K, correlated: int = CORRELATED
@@ -92,7 +93,7 @@ class LruK(Generic[Value]):
         return entry.value
 
     def again(self, key: Hashable, times: int) -> None:
-        """As `get` so often, one right after the other: its value was used by those who had it from here before."""
+        """As `times` calls of `get`, one right after the other: the value was used by holders of a copy."""
         entry = self._entries.get(key)
         if entry is not None and times > 0:
             self.hits += times
@@ -102,10 +103,10 @@ class LruK(Generic[Value]):
             entry.last = self.clock
 
     def put(self, key: Hashable, value: Value, size: int, owner: Hashable) -> list[Hashable]:
-        """Keep a value, and return the keys that had to go for it. One that is larger than an owner may have is not
-        kept. Counts as a reference."""
+        """Keep a value, and return the keys that were evicted for it. A value larger than an owner's limit is not kept.
+        Counts as a reference."""
         old = self._entries.get(key)
-        if old is not None and old.size == size and old.owner == owner:  # nothing has to go for it
+        if old is not None and old.size == size and old.owner == owner:  # nothing has to be evicted for it
             old.value = value
             self._touch(key, old)
             return []
@@ -126,7 +127,7 @@ class LruK(Generic[Value]):
         return gone
 
     def remove(self, key: Hashable) -> None:
-        """It does not exist any more: nothing is remembered of it."""
+        """The entry does not exist any more: drop it and its history."""
         if key in self._entries:
             self._drop(key)
         self._history.pop(key, None)
@@ -137,7 +138,7 @@ class LruK(Generic[Value]):
         self._counts.pop(owner, None)
 
     def clear(self) -> None:
-        """Keep no value. What was referred to how often is forgotten, too."""
+        """Drop all values and the history of references."""
         self._entries.clear()
         self._history.clear()
         self._of_owner.clear()
@@ -158,7 +159,7 @@ class LruK(Generic[Value]):
         }
 
     def stats_of(self, owner: Hashable) -> dict[str, int]:
-        """Of what an owner has here, and of its references."""
+        """Figures about an owner's entries and references."""
         hits, misses, evictions = self._counts.get(owner, (0, 0, 0))
         return {"ram_bytes": self.bytes_of(owner), "hits": hits, "faults": misses, "evictions": evictions}
 
@@ -169,7 +170,7 @@ class LruK(Generic[Value]):
         counts[which] += times
 
     def _touch(self, key: Hashable, entry: _Entry[Value]) -> None:
-        """A reference to a resident."""
+        """Note a reference to a resident."""
         self._refer(entry)
         self._young[key] = None
         self._young.move_to_end(key)
@@ -206,14 +207,14 @@ class LruK(Generic[Value]):
         heap = self._heaps.setdefault(which, [])
         heapq.heappush(heap, (entry.rank(self.k), self._number, key))
         present = self._entries if which is None else self._of_owner[entry.owner]
-        if len(heap) > 2 * len(present) + 64:  # most of it is about what is gone
+        if len(heap) > 2 * len(present) + 64:  # most of its entries are out of date
             numbered = enumerate((one for one in present if one not in self._young), self._number + 1)
             heap[:] = [(self._entries[one].rank(self.k), number, one) for number, one in numbered]
             self._number += len(heap)
             heapq.heapify(heap)
 
     def _evict(self, owner: Hashable | None) -> Hashable:
-        """The resident (of an owner) that goes first."""
+        """Evict the resident (of an owner) with the smallest rank; returns its key."""
         self._age()
         key = self._first(owner)
         entry = self._drop(key)
@@ -223,7 +224,7 @@ class LruK(Generic[Value]):
         return key
 
     def _age(self) -> None:
-        """Those whose period is over may go from now on."""
+        """Make residents whose correlated period is over candidates for eviction."""
         while self._young:
             key = next(iter(self._young))
             entry = self._entries[key]

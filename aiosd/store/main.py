@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("store")
 
 FAILED_S = 5.0  # after a chore that failed
-SHARE = 0.1  # of the time, for chores while calls keep coming,
-LOOK_S = 0.002  # … which are looked at no more often than this
-MOST_WORDLESS = 8192  # texts that may wait for their words with that
+SHARE = 0.1  # part of the time for chores while calls keep coming,
+LOOK_S = 0.002  # … and the shortest time between two of them
+MOST_WORDLESS = 8192  # texts that may wait for indexing under this limit
 
 
 class StoreSpec(Struct, frozen=True):
     """Settings of the store: its folder; bytes of memory for copies of notes; for each owner bytes of notes and of
-    files; versions that are kept of a file; folders that agents may mount, with `=write` behind those that they may
-    write to; bytes of memory for vectors. These come from a `table`, from the core of `model`, whose file is
-    `model_path`, or from nowhere."""
+    files; versions that are kept of a file; folders that agents may mount, with `=write` after those that they may
+    write to; bytes of memory for vectors. Vectors are made by a `table`, or by the core of `model`, whose file is
+    `model_path`; or there are none."""
 
     folder: str
     ram: int
@@ -48,13 +48,13 @@ class StoreSpec(Struct, frozen=True):
     model: str = ""
     model_path: str = ""
     home: str | None = None  # of the system, as in AIOS_HOME
-    owner_ram: int = 0  # of `ram`, for each owner; 0: a quarter
+    owner_ram: int = 0  # the part of `ram` for each owner; 0: a quarter
 
 
 class Chores:
     """What the store does between calls: words and vectors for texts that wait for theirs, the removal of notes whose
-    time is over, and new indexes in place of damaged ones. While calls keep coming (`busy`) a part of the time goes to
-    that, unless too many texts wait. What fails is tried again later."""
+    time is over, and new indexes in place of damaged ones. While calls keep coming (`busy`) chores get a part of the
+    time, unless too many texts wait. A chore that failed is tried again later."""
 
     def __init__(self, memory: NoteStore, busy: Callable[[], bool]) -> None:
         self._memory, self._busy = memory, busy
@@ -62,7 +62,7 @@ class Chores:
         self._failed: dict[Callable[[], float], float] = {}  # what failed, and when it is tried again
 
     def __call__(self) -> float:
-        """Returns for how many seconds there is nothing to do."""
+        """Do some chores. Returns for how many seconds there is nothing to do."""
         now = time.monotonic()
         if now < self._next_at:
             return self._next_at - now
@@ -75,7 +75,7 @@ class Chores:
         return max(0.0, min(wait, self._clean_at - now))
 
     def _tried(self, work: Callable[[], float], now: float) -> float:
-        """What cannot be done (a page is damaged, say) holds up nothing else."""
+        """Do one chore. If it fails (because a page is damaged, for example), that does not hold up others."""
         if now < (later := self._failed.get(work, 0.0)):
             return later - now
         try:
@@ -132,7 +132,7 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
             database.memos.gone(peer)
             storage.peer_gone(peer)
             if peer > 0:
-                memory.owner_gone(peer)  # behind the files: the owner's row goes, too
+                memory.owner_gone(peer)  # after the files, because this removes the owner's row, too
 
     def keep(peers: list[int]) -> None:
         with database.transaction():
@@ -167,7 +167,7 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
 
 
 def _embedder(spec: StoreSpec) -> Embedder | None:
-    """Raises UsageError, WorldError, OSError."""
+    """The embedder of the settings, if any. Raises UsageError, WorldError, OSError."""
     from pathlib import Path
 
     if spec.table:
@@ -179,14 +179,14 @@ def _embedder(spec: StoreSpec) -> Embedder | None:
 
         try:
             return OfCore(spec.home, spec.model, spec.model_path)
-        except FileNotFoundError:  # the model's core says the same, and one of the two is first
+        except FileNotFoundError:  # the model's core reports the same, whichever is first
             why = "no such file (aiosd models lists what is on this machine)"
             raise UsageError(f"{spec.model}: {spec.model_path}: {why}") from None
     return None
 
 
 def _boot() -> str:
-    """The same for every store of one system, and for none of another: its supervisor."""
+    """Names the running system: the same for every store that its supervisor starts, different for another system."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
     parent = procfs.read_stat(os.getppid())

@@ -1,18 +1,18 @@
 """Search by meaning: the vectors of texts, the queue of texts that have none yet, and what lies near to a query.
 
-Contract. A change of a text and its place in the queue are one transaction (`changed`, `gone`), so that no text is
-forgotten and no vector outlives its text. The embedder works on the queue afterwards, off the path of any commit. A
-vector names its embedder; those of another one count for nothing, and when the embedder changes all texts go into the
-queue once more. While texts wait, they are found by their words.
+Contract. The change of a text and its entry in the queue are one transaction (`changed`, `gone`), so that no text is
+forgotten and no vector outlives its text. The embedder works on the queue afterwards, outside of any commit. A vector
+names its embedder; vectors of another one do not count, and when the embedder changes all texts are put into the queue
+again. Texts in the queue are found by their words.
 
-What can be found is `Searchable`: notes, and whatever else has an owner, a number and a text. Each kind has a number of
-its own. Vectors are kept in half precision. In memory they are one `VectorIndex` for each owner and kind, read from the
-database when it is first searched, in slices so that others are served meanwhile, and dropped, least lately used first,
-when all of them are larger than `ram`. A search waits for that, too, but no longer than LOAD_S: then its answer is by
-words, `how` says so, and the index is read on in the background.
+Everything that has an owner, a number and a text can be found (`Searchable`): notes, and other kinds. Each kind has a
+number of its own. Vectors are kept in half precision. In memory there is one `VectorIndex` for each owner and kind. It
+is read from the database when it is first searched, in slices so that other calls are served meanwhile, and dropped,
+the least recently used first, when all of them are larger than `ram`. A search waits for that reading, but no longer
+than LOAD_S: then its answer is by words, `how` reports that, and reading goes on in the background.
 
-An index follows the database, never the other way round: what a transaction has touched is looked up there before the
-index is used again, so one that was rolled back has changed nothing.
+An index follows the database, never the other way round: rows that a transaction has touched are read again before the
+index is used again, so a transaction that was rolled back has changed nothing.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ logger = logging.getLogger("store")
 
 BATCH = 32  # texts that an embedder gets at once
 SLICE = 4_000  # vectors that are read at once
-MOST_CHARS = 2_000  # of a text that its vector stands for: the beginning
-WAIT_S = 1.0  # a search waits no longer for vectors to be made,
-LOAD_S = 2.0  # … and no longer for those that there are to be read
+MOST_CHARS = 2_000  # of a text: its vector is made from this beginning
+WAIT_S = 1.0  # a search waits at most this long for vectors to be made,
+LOAD_S = 2.0  # … and this long for existing ones to be read
 RETRY_S, RETRY_MAX_S = 1.0, 30.0  # after the embedder has failed; doubled each time, up to the second
 IDLE_S = 5.0
 
@@ -64,7 +64,7 @@ class Embedder(Protocol):
     """Makes vectors of unit length. `ask` calls `done` now or in a later `poll`: with a vector for each text (None:
     this text cannot have one), or with None when it failed as a whole."""
 
-    name: str  # another one gives other vectors
+    name: str  # embedders with different names make different vectors
     shown: str
 
     def ask(self, texts: list[str], done: OnVectors, urgent: bool) -> None: ...
@@ -90,18 +90,18 @@ class Meaning:
         self._embedder_id = 0
         self._shelves: OrderedDict[tuple[int, int], _Shelf] = OrderedDict()
         self._evictions = 0
-        self._loading: dict[tuple[int, int], None] = {}  # shelves that are read, and then refined, in the background
+        self._loading: dict[tuple[int, int], None] = {}  # indexes that are read, and then refined, in the background
         self._queue_may_have_more = True
-        self._wanted: set[int] = set()  # owners that wait for their texts
+        self._wanted: set[int] = set()  # owners whose searches wait for their texts
         self._turn = -1  # the owner whose texts were embedded last
         self._under_way: list[QueueRow] = []
         self._retry_at, self._pause = 0.0, RETRY_S
         self.away = False  # the embedder did not answer in time; searches do not wait for it
         self._probing = False
-        self._incomplete = False  # there is an embedder, but what changes is not in its queue: begin anew next time
+        self._incomplete = False  # there is an embedder, but changes are not in its queue: begin anew next time
 
     def begin(self, *kinds: Searchable) -> None:
-        """Once, with all kinds of texts that there are. Where the disk is full or damaged words serve."""
+        """Called once, with all kinds of texts. If the disk is full or damaged, search is by words."""
         self._kinds = {source.kind: source for source in kinds}
         try:
             self._begin()
@@ -136,12 +136,12 @@ class Meaning:
     # ── within the transaction that changes a text ────────────────────────────────────────────────────────
 
     def changed(self, kind: int, item: int, owner: int) -> None:
-        """This text is new, or another one than before."""
+        """A text is new or has changed."""
         self.gone(kind, item, owner)
         self.enqueue(kind, [(item, owner)])
 
     def enqueue(self, kind: int, texts: Iterable[tuple[int, int]]) -> None:
-        """These (item, owner) have no vectors."""
+        """Put texts without vectors, as (item, owner), into the queue."""
         if self.embedder is not None:
             rows = [(kind, item, owner) for item, owner in texts]
             self._db.many("INSERT OR REPLACE INTO pending(kind, item, owner) VALUES(?, ?, ?)", rows)
@@ -162,8 +162,8 @@ class Meaning:
     # ── the queue ─────────────────────────────────────────────────────────────────────────────────────────
 
     def work(self) -> float:
-        """Go on with the queue, one batch; returns after how many seconds to call this again, unless the embedder has
-        an answer before that."""
+        """Go on with the queue: one batch. Returns the number of seconds after which to call this again, unless the
+        embedder has an answer before that."""
         if self.embedder is None:
             return IDLE_S
         self.embedder.poll()
@@ -182,7 +182,7 @@ class Meaning:
         return 0.0 if not self._under_way and self._queue_may_have_more and now >= self._retry_at else IDLE_S
 
     def _next(self) -> list[QueueRow]:
-        """A batch: of owners that wait for it, else of all owners in turn, so that none holds up the others."""
+        """The next batch: texts of owners that wait, else of all owners in turn, so that none holds up the others."""
         for owner in list(self._wanted):
             found = self._of(owner, BATCH)
             if found:
@@ -229,7 +229,7 @@ class Meaning:
         self._pause = min(2 * self._pause, RETRY_MAX_S)
 
     def _settle(self, rows: list[QueueRow], vectors: Sequence[Floats | None] | None) -> None:
-        """These are out of the queue, unless they were changed since. Each has its vector, or (None) will have none."""
+        """Remove rows from the queue, unless their texts have changed since. Each gets its vector, or (None) none."""
         if not rows:
             return
         stored: list[tuple[QueueRow, Floats]] = []
@@ -241,7 +241,7 @@ class Meaning:
                     if self._db.db.changes() and vector is not None:
                         self._insert(row, vector)
                         stored.append((row, vector))
-        except OSError as err:  # the disk is full, say; they are in the queue as before
+        except OSError as err:  # the disk is full, for example; they stay in the queue
             logger.warning("vectors cannot be kept: %s", err.strerror)
             self._try_again_later()
             return
@@ -253,7 +253,7 @@ class Meaning:
         self._db.do(values, *row[1:], self._embedder_id, vector.astype("<f2").tobytes())
 
     def _enter(self, row: QueueRow, vector: Floats) -> None:
-        """Into the index, if there is one in memory."""
+        """Enter a vector into the index, if there is one in memory."""
         _, kind, item, owner = row
         shelf = self._shelves.get((kind, owner))
         if shelf is not None and shelf.whole:
@@ -269,7 +269,7 @@ class Meaning:
     # ── before a search ───────────────────────────────────────────────────────────────────────────────────
 
     def vector_of(self, query: str) -> Generator[Pause, None, Floats | None]:
-        """The vector of a query; None when there is none in time: then search by words alone."""
+        """The vector of a query; None if there is none in time: then the search is by words alone."""
         if self.embedder is None or not query.strip() or (self.away and self._probing):
             return None
         answer: list[Sequence[Floats | None] | None] = []
@@ -319,7 +319,7 @@ class Meaning:
         return ""
 
     def _load_some(self) -> bool:
-        """Go on with what searches did not wait for. True: there may be more."""
+        """Go on reading indexes for which searches did not wait. True: there may be more."""
         for key in list(self._loading):
             shelf = self._shelves.get(key)
             if shelf is not None and not shelf.whole:
@@ -331,7 +331,7 @@ class Meaning:
         return False
 
     def _loading_shown(self) -> str:
-        """What is being read; "": nothing."""
+        """A sentence about the index that is being read; "": none is."""
         shelves = [shelf for key in self._loading if (shelf := self._shelves.get(key)) and not shelf.whole]
         rows = sum(shelf.index.rows for shelf in shelves if shelf.index is not None)
         return f"vectors are being read ({rows:,} so far)" if shelves else ""
@@ -355,7 +355,7 @@ class Meaning:
         try:
             rows = self._db.rows(f"SELECT id, item, vector {next_ones}", *of, shelf.read, SLICE)
             last = rows[-1][0] if len(rows) == SLICE else None
-        except OSError:  # a damaged page costs what is on it, and no more
+        except OSError:  # only what is on a damaged page is lost
             ids = [number for (number,) in self._db.rows(f"SELECT id {next_ones}", *of, shelf.read, SLICE)]
             rows = [row for number in ids if (row := self._readable(number)) is not None]
             last = ids[-1] if len(ids) == SLICE else None
@@ -402,7 +402,7 @@ class Meaning:
         self, kind: int, vector: Floats, k: int, among: Mapping[int, Sequence[int] | Ints | None]
     ) -> list[tuple[int, float]]:
         """(item, cosine) of the `k` nearest texts of these owners, the nearest first. `among`: for each owner the items
-        that may be found (None: all). Of owners whose index is not in memory (`load`) nothing is found."""
+        that may be found (None: all). Owners whose index is not in memory (`load`) are skipped."""
         found: list[tuple[int, float]] = []
         for owner, items in among.items():
             shelf = self._shelves.get((kind, owner))
@@ -412,7 +412,7 @@ class Meaning:
         return sorted(found, key=lambda pair: -pair[1])[:k]
 
     def _catch_up(self, kind: int, shelf: _Shelf, index: VectorIndex) -> None:
-        """With what transactions have changed."""
+        """Apply the changes of transactions to an index."""
         touched, shelf.touched = shelf.touched, set()
         for item in touched:
             mine = "SELECT 1 FROM vectors WHERE kind = ? AND item = ? AND embedder = ?"

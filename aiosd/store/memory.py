@@ -1,13 +1,14 @@
-"""The memory manager: notes that agents keep.
+"""The memory manager: the notes of agents.
 
-Contract. A call that returned is on the disk. `add` adds, and with a key replaces the note of that key; nothing else
-is judged, merged or dropped. A note is a text with an optional key, tags, metadata, times and a version, which grows
-by one with each change; `if_version` refuses a change (EAGAIN) when the note has another one by now. A note with a
-`ttl` is not found after it, and its row goes within seconds (`clean`). Notes, their words and the bytes of
-their owner change in one transaction. Other owners' notes are ENOENT, as those that are not there.
+Contract. When a call has returned its effect is on the disk. `add` adds, and with a key replaces the note of that key;
+notes are never judged, merged or dropped otherwise. A note is a text with an optional key, tags, metadata, times and a
+version, which grows by one with each change; `if_version` refuses a change (EAGAIN) if the note has another version by
+now. A note with a `ttl` is not found after that time, and its row is removed within seconds (`clean`). Notes, their
+words and the bytes of their owner change in one transaction. Notes of other owners are ENOENT, as if they did not
+exist.
 
 Memory holds clean copies of notes that were read or written, under LRU-K: evicting one costs nothing. `quota` limits
-what an owner stores; `ram` what is held in memory, and `owner_ram` what of each (0: a quarter).
+the stored bytes of an owner; `ram` limits the bytes in memory, and `owner_ram` those of each owner (0: a quarter).
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ from libaios.wire import Note, Sys
 
 logger = logging.getLogger("store")
 
-KEYS = 10_000  # whose notes are found without a query
-OWNERS = 10_000  # whose numbers are known without one
-FILL = 0.8  # of `ram`
-CLEAN_S = 10.0  # between two looks for notes whose time is over,
+KEYS = 10_000  # most keys whose notes are found without a query
+OWNERS = 10_000  # most owners whose numbers are known without a query
+FILL = 0.8  # the part of `ram` that is filled at the start
+CLEAN_S = 10.0  # between two checks for notes whose time is over,
 CLEAN_AT_ONCE = 100  # … of which at most this number are removed in one transaction
-PIECEMEAL = (errno.EIO, errno.ENOSPC)  # then many notes are removed a few at a time
+PIECEMEAL = (errno.EIO, errno.ENOSPC)  # errors after which many notes are removed a few at a time
 
 
 class NoteStore:
@@ -110,14 +111,14 @@ class NoteStore:
         return self._promised(self._find(ask.caller, args.note), args)
 
     def _promised(self, note: Note, args: wire.MemGet) -> Any:
-        """As long as the note does not change, the same caller gets it again. (By a key it may get its own one day in
-        place of the group's; and a time runs out by itself.)"""
+        """The answer with a promise: as long as the note does not change, the same caller gets the same answer. (Not
+        for a group's note by key, since the caller may get its own one; nor with a `ttl`, which runs out by itself.)"""
         if self._db.open or note.expires is not None or (note.shared and note.id != args.note):
             return note
         return Lasting(note, self.promises.make(note.id))
 
     def used(self, counts: dict[int, int]) -> None:
-        """So often the kernel has given promised notes again, by promise."""
+        """Count how often the kernel has given promised notes again, by promise."""
         for note, times in self.promises.of(counts):
             self.cache.again(note, times)
 
@@ -144,18 +145,18 @@ class NoteStore:
         return self._walked(found, args)
 
     def _listed(self, chosen: str, values: Sequence[Any]) -> builtins.list[Note]:
-        """The notes of these ids, a SELECT or values."""
+        """The notes of these ids. `chosen`: a SELECT or a list of values."""
         sql = f"SELECT {COLUMNS} {FROM} WHERE n.id IN ({chosen}) ORDER BY n.id DESC"
         return [note_of(row) for row in self._db.rows(sql, *values)]
 
     def _listed_singly(self, ids: Sequence[int]) -> builtins.list[Note]:
-        """The same with those that cannot be read, as such."""
+        """The same, one by one; notes that cannot be read are marked as damaged."""
         found, lost = plainly.piecemeal(lambda some: self._listed(marks(some), some), ids)
         plainly.report(self._db, "notes", lost)
         return sorted([*found, *map(plainly.lost_note, lost)], key=lambda note: note.id, reverse=True)
 
     def _walked(self, names: Mapping[int, str], args: wire.MemList) -> Generator[Pause, None, builtins.list[Note]]:
-        """The same without any index."""
+        """The same, read without any index."""
         found: builtins.list[Note] = []
         for notes in plainly.walk(self._db, names, args.filters, self._clock()):
             found += notes
@@ -187,7 +188,7 @@ class NoteStore:
         name = owners.group(ask.caller) if args.shared else owners.own(ask.caller)
 
         if args.key is not None:
-            self._sweep(name)  # a note whose time is over is no earlier version
+            self._sweep(name)  # a note whose time is over does not count as an older version
 
         def effect() -> int:
             old = self._of_key(name, args.key) if args.key is not None else None
@@ -250,8 +251,8 @@ class NoteStore:
         return reply
 
     def clear(self, ask: link.Ask, args: wire.NoArgs) -> Any:
-        """All of the caller's own notes; those of its group stay."""
-        if self._db.room.full:  # it may be more than there is room for
+        """Remove all of the caller's own notes; those of its group stay."""
+        if self._db.room.full:  # one transaction may need more room than there is
             return self._cleared_piecemeal(ask)
         try:
             return self._clear(ask)
@@ -273,9 +274,9 @@ class NoteStore:
         return reply
 
     def _cleared_piecemeal(self, ask: link.Ask) -> Generator[Pause, None, Any]:
-        """All at once is more than a full disk has room for, or a page is damaged. So the notes go in transactions of
-        their own, as far as they can; that it is not all is an error."""
-        yield Pause(0.0)  # from here on each step has a commit of its own, and what fails costs no other call
+        """Remove the notes in transactions of their own, as far as possible, because a full disk has no room for one
+        transaction, or a page is damaged. If some stay, that is an error."""
+        yield Pause(0.0)  # from here on each step has a commit of its own, and a failure harms no other call
         if ask.again and (known := self._db.memos.find(ask)) is not None:
             return msgspec.Raw(known)
         reason: str | None = "the disk of the store is full"
@@ -302,7 +303,7 @@ class NoteStore:
         return self._db.once(ask, lambda: len(ids), frees=True)
 
     def owner_gone(self, pid: int) -> None:
-        """An agent has ended: what it kept without a name of its own ends, too."""
+        """An agent has ended: if it had no name of its own, remove its notes."""
         self._end(owners.alone(pid))
 
     def only_alive(self, pids: Iterable[int]) -> None:
@@ -313,8 +314,8 @@ class NoteStore:
                 self._end(name)
 
     def forget_system(self) -> None:
-        """Another system begins, whose agents have the numbers of the last one's again. What a damaged page, or a full
-        disk, keeps from being removed has no owner from now on. Not in a transaction."""
+        """Another system begins, whose agents have the same numbers as those of the last one. Notes that a damaged page
+        or a full disk keeps from being removed have no owner from now on. Not in a transaction."""
         for name in self._all_alone():
             try:
                 self._end(name)
@@ -330,7 +331,7 @@ class NoteStore:
     # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _find(self, caller: link.Caller, note: int | str, keep: bool = True) -> Note:
-        """Of the notes that the caller may see; of two with one key its own. Raises FileNotFoundError."""
+        """A note that the caller may see; of two with the same key its own. Raises FileNotFoundError."""
         names = visible(caller)
         which = "n.id" if isinstance(note, int) else "n.key"
         sql = f"SELECT {COLUMNS} {FROM} WHERE {which} = ? AND o.name IN (?, ?) AND {LIVE} ORDER BY o.name = ? DESC"
@@ -359,14 +360,14 @@ class NoteStore:
         return None if row is None else int(row[0])
 
     def _author(self, note: Note | None) -> str:
-        """The owner that wrote a note of a group last; "": nobody knows."""
+        """The owner that wrote a group's note last; "": it is not known."""
         if note is None or not note.shared:
             return ""
         row = self._db.row("SELECT author FROM note_authors WHERE note = ?", note.id)
         return "" if row is None else str(row[0])
 
     def _write(self, name: str, note: Note, old: Note | None, caller: link.Caller) -> Note:
-        """Raises OSError (EDQUOT) before the first change."""
+        """Write the rows of a note. Raises OSError (EDQUOT) before the first change."""
         size = _size(note)
         owner_id = self._charge(name, size - (_size(old) if old is not None else 0))
         tags, metadata = (msgspec.json.encode(part).decode() for part in (note.tags, note.metadata))
@@ -390,20 +391,20 @@ class NoteStore:
         return note
 
     def _charge(self, name: str, grown: int) -> int:
-        """Returns the owner's number."""
+        """Count bytes of an owner; returns its number."""
         owner_id = self._known_owner(name)
         if owner_id is not None:
             sql = "UPDATE owners SET note_bytes = note_bytes + ?1 WHERE id = ?2 AND (?1 <= 0 OR note_bytes + ?1 <= ?3)"
             self._db.do(sql, grown, owner_id, self.quota)
             if self._db.db.changes():
                 return owner_id
-        elif grown <= self.quota:  # its number is not remembered yet, for the call may be undone
+        elif grown <= self.quota:  # its number is not kept in memory yet, because the call may be undone
             self._db.do("INSERT INTO owners(name, note_bytes) VALUES(?, ?)", name, grown)
             return self._db.db.last_insert_rowid()
         raise wire.error(errno.EDQUOT, f"the quota of {self.quota} bytes of notes is used up")
 
     def _in_quota(self, ask: link.Ask, act: Callable[[], Any]) -> Any:
-        """Where the quota is used up, notes go whose time is over."""
+        """Do it; if the quota is used up, remove notes whose time is over, and do it again."""
         try:
             return act()
         except OSError as err:
@@ -436,8 +437,8 @@ class NoteStore:
         return len(over)
 
     def clean(self) -> float:
-        """Remove notes of all owners whose time is over, some at a time; returns after how many seconds to call this
-        again."""
+        """Remove notes of all owners whose time is over, some at a time. Returns the number of seconds after which to
+        call this again."""
         sql = "SELECT id FROM notes WHERE expires <= ? ORDER BY expires LIMIT ?"
         over = [row[0] for row in self._db.rows(sql, self._clock(), CLEAN_AT_ONCE)]
         if not over:
@@ -448,7 +449,7 @@ class NoteStore:
         except OSError as err:
             if err.errno != errno.EIO:
                 raise
-            for note_id in over:  # a damaged page holds the notes on it, and no others
+            for note_id in over:  # only notes on a damaged page stay
                 with contextlib.suppress(OSError), self._db.lazily():
                     self._delete([note_id])
         for note_id in over:
@@ -470,7 +471,7 @@ class NoteStore:
         return 0 if row is None else int(row[0])
 
     def _count(self, name: str) -> int:
-        """From indexes alone: a damaged page of the table costs what is on it."""
+        """The number of notes, from indexes alone, so that damaged pages of the table do not matter."""
         counts = "SELECT count(*) FROM notes WHERE owner = ?"
         owner = self._owner_id(name)
         over = self._db.rows(f"{counts} AND expires <= ?", owner, self._clock())
@@ -486,7 +487,7 @@ class NoteStore:
         return note.expires is not None and note.expires <= self._clock()
 
     def _changed(self, reply: Any, kept: Iterable[tuple[str, Note]]) -> Any:
-        """After the commit: the copies in memory follow."""
+        """Give the reply, and update the copies in memory after the commit."""
         for name, note in kept:
             self._keep(name, note)
         return reply

@@ -1,12 +1,13 @@
 """Memos: the replies of calls that take effect once, for as long as such a call may be submitted again.
 
 A store that dies may have done a call whose reply has not arrived. The call is submitted again, and must get the reply
-of the first time. So the reply is kept with the effect, in one transaction. A row for each call would cost two thirds
-of the throughput; a peer has one row with all its memos, and it is written once in a transaction, with the commit.
+of the first time. So the reply is kept together with the effect, in one transaction. A row for each call would cost two
+thirds of the throughput; so a peer has one row with all its memos, which is written once in a transaction, with the
+commit.
 
-Which memos are needed? A call is submitted again as long as its peer has no reply. The kernel knows that
-(`link.Ask.settled`), and what is settled is forgotten with the peer's next call. A peer that sends on without reading
-its replies settles nothing; at MEMOS of them its calls are refused, so an honest peer never has its own forgotten.
+How long is a memo needed? A call is submitted again as long as its peer has no reply. The kernel knows that
+(`link.Ask.settled`), and settled memos are forgotten with the peer's next call. A peer that sends on without reading
+its replies settles nothing; with MEMOS of them its calls are refused, so no needed memo is ever forgotten.
 
 The ids of a peer that was started again begin anew (`link.Ask.life`): memos of an earlier life are void.
 """
@@ -23,11 +24,11 @@ from aiosd.ipc import link
 from libaios import wire
 
 MEMOS = 4096  # of one peer
-KNOWN_PEERS = 10_000  # whose memos are in memory, too
+KNOWN_PEERS = 10_000  # most peers whose memos are in memory, too
 
 
 class _Memos(Struct):
-    """Of one peer: the encoded replies by call id."""
+    """The memos of one peer: the encoded replies by call id."""
 
     life: int = 0
     calls: dict[int, bytes] = {}
@@ -37,7 +38,7 @@ _decode = msgpack.Decoder(dict[int, bytes]).decode
 
 
 class Memos:
-    """`rows`: executes a statement. All is written by `write`, within the transaction of the effects."""
+    """All memos. `rows`: executes a statement. Memos are written by `write`, within the transaction of the effects."""
 
     def __init__(self, rows: Callable[..., list[tuple[Any, ...]]]) -> None:
         self._rows = rows
@@ -48,7 +49,7 @@ class Memos:
         return self._of(ask).calls.get(ask.key[1])
 
     def make_room(self, ask: link.Ask) -> None:
-        """Forget what is settled. Raises OSError (EAGAIN) when too much is not."""
+        """Forget settled memos. Raises OSError (EAGAIN) if too many are not settled."""
         calls = self._of(ask).calls
         while (oldest := next(iter(calls), ask.settled)) < ask.settled:
             del calls[oldest]
@@ -61,7 +62,7 @@ class Memos:
         self._changed.add(peer)
 
     def write(self) -> None:
-        """Before a commit."""
+        """Write changed memos. Called before a commit."""
         for peer in self._changed:
             memos = self._peers[peer]
             sql = "INSERT OR REPLACE INTO replies(peer, life, calls) VALUES(?, ?, ?)"
@@ -71,18 +72,18 @@ class Memos:
             self._peers.clear()
 
     def forget_all(self) -> None:
-        """A transaction was lost: the rows are as they were before it, the copies may not be."""
+        """Drop all copies, because a transaction was lost: the rows are as before it, but the copies may not be."""
         self._peers.clear()
         self._changed.clear()
 
     def gone(self, peer: int) -> None:
-        """This peer is dead. Its row goes in the transaction that is open."""
+        """A peer is dead: remove its row, in the open transaction."""
         self._peers.pop(peer, None)
         self._changed.discard(peer)
         self._rows("DELETE FROM replies WHERE peer = ?", peer)
 
     def only(self, peers: Iterable[int]) -> None:
-        """All agents but these are dead. (Clients are named by negative numbers; one that is not among these may still
+        """All agents but these are dead. (Clients have negative numbers; a client that is not among `peers` may still
         come back.)"""
         alive = set(peers)
         for (peer,) in self._rows("SELECT peer FROM replies WHERE peer > 0"):

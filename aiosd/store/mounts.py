@@ -1,19 +1,20 @@
 """Real folders in the spaces of owners: their files are read, listed and found with the others.
 
-A person mounts any folder; an agent only those that a person has named for that (`--store-folders`), and for writing
-only where that says so. Writing and appending replace a whole file; what is removed is gone for good. A call whose
-store dies is submitted again: it writes the same once more, finds that it has appended (see `realfolder`), or that the
-file is not there any more, which is what it wanted.
+A person may mount any folder, an agent only folders that a person has named for that (`--store-folders`), and for
+writing only if that setting says so. Writing and appending replace a whole file; a removed file is gone for good. A
+call whose store dies is submitted again: it writes the same again, finds that it has already appended (see
+`realfolder`), or finds that the file is gone, which is what it wanted.
 
-What is known of the files (names, sizes, words) lies in rows, for lists and searches. It is kept up by looking:
+Names, sizes and words of the files lie in rows, for lists and searches. These are kept up to date by reading the
+folder:
 
-- A new mount, and every mount at the start, is looked through folder by folder, a little between any two calls.
-- Events of inotify are hints. What one names is looked at (lstat) after a moment, once for all hints of that time. When
-  the queue of events has overflowed everything is looked through again.
-- A call that reads a file, or its figures, gets what is there now; lists and searches may be late by that moment. (A
-  change through a mapping of the file gives no event: that is seen at the next look.)
+- A new mount, and every mount at the start, is scanned folder by folder, a little between any two calls.
+- Events of inotify are hints. A file that one names is checked (lstat) after a moment, once for all hints of that time.
+  When the queue of events has overflowed everything is scanned again.
+- A call that reads a file, or its figures, gets the current state; lists and searches may be late by that moment. (A
+  change through a memory mapping of the file gives no event: it is noticed at the next check.)
 
-A folder that is gone, or cannot be opened, keeps its mount; `note` says what is missing.
+The mount of a folder that is gone, or cannot be opened, stays; `note` names the problem.
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ MOST_DEPTH = 32
 MOST_ENTRIES = 100_000  # of one folder
 MOST_MOUNTS = 32  # of one owner
 SETTLE_S = 0.1  # from a hint to the look
-AT_ONCE, AT_ONCE_S = 64, 0.005  # files that are looked at between two calls, and for how long
+AT_ONCE, AT_ONCE_S = 64, 0.005  # files that are checked between two calls, and for how long
 REST_S = 60.0
 HINTS_MOST = 100_000  # more are as good as an overflow
 
-PathParts = tuple[bytes, ...]  # from the mounted folder on
+PathParts = tuple[bytes, ...]  # the names on the way from the mounted folder
 
 
 @dataclass(slots=True, eq=False)
 class Mounted:
-    """One mount, and what is known of its folder in this process."""
+    """One mount, with what this process knows of its folder."""
 
     id: int
     owner: int
@@ -66,11 +67,11 @@ class Mounted:
     folder: RealFolder | None = None
     note: str = ""
     watches: dict[PathParts, int] = field(default_factory=dict)
-    met: set[PathParts] = field(default_factory=set)  # folders that have been looked through
-    ahead: deque[PathParts] = field(default_factory=deque)  # folders to be looked through
+    met: set[PathParts] = field(default_factory=set)  # folders that have been scanned
+    ahead: deque[PathParts] = field(default_factory=deque)  # folders to be scanned
     queued: set[PathParts] = field(default_factory=set)
     files: int = 0  # about
-    whole: bool = False  # has been looked through since it was opened
+    whole: bool = False  # it has been scanned completely since it was opened
 
 
 class Mounts:
@@ -91,13 +92,13 @@ class Mounts:
             self._grants += [(os.fsencode(one), mode == "write") for one in {path, os.path.realpath(path)}]
         self._mounted: dict[int, Mounted] = {}
         self._of_watch: dict[int, tuple[Mounted, PathParts]] = {}
-        self._hints: dict[tuple[int, PathParts], float] = {}  # what is to be looked at, and when
+        self._hints: dict[tuple[int, PathParts], float] = {}  # files to be checked, and when
         self._inotify: inotify.Inotify | None = None
         self._unsure = False  # a mount was made or removed in a transaction that may not have ended yet
         self.counts = {"mount_looks": 0, "mount_rescans": 0}
 
     def fileno(self) -> int:
-        """What tells of changes; made when it is first asked for."""
+        """The descriptor that reports changes, made when it is first needed."""
         if self._inotify is None:
             self._inotify = inotify.Inotify()
         return self._inotify.fd
@@ -105,18 +106,18 @@ class Mounts:
     # ── mounting, in the transaction of a call ────────────────────────────────────────────────────────────
 
     def checked_folder(self, caller: link.Caller, folder: str, write: bool) -> bytes:
-        """The folder that is meant. Raises OSError: EPERM, EINVAL, ENOENT, …"""
+        """The real folder that the caller names. Raises OSError: EPERM, EINVAL, ENOENT, …"""
         path = wire.os_bytes(folder)
         if not path.startswith(b"/") or b"\0" in path:
             raise wire.error(errno.EINVAL, "folder: an absolute path is needed")
-        # First as it is written: what an agent may not mount is not even looked up.
+        # First check the path as written: a folder that an agent may not mount is not even looked up.
         if caller.pid and (caller.uid != os.getuid() or not self._granted(os.path.normpath(path), write)):
             raise wire.error(errno.EPERM, _how_to_mount(folder, write))
         try:
             found = may_be_mounted(path, self._hidden)
         except OSError as err:
             raise wire.error(err.errno or errno.EIO, f"{wire.os_shown(folder)}: {err.strerror}") from None
-        if caller.pid and not self._granted(found, write):  # a link led elsewhere
+        if caller.pid and not self._granted(found, write):  # a link leads elsewhere
             raise wire.error(errno.EPERM, _how_to_mount(folder, write))
         return found
 
@@ -127,7 +128,7 @@ class Mounts:
         )
 
     def add(self, owner: int, at: str, path: bytes, write: bool) -> wire.Mount:
-        """Raises OSError: EEXIST, EMFILE, ENOTDIR."""
+        """Add a mount. Raises OSError: EEXIST, EMFILE, ENOTDIR."""
         rows = self._db.rows("SELECT at FROM mounts WHERE owner = ?", owner)
         for (other,) in rows:
             if other == at or other.startswith(f"{at}/") or at.startswith(f"{other}/"):
@@ -178,7 +179,7 @@ class Mounts:
         return data, found.size
 
     def fresh(self, mount: Mounted, path: str) -> FileRow:
-        """The row of a file, after a look at it. Raises OSError: ENOENT, EISDIR."""
+        """The row of a file, after a check of the file. Raises OSError: ENOENT, EISDIR."""
         names = self._names(mount, path)
         folder = self._folder(mount, path)
         try:
@@ -190,7 +191,8 @@ class Mounts:
         return self._files.require(mount.owner, path)
 
     def write(self, mount: Mounted, path: str, args: wire.StoWrite, call: bytes) -> FileRow:
-        """`call` names it, for all times: one that appends is submitted again after a death, and appends once."""
+        """Write a file. `call` names the call for all times: one that appends may be submitted again, and appends
+        once."""
         self.require_writable(mount, path)
         if args.if_version is not None:
             raise wire.error(errno.EINVAL, f"{path}: lies in a mounted folder, and has no versions")
@@ -205,7 +207,7 @@ class Mounts:
         return self.fresh(mount, path)
 
     def remove_file(self, mount: Mounted, path: str) -> None:
-        """For good."""
+        """Remove a file for good."""
         folder, names = self._folder(mount, path), self._names(mount, path)
         try:
             folder.remove(names)
@@ -227,7 +229,7 @@ class Mounts:
         return mount.folder
 
     def _names(self, mount: Mounted, path: str) -> PathParts:
-        """How the file is really called: as in its row (it may be written in NFD), or as the path says."""
+        """The real names on the way to a file: as in its row (they may be written in NFD), or else as in the path."""
         sql = "SELECT m.folder, m.name FROM files f JOIN mounted m ON m.file = f.id WHERE f.owner = ? AND f.path = ?"
         row = self._db.row(f"{sql} AND f.removed IS NULL", mount.owner, path)
         if row is not None:
@@ -276,7 +278,7 @@ class Mounts:
             mount.folder.close()
 
     def undone(self) -> None:
-        """A transaction was lost. If it made or removed a mount, what is in memory is made anew from the rows."""
+        """A transaction was lost. If it made or removed a mount, make the records in memory anew from the rows."""
         if not self._unsure:
             return
         self._unsure = False
@@ -295,8 +297,8 @@ class Mounts:
     # ── looking ───────────────────────────────────────────────────────────────────────────────────────────
 
     def work(self) -> float:
-        """Outside of any transaction: look at some of what is to be looked at. Returns the seconds until there is more
-        to do."""
+        """Check some of the files and folders that are due. Outside of any transaction. Returns the seconds until there
+        is more to do."""
         self._unsure = False  # all transactions of calls are over
         self._look_at_some()
         for mount in list(self._mounted.values()):
@@ -350,7 +352,7 @@ class Mounts:
         self._hints.setdefault((mount.id, names), self._clock() + settle)
 
     def _look_at(self, mount_id: int, names: PathParts) -> None:
-        """What lies under one name: a file, a folder, or nothing any more."""
+        """Check one name: there is a file, a folder, or nothing any more."""
         mount = self._mounted.get(mount_id)
         if mount is None or mount.folder is None or not names:
             return
@@ -379,7 +381,7 @@ class Mounts:
         self._queue(mount, ())
 
     def _look_through(self, mount: Mounted) -> None:
-        """One folder: what differs from its rows is hinted at."""
+        """Scan one folder: files that differ from their rows are to be checked."""
         names = mount.ahead.popleft()
         mount.queued.discard(names)
         mount.met.add(names)
@@ -420,7 +422,7 @@ class Mounts:
             self._queue(mount, names)
 
     def _watch(self, mount: Mounted, names: PathParts, fd: int) -> None:
-        """Before what is in the folder is read: what comes later brings an event."""
+        """Watch a folder. Done before its content is read, so that each later change brings an event."""
         assert self._inotify is not None
         try:
             watch = self._inotify.watch(fd)
@@ -428,7 +430,7 @@ class Mounts:
             mount.note = f"changes are not noticed everywhere ({err.strerror})"
             return
         old = self._of_watch.get(watch)
-        if old is not None and old[1] != names:  # it was moved: the number is the folder's
+        if old is not None and old[1] != names:  # the folder was moved: its watch keeps its number
             old[0].watches.pop(old[1], None)
         self._of_watch[watch] = (mount, names)
         mount.watches[names] = watch
@@ -440,7 +442,7 @@ class Mounts:
     # ── rows, in a transaction ────────────────────────────────────────────────────────────────────────────
 
     def _update(self, mount: Mounted, names: PathParts, found: Real | None) -> None:
-        """Let the row of one file be as the file."""
+        """Bring the row of one file up to date."""
         folder, name = _joined(names[:-1]), names[-1]
         sql = "SELECT file, stamp FROM mounted WHERE mount = ? AND folder = ? AND name = ?"
         row = self._db.row(sql, mount.id, folder, name)
@@ -467,7 +469,7 @@ class Mounts:
             mount.note = f"more than {MOST_FILES} files: not all are listed and found"
             return None
         if self._files.find(mount.owner, path) is not None:
-            return None  # the same name written in another way
+            return None  # the same name in another Unicode form
         sql = (
             "INSERT INTO files(owner, path, version, size, created, updated, author, mount) "
             "VALUES(?, ?, 0, ?, ?, ?, '', ?)"
@@ -479,7 +481,7 @@ class Mounts:
         return file
 
     def _path(self, mount: Mounted, names: PathParts) -> str | None:
-        """None: such a name cannot be one of a path here (it is no UTF-8, say)."""
+        """The path of a file in the store; None: its name is not allowed in a path (it is no UTF-8, for example)."""
         try:
             return clean_path(unicodedata.normalize("NFC", f"{mount.at}/{b'/'.join(names).decode()}"))
         except (OSError, UnicodeDecodeError):
@@ -491,7 +493,7 @@ class Mounts:
         self._db.do("DELETE FROM files WHERE id = ?", file)
 
     def _drop_folder(self, mount: Mounted, names: PathParts) -> None:
-        """What was in a folder that is not there any more."""
+        """Drop the rows of a folder that does not exist any more."""
         for folder in [one for one in mount.met if one[: len(names)] == names]:
             mount.met.discard(folder)
             if folder in mount.watches:
@@ -503,7 +505,7 @@ class Mounts:
             mount.files -= 1
 
     def _drop_unmet(self, mount: Mounted) -> None:
-        """After all was looked through: folders that were not met are gone."""
+        """After a complete scan: drop folders that were not found."""
         for (folder,) in self._db.rows("SELECT DISTINCT folder FROM mounted WHERE mount = ?", mount.id):
             names = _parts(folder)
             if names and names not in mount.met:
@@ -524,7 +526,7 @@ def _parts(folder: bytes) -> PathParts:
 
 
 def _as_seen(err: OSError, path: str) -> OSError:
-    """What stands in the way is not there: a link, a pipe, a folder that is no folder."""
+    """The error as the caller sees it: a link, a pipe, or a file in place of a folder counts as missing."""
     if err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
         return no_file(path)
     return wire.error(err.errno or errno.EIO, f"{path}: {err.strerror}")

@@ -1,4 +1,4 @@
-"""Notes as rows of the database: columns, conditions, and what belongs to a note beside its row."""
+"""Notes as rows of the database: columns, conditions, and rows that belong to a note in other tables."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ FIELD = """json_quote(CASE
 
 
 def visible(caller: link.Caller) -> tuple[str, str]:
-    """Names of the owners whose notes the caller may see."""
+    """The names of the owners whose notes the caller may see."""
     return owners.own(caller), owners.group(caller)
 
 
 def note_of(row: tuple[Any, ...]) -> Note:
-    """From COLUMNS."""
+    """The note of a row with COLUMNS."""
     note_id, key, text, tags, metadata, created, updated, expires, version, owner, size = row[:11]
-    if size < OVERHEAD:  # the last page of the note has become zeros, whose checksum is right
+    if size < OVERHEAD:  # the last page of the note has become zeros, which have a right checksum
         raise wire.error(errno.EIO, f"note {note_id} is damaged on the disk")
     return Note(
         id=note_id,
@@ -59,7 +59,7 @@ def marks(values: Iterable[Any]) -> str:
 
 
 def enter_labels(db: Database, owner: int, note: Note, metadata: str) -> None:
-    """Tags and metadata (JSON) of a note, where filters look for them."""
+    """Enter tags and metadata (JSON) of a note into the tables that filters read."""
     if note.tags:
         rows = [(owner, tag, note.id) for tag in note.tags]
         db.many("INSERT OR IGNORE INTO note_tags VALUES(?, ?, ?)", rows)
@@ -69,7 +69,7 @@ def enter_labels(db: Database, owner: int, note: Note, metadata: str) -> None:
 
 
 def remove_labels(db: Database, note: int) -> None:
-    """Before its row is changed or removed: that says which they are."""
+    """Remove them again. Must be called before the note's row is changed or removed, because it is read for that."""
     row = db.row("SELECT owner, tags, metadata FROM notes WHERE id = ?", note)
     if row is None:
         return
@@ -89,8 +89,9 @@ def _fields(db: Database, metadata: wire.Metadata) -> list[tuple[Any, ...]]:
 
 
 def filtered(db: Database, filters: wire.NoteFilters, now: float) -> tuple[str, list[Any]]:
-    """As a condition, for a few notes that are found by something else. (Of many each would be looked up: `passing`.)
-    It holds before any limit: a search for k notes finds k that fit, if there are."""
+    """The filters as a condition, for a few notes that are found by something else. (With many notes each would be
+    looked up: see `passing`.) They are applied before any limit: a search for k notes finds k that pass, if there
+    are."""
     where = [LIVE]
     parts: list[Any] = [now]
     for tag in filters.tags:
@@ -110,8 +111,8 @@ def filtered(db: Database, filters: wire.NoteFilters, now: float) -> tuple[str, 
 
 
 def passing(db: Database, owner: int, filters: wire.NoteFilters, now: float) -> tuple[str, list[Any]] | None:
-    """A SELECT of the ids of an owner's live notes that pass, from indexes alone: rows of notes are long. None: all
-    do."""
+    """A SELECT of the ids of an owner's live notes that pass, from indexes alone, since rows of notes are long. None:
+    all pass."""
     sets: list[str] = []
     parts: list[Any] = []
     for tag in filters.tags:
@@ -134,7 +135,7 @@ def passing(db: Database, owner: int, filters: wire.NoteFilters, now: float) -> 
 
 
 def union(db: Database, owners: Iterable[int], filters: wire.NoteFilters, now: float) -> tuple[str, list[Any]]:
-    """The same of all these owners."""
+    """The same for all these owners."""
     selects: list[str] = []
     parts: list[Any] = []
     for owner in owners:
@@ -145,6 +146,6 @@ def union(db: Database, owners: Iterable[int], filters: wire.NoteFilters, now: f
 
 
 def ids_of(db: Database, select: str, parts: Iterable[Any]) -> str:
-    """With commas between them. As one text they take a third of the time of as many rows."""
+    """The ids as one text with commas, which takes a third of the time of separate rows."""
     row = db.row(f"SELECT group_concat(note) FROM ({select})", *parts)
     return (row[0] if row is not None else None) or ""

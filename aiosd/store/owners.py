@@ -1,8 +1,9 @@
-"""Whose something in the store is: from the caller, which the kernel vouches for, and from nothing that a call says.
+"""The owners of notes and files. The owner follows from the caller, as the kernel reports it, never from an argument.
 
-An agent that was given a name on purpose owns what it keeps together with all agents of that user, group and name,
-before and after it. One without such a name owns it alone, and that ends with it: the stem of a script says nothing
-about who runs it. A person at the terminal is an owner, too. What is shared belongs to the group.
+An agent that was given a name on purpose shares its notes and files with all agents of the same user, group and name,
+before and after it. An agent without such a name owns them alone, and they end with it. (A name made from the script's
+file name does not count: it does not show who runs the script.) A person at the terminal is an owner, too. Shared notes
+belong to the group.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from aiosd.ipc.link import Caller
 
 ALONE = "agent/"
-LOST = "lost/"  # of what has no owner any more
+LOST = "lost/"  # the beginning of the owner's name of data that have lost their owner
 
 
 def own(caller: Caller) -> str:
@@ -26,7 +27,7 @@ def alone(pid: int) -> str:
 
 
 def shown(name: str) -> str:
-    """Who is an owner, for a person."""
+    """The name of an owner for a person."""
     kind, _, rest = name.partition("/")
     if kind == "name":
         return rest.split("/", 2)[2]

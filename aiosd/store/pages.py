@@ -1,15 +1,15 @@
-"""The database file, read page by page without SQLite: for a file in which SQLite cannot read everything any more.
+"""The database file, read page by page without SQLite: for a file that SQLite cannot read completely any more.
 
-SQLite reads a table from its root downwards and gives up at the first page that is damaged. This reader goes on beside
-it, and names what is lost by the row ids that the page had. A page is damaged when its checksum is wrong (see cksumvfs:
-8 bytes at its end) or it is no page of a tree. A page of zeros has the right checksum, but is no page of a tree. Where
-it was the end of a large row, only that row can show it (`tables.KeptTable.whole`).
+SQLite reads a table from its root downwards and stops at the first page that is damaged. This reader goes on with the
+other pages, and reports which row ids were on the lost one. A page is damaged when its checksum is wrong (see cksumvfs:
+8 bytes at its end) or it is no page of a tree. A page of zeros has the right checksum, but is no page of a tree. If
+such a page was the end of a large row, only that row can show it (`tables.KeptTable.whole`).
 
 When a page in the middle of a tree is lost, the pages below it are still in the file, but nothing leads to them. They
 are found as pages to which nothing else leads, and that are not free; their rows must lie within what is missing.
 
-The format of the file is at https://sqlite.org/fileformat2.html. Overflow pages of indexes are not followed: all that
-lies in indexes is made anew.
+The format of the file is at https://sqlite.org/fileformat2.html. Overflow pages of indexes are not read, since indexes
+are made anew.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DamagedPage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LostRows:
-    """Rows that a damaged page had: the ids from `first` to `last`, as far as there were any."""
+    """The rows of a damaged page: ids from `first` to `last`, as far as these existed."""
 
     page: int
     first: int = FIRST
@@ -49,19 +49,19 @@ StoredRow = tuple[int, tuple[Any, ...]]  # row id, values as they lie in the fil
 
 
 class Pages:
-    """`path`: a database without a WAL. Close it."""
+    """Reads pages. `path`: a database without a WAL. To be closed."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "rb")  # noqa: SIM115 - closed by `close`
         self.number = path.stat().st_size // PAGE
         self._weights = _weights()
-        self.reached: set[int] = set()  # by what was read so far
+        self.reached: set[int] = set()  # pages that were read so far
 
     def close(self) -> None:
         self._file.close()
 
     def page(self, number: int) -> bytes:
-        """Raises DamagedPage."""
+        """The bytes of a page. Raises DamagedPage."""
         if not 1 <= number <= self.number:
             raise DamagedPage(number)
         try:
@@ -91,8 +91,8 @@ class Pages:
     # ── trees ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def rows(self, root: int, lost: list[LostRows]) -> Iterator[StoredRow]:
-        """All rows of a table that can be read, in the order of their ids; `lost` gets what cannot. (Of an index only
-        the latter.)"""
+        """All rows of a table that can be read, in the order of their ids; the others are added to `lost`. (Of an index
+        only the latter.)"""
         for number, first, last in self._leaves(root, lost):
             yield from self._read_leaf(number, first, last, lost)
 
@@ -150,14 +150,15 @@ class Pages:
             (following,) = struct.unpack_from(">I", more)
         return b"".join(parts)
 
-    # ── what nothing leads to ─────────────────────────────────────────────────────────────────────────────
+    # ── leaves that cannot be reached from a root
+    # ─────────────────────────────────────────────────────────────────────────────
 
     def orphans(self) -> Iterator[StoredRow]:
-        """The rows of leaves that were not reached and are not free. Ask when all trees have been read."""
+        """The rows of leaves that were not reached and are not free. To be called when all trees have been read."""
         try:
             free = self._free()
         except (DamagedPage, struct.error):
-            return  # what is free is not known: rows that were removed must not come back
+            return  # the free pages are not known, and removed rows must not come back
         for number in range(2, self.number + 1):
             if number in free or number in self.reached or not self._readable(number):
                 continue
@@ -177,9 +178,9 @@ class Pages:
 
 
 def _weights() -> np.ndarray[Any, Any]:
-    """The checksum adds each pair (x, y) of words by `a += x + b; b += y + a`, modulo 2³². So it is a sum of all words,
-    each times a number that follows from its place."""
-    x, y = (1, 1), (0, 1)  # what the last pair adds to (a, b)
+    """The factors of the checksum. It adds each pair (x, y) of words by `a += x + b; b += y + a`, modulo 2³². So it is
+    a sum of all words, each times a factor that follows from its place."""
+    x, y = (1, 1), (0, 1)  # the factors of the last pair in (a, b)
     columns: list[tuple[int, int]] = []
     for _ in range(USABLE // 8):
         columns += [y, x]

@@ -1,9 +1,10 @@
-"""Reading past a damaged page: what is on it is lost, and nothing else.
+"""Reading past a damaged page, so that only the rows on that page are lost.
 
-SQLite reads many rows with one statement, and the statement fails at the first page that cannot be read. Then they are
-read `piecemeal`: in halves, and halves of these, until what cannot be read is single rows. And where the page is one of
-an index, which only leads to the rows, notes are read from their table itself (`walk`): all of them, in slices between
-which others are served. That takes long, and only until the index is made anew (`remake`, `aiosd fsck --repair`).
+SQLite reads many rows with one statement, and the statement fails at the first page that cannot be read. Then the rows
+are read `piecemeal`: in halves, and halves of these, until single rows are left that cannot be read. If the page is one
+of an index, which only leads to the rows, notes are read from their table itself (`walk`): all of them, in slices
+between which other calls are served. That takes long, and only until the index is made anew (`remake`, `aiosd fsck
+--repair`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from libaios.wire import Note, NoteFilters
 logger = logging.getLogger("store")
 
 SLICE = 256  # row ids
-MOST_REPORTED = 10_000  # of what is lost, in the log of one process
+MOST_REPORTED = 10_000  # lost rows that one process reports in its log
 _WORD = re.compile(r"[^\W_]+")
 
 ItemT = TypeVar("ItemT")
@@ -53,7 +54,7 @@ def piecemeal(
 
 
 def report(db: Database, what: str, lost: Sequence[object]) -> None:
-    """In the log, of each once: an agent may ask again and again."""
+    """Report lost rows in the log, each once, since an agent may try again and again."""
     new = [one for one in lost if (what, one) not in db.reported]
     if new and len(db.reported) < MOST_REPORTED:
         db.reported.update((what, one) for one in new)
@@ -62,13 +63,13 @@ def report(db: Database, what: str, lost: Sequence[object]) -> None:
 
 
 def lost_note(note: int) -> Note:
-    """In the place of one of which nothing but the id can be read; 0: of some of which not even that."""
+    """A note of which only the id can be read; with id 0 it stands for several whose ids are not known."""
     return Note(note, "", None, [], {}, 0.0, 0.0, None, 0, False, damaged=True)
 
 
 def walk(db: Database, owners: Mapping[int, str], filters: NoteFilters, now: float) -> Iterator[list[Note]]:
-    """All notes of these owners (by number, with their names) that can be read and pass, the newest first, in slices.
-    Without any index. The last slice is `lost_note(0)` where some cannot be read, which may be these owners' or not."""
+    """All notes of these owners (by number, with their names) that can be read and pass, the newest first, in slices,
+    without any index. The last slice is `lost_note(0)` if some notes cannot be read, whoever owns those."""
     sql = f"SELECT {PLAIN_COLUMNS} FROM notes n NOT INDEXED WHERE n.id BETWEEN ? AND ? ORDER BY n.id DESC"
     row = db.row("SELECT seq FROM sqlite_sequence WHERE name = 'notes'")
     last, lost = 0 if row is None else int(row[0]), list[int]()
@@ -97,11 +98,11 @@ def _passes(note: Note, filters: NoteFilters, now: float) -> bool:
 
 
 def _same(one: object, other: object) -> bool:
-    """2 is 2.0, and 1 is not true."""
+    """Whether two values of metadata are equal: 2 is 2.0, and 1 is not true."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def words_of(text: str) -> set[str]:
-    """As the index of words has them: without case and accents."""
+    """The words of a text as in the index of words: without case and accents."""
     bare = "".join(char for char in unicodedata.normalize("NFD", text) if not unicodedata.combining(char))
     return set(_WORD.findall(bare.casefold()))

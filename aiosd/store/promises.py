@@ -1,8 +1,9 @@
-"""Which answers the kernel may give again, because nothing that they say has changed (see `aiosd.kernel.copies`).
+"""Promises: answers that the kernel may give again as long as their data do not change (see `aiosd.kernel.copies`).
 
-A promise is about a *subject*, a note say. What changes a subject calls `broken`, before the answer to the call that
-does so, and whether or not its transaction will hold: a promise that was taken back for nothing costs one call. So that
-the reverse cannot happen, none is made while a transaction is open, whose changes others may already see here.
+A promise is about a *subject*, for example a note. A change of a subject calls `broken`, before the answer to the call
+that makes it, whether or not its transaction will be committed: a promise that was taken back without need costs one
+call. The reverse must not happen. So no promise is made while a transaction is open, whose changes this process may
+already see.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Mapping
 
-MOST = 20_000  # that stand at a time; the oldest are taken back
+MOST = 20_000  # valid promises at a time; beyond that the oldest are taken back
 
 
 class Promises:
@@ -24,7 +25,7 @@ class Promises:
         return len(self._numbers)
 
     def make(self, subject: Hashable) -> int:
-        """The number of the promise that a subject stays as it is."""
+        """Promise that a subject stays as it is; returns the promise's number."""
         number = self._numbers.get(subject)
         if number is None:
             if len(self._numbers) >= MOST:
@@ -34,17 +35,17 @@ class Promises:
         return number
 
     def broken(self, subject: Hashable) -> None:
-        """The subject changes now."""
+        """The subject changes now: take back its promise."""
         number = self._numbers.pop(subject, None)
         if number is not None:
             del self._subjects[number]
             self.take_back([number])
 
     def void(self) -> None:
-        """There is a new kernel, which has none of them."""
+        """Drop all promises, because a new kernel has none of them."""
         self._numbers.clear()
         self._subjects.clear()
 
     def of(self, counts: Mapping[int, int]) -> list[tuple[Hashable, int]]:
-        """The subjects of these promises, with their counts; those that do not stand any more are left out."""
+        """The subjects of these promises, with their counts, without those that were taken back."""
         return [(self._subjects[number], count) for number, count in counts.items() if number in self._subjects]

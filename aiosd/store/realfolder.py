@@ -1,8 +1,8 @@
 """A real folder, and the way to what lies in it: step by step from its descriptor, never through a link.
 
-So no link, whenever it was made, leads out of the folder; and since what is opened is looked at afterwards, a
-file that was exchanged for a pipe or a device is not read. `hidden` is aiosd's own data, which is in no mounted folder,
-even if it lies below one. Raises OSError in all functions.
+So no link, whenever it was made, leads out of the folder. Since a file is checked after it was opened, a file that was
+exchanged for a pipe or a device is not read. `hidden` is aiosd's own data, which is in no mounted folder, even if it
+lies below one. All functions raise OSError.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Real:
-    """What a look at a file told. `stamp` changes with the file."""
+    """The state of a file when it was checked. `stamp` changes with the file."""
 
     size: int
     created: float
@@ -34,7 +34,7 @@ class Real:
 
 
 def real(found: os.stat_result) -> Real | None:
-    """None: it is no plain file."""
+    """The state of a file; None: it is no plain file."""
     if not stat.S_ISREG(found.st_mode):
         return None
     stamp = f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
@@ -51,7 +51,7 @@ class RealFolder:
 
     @contextmanager
     def folder(self, names: tuple[bytes, ...], make: bool = False) -> Iterator[int]:
-        """A descriptor of the folder that these names lead to. `make`: what is not there."""
+        """A descriptor of the folder that these names lead to. `make`: create missing folders."""
         fd = os.dup(self.root)
         try:
             for name in names:
@@ -72,7 +72,7 @@ class RealFolder:
             raise FileNotFoundError(errno.ENOENT, "that is aiosd's own folder")
 
     def look(self, names: tuple[bytes, ...]) -> Real | None:
-        """At one file. None: it is not there, or no plain file."""
+        """Check one file. None: it is missing, or no plain file."""
         try:
             with self.folder(names[:-1]) as fd:
                 return real(os.stat(names[-1], dir_fd=fd, follow_symlinks=False))
@@ -95,14 +95,14 @@ class RealFolder:
             os.close(fd)
 
     def write(self, names: tuple[bytes, ...], data: bytes) -> None:
-        """Beside the file, and then in its place: a reader gets the old one or the new one."""
+        """Write a new file beside the old one, and put it in its place: a reader gets the old one or the new one."""
         with self.folder(names[:-1], make=True) as folder, self._replacing(folder, names[-1], None) as fd:
             _write_all(fd, data)
 
     def append(self, names: tuple[bytes, ...], data: bytes, call: bytes) -> None:
-        """The same with what the file has, and `data` behind it. The new file names the calls (CALL_BYTES each) that
-        were last appended to it, and one of these is not done again. What others write between the copy and its
-        renaming is lost, as with every program that replaces a file; what they write before is not."""
+        """Write a new file with the old content and `data` after it. The new file names the last calls that appended to
+        it (CALL_BYTES each), and such a call does not append again. Changes that another process makes between the copy
+        and the renaming are lost, as with every program that replaces a file; earlier ones are not."""
         with self.folder(names[:-1], make=True) as folder:
             for _ in range(TRIES):
                 with contextlib.suppress(_ChangedError):
@@ -136,7 +136,8 @@ class RealFolder:
 
     @contextmanager
     def _replacing(self, folder: int, name: bytes, stamp: str | None) -> Iterator[int]:
-        """A new file, which then has this name. `stamp`: of the file that has it until then ("": none has)."""
+        """A new file that gets this name at the end. `stamp`: of the file that has the name until then ("": there is
+        none)."""
         mode = self._mode_of(folder, name)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(TEMPORARY, dir_fd=folder)
@@ -158,11 +159,11 @@ class RealFolder:
         os.fsync(folder)
 
     def remove(self, names: tuple[bytes, ...]) -> None:
-        """For good."""
+        """Remove a file for good."""
         with self.folder(names[:-1]) as folder:
             if not self._stamp_of(folder, names[-1]):
                 raise FileNotFoundError(errno.ENOENT, "it is no plain file")
-            os.unlink(names[-1], dir_fd=folder)  # the name, whatever it stands for now, and never what a link leads to
+            os.unlink(names[-1], dir_fd=folder)  # removes the name itself, never the target of a link
             os.fsync(folder)
 
     @staticmethod
@@ -175,7 +176,7 @@ class RealFolder:
 
     @staticmethod
     def _mode_of(folder: int, name: bytes) -> int | None:
-        """Of the file that is there; None: there is none."""
+        """The mode of the file; None: there is no file."""
         try:
             found = os.stat(name, dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:
@@ -186,13 +187,13 @@ class RealFolder:
 
     @contextmanager
     def entries(self, names: tuple[bytes, ...]) -> Iterator[tuple[int, Iterator[os.DirEntry[str]]]]:
-        """The folder's descriptor, and what is in it. (Names as Python has them, see os.fsencode.)"""
+        """The folder's descriptor, and its entries. (Names as Python has them, see os.fsencode.)"""
         with self.folder(names) as fd, os.scandir(fd) as found:
             yield fd, found
 
 
 class _ChangedError(Exception):
-    """Another one has changed the file meanwhile."""
+    """Another process has changed the file meanwhile."""
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -204,7 +205,7 @@ def _write_all(fd: int, data: bytes) -> None:
 def _calls_of(fd: int) -> list[bytes]:
     try:
         found = os.getxattr(fd, CALLS)
-    except OSError:  # it has none
+    except OSError:  # the file has no such attribute
         return []
     return [found[begin : begin + CALL_BYTES] for begin in range(0, len(found), CALL_BYTES)]
 

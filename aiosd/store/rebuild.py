@@ -1,4 +1,4 @@
-"""A new database file, made of rows, that takes the place of the old one: for repair and import.
+"""Makes a new database file from rows and puts it in the place of the old one: for repair and import.
 
 Nothing is deleted: the old file is kept beside the new one, under another name. The change is one rename, so that a
 crash leaves the one or the other.
@@ -21,13 +21,13 @@ from aiosd.store.tables import KEPT, REBUILD
 
 
 def new_database(path: Path | None, schema: int) -> apsw.Connection:
-    """An empty database of a schema (None: in memory), into which rows are put."""
+    """An empty database with this schema. `path` None: in memory."""
     if path is None:
         db = apsw.Connection(":memory:")
     else:
         db = connect(path)
         db.pragma("foreign_keys", "OFF")
-        db.pragma("synchronous", "OFF")  # `take_place` syncs the whole
+        db.pragma("synchronous", "OFF")  # `take_place` syncs the whole file
     for script in MIGRATIONS[:schema]:
         db.execute(script)
     db.pragma("user_version", schema)
@@ -35,7 +35,7 @@ def new_database(path: Path | None, schema: int) -> apsw.Connection:
 
 
 def put(db: apsw.Connection, table: str, row: dict[str, Any]) -> bool:
-    """False: there is one like it already."""
+    """Insert a row. False: there is an equal one already."""
     names, marks = ", ".join(row), ", ".join("?" for _ in row)
     db.execute(f"INSERT OR IGNORE INTO {table}({names}) VALUES({marks})", tuple(row.values()))
     return db.changes() > 0
@@ -53,7 +53,7 @@ def sequences(path: Path, plan: roots.RootPages) -> dict[str, int]:
 
 
 def finish(db: apsw.Connection, given_out: dict[str, int]) -> None:
-    """When all rows are in: what is made from them. Closes it."""
+    """Make all derived tables when all rows are in, and close the database."""
     tables = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
     for table, sql in REBUILD:
         if table in tables:
@@ -68,15 +68,15 @@ def finish(db: apsw.Connection, given_out: dict[str, int]) -> None:
 
 
 def take_place(new: Path, path: Path, why: str) -> Path | None:
-    """Let a new database take the place of the old one, which is kept beside it. Returns where; None: there was no old
-    one."""
+    """Put a new database in the place of the old one, which is kept beside it. Returns the old one's new path; None:
+    there was no old one."""
     old = None
     _sync(new, os.O_RDWR)
     if path.exists():
         old = _unused(path.with_name(f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}"))
         os.link(path, old)
         wal = path.with_name(path.name + "-wal")
-        if wal.exists():  # it must not be taken for that of the new file
+        if wal.exists():  # it must not be taken for the WAL of the new file
             os.rename(wal, old.with_name(old.name + "-wal"))
     os.replace(new, path)
     path.with_name(roots.BESIDE).unlink(missing_ok=True)
@@ -101,8 +101,8 @@ def _unused(path: Path) -> Path:
 
 
 def repair(path: Path) -> tuple[dict[str, int], Path | None]:
-    """Copy what is readable into a new file, which takes the place of the old one. Returns how many rows of which table
-    were copied, and where the old file is."""
+    """Copy the readable rows into a new file, which takes the place of the old one. Returns the number of rows copied
+    from each table, and the path of the old file."""
     new = path.with_name(path.name + ".new")
     for stale in (new, new.with_name(new.name + "-wal")):
         stale.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""What a damaged page has hit and is made from other rows is made anew, while the store serves: indexes, labels, words.
+"""Makes damaged data anew that are derived from other rows, while the store serves: indexes, labels, words.
 
-Nothing is lost with such a page. But SQLite can neither read past it nor drop it: a look by key, and each change that
-passes by it, would be EIO until a repair. So a new tree takes the place of the damaged one, whose pages belong to
-nothing from then on; `aiosd fsck` goes on to name the damaged page. Where rows that the new one would be made from are
-damaged themselves, all stays as it is: an index that leaves out a row is none. All callers wait meanwhile, so that is
-not done to a large file: it is left to `aiosd fsck --repair`.
+Nothing is lost with such a page. But SQLite can neither read past it nor drop it: a query by key, and each change that
+needs the page, would be EIO until a repair. So a new tree takes the place of the damaged one, whose pages belong to
+nothing from then on; `aiosd fsck` still reports the damaged page. If the source rows are damaged themselves, all stays
+as it is, because an index must not leave out a row. All callers wait meanwhile, so this is not done to a large file: it
+is left to `aiosd fsck --repair`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from aiosd.store.tables import REBUILD
 
 logger = logging.getLogger("store")
 
-FIRST_S, MOST_S = 60.0, 3600.0  # from one look to the next while pages are found damaged; doubled when nothing was made
+FIRST_S, MOST_S = 60.0, 3600.0  # between two checks while pages are found damaged; doubled when nothing was made
 MOST_BYTES = 512 << 20  # of the database: some seconds
 _NEW = "remade"
 _WORDS = ("data", "idx", "docsize", "config")  # tables of an FTS5 table
-#: Tables that are made from others, in sets that follow from each other: the first makes the rest. (Without what is in
+#: Tables that are made from others, in sets that follow from each other: the first makes the rest. (Without the rows of
 #: `doomed` some files stay that nothing needs any more.)
 _DERIVED: tuple[tuple[str, ...], ...] = (
     ("note_tags",),
@@ -38,7 +38,8 @@ _INDEXES = "SELECT name, tbl_name, coalesce(sql, '') FROM sqlite_schema WHERE ty
 
 
 def damaged_indexes(db: Database) -> list[tuple[str, str, str, str]]:
-    """Each with its table, its columns and, of a partial one, its condition. Reads them all. Raises OSError."""
+    """Each damaged index with its table, its columns and, if partial, its condition. Reads all indexes. Raises
+    OSError."""
     found = []
     for name, table, sql in db.rows(_INDEXES):
         columns = [row[0] for row in db.rows("SELECT name FROM pragma_index_info(?)", name)]
@@ -54,7 +55,7 @@ def damaged_indexes(db: Database) -> list[tuple[str, str, str, str]]:
 
 
 def damaged_tables(db: Database) -> list[tuple[str, ...]]:
-    """The sets of which a table is damaged. Reads them all. Raises OSError."""
+    """The sets that have a damaged table. Reads them all. Raises OSError."""
     return [tables for tables in _DERIVED if any(_damaged(db, table) for table in tables)]
 
 
@@ -63,7 +64,7 @@ def _damaged(db: Database, table: str) -> bool:
         return False  # it is what the others are
     last = db.rows("SELECT name FROM pragma_table_info(?) ORDER BY cid DESC LIMIT 1", table)[0][0]
     try:
-        db.rows(f"SELECT max(+{last}) FROM {table} NOT INDEXED")  # which reads to the end of each row
+        db.rows(f"SELECT max(+{last}) FROM {table} NOT INDEXED")  # reads to the end of each row
     except OSError as err:
         if not plainly.is_damage(err):
             raise
@@ -72,7 +73,7 @@ def _damaged(db: Database, table: str) -> bool:
 
 
 def remake(db: Database) -> list[str]:
-    """Make them anew; returns their names. Not in a transaction. Raises OSError."""
+    """Make all damaged indexes and tables anew; returns their names. Not in a transaction. Raises OSError."""
     made = []
     for name, table, columns, where in damaged_indexes(db):
         if _done(db, name, partial(_index, db, name, table, columns, where)):
@@ -123,7 +124,7 @@ def _tables(db: Database, tables: tuple[str, ...]) -> None:
 
 
 class Mender:
-    """Looks when pages were found damaged since the last look, and not all the time."""
+    """Calls `remake` when damaged pages were found since the last time."""
 
     def __init__(self, db: Database, made: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._db, self._made, self._clock = db, made, clock
@@ -131,7 +132,7 @@ class Mender:
         self._next, self._pause = 0.0, FIRST_S
 
     def work(self) -> float:
-        """Returns after how many seconds to call this again. Raises OSError."""
+        """Returns the number of seconds after which to call this again. Raises OSError."""
         if self._db.counts["damaged"] == self._seen or self._clock() < self._next:
             return FIRST_S
         self._next = self._clock() + self._pause

@@ -1,7 +1,7 @@
-"""Where the tables of the database begin.
+"""The first pages of the tables in the database.
 
-The first page of the file says so. As that page may be the damaged one, the same lies in a small file beside it,
-written whenever the database is opened.
+The first page of the file lists them. As that page may be the damaged one, the same list lies in a small file beside
+it, written whenever the database is opened.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _TREES = "SELECT name, rootpage FROM sqlite_schema WHERE rootpage > 0 ORDER BY r
 
 @dataclass(frozen=True, slots=True)
 class RootPages:
-    """Of a file: its schema, and the first page of each table and index."""
+    """The schema of a database file, and the first page of each table and index."""
 
     schema: int
     roots: dict[str, int]
-    first_page: bool = True  # it comes from the file itself
+    first_page: bool = True  # the plan was read from the file itself
 
 
 def note(path: Path, db: apsw.Connection) -> None:
@@ -42,7 +42,7 @@ def note(path: Path, db: apsw.Connection) -> None:
 
 
 def read(path: Path) -> RootPages:
-    """Raises WorldError when neither the file nor what lies beside it has it."""
+    """Read the plan. Raises WorldError if neither the file nor the one beside it has it."""
     try:
         db = open_closed(path)
         try:
@@ -58,7 +58,7 @@ def read(path: Path) -> RootPages:
 
 
 def open_closed(path: Path) -> apsw.Connection:
-    """For reading a file that no process has open, as it is: nothing is locked, and no WAL is looked at."""
+    """Open a file that no process has open, for reading it as it is: without a lock, without a WAL."""
     apsw.sqlite_extra.load(apsw.Connection(":memory:"), "cksumvfs")
     flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
     return apsw.Connection(f"{path.absolute().as_uri()}?mode=ro&immutable=1", vfs="cksmvfs", flags=flags)

@@ -1,7 +1,7 @@
-"""Reads what is kept out of the file of a store that no process has open, however damaged it is.
+"""Reads all kept data from the file of a store that no process has open, however damaged the file is.
 
-The file is read by `pages`, so that one damaged page costs what lay on it and nothing else. What could not be read is
-named. Export and repair read in this way, too: what is whole is read as well as by SQLite.
+The file is read by `pages`, so that only the rows on damaged pages are lost. Data that cannot be read are reported.
+Export and repair read in this way, too: an undamaged file is read as well as by SQLite.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from aiosd.store.tables import KEPT, KeptTable, content_path, file_hash
 
 @dataclass(slots=True)
 class Salvage:
-    """Reads what is kept out of the file of a store that is closed. After `rows` of all tables, `lost` is complete."""
+    """Reads the file of a closed store. `lost` is complete when all `rows` have been iterated."""
 
     path: Path
     plan: roots.RootPages
@@ -44,8 +44,8 @@ class Salvage:
         return [kept for kept in KEPT if kept.name in self.plan.roots]
 
     def rows(self, columns: Callable[[str], list[SqlColumn]]) -> Iterator[tuple[KeptTable, dict[str, Any]]]:
-        """All rows of all tables. What nothing leads to any more is looked for at the end, in the tables that miss
-        something."""
+        """All rows of all tables. At the end, pages that no tree reaches are searched for rows of the tables that miss
+        some."""
         for kept in self.tables():
             lost = self.lost.setdefault(kept.name, [])
             made = _Maker(columns(kept.name))
@@ -71,7 +71,7 @@ class Salvage:
         return any(one.first <= rowid <= one.last for one in self.lost[kept.name])
 
     def _reach_the_rest(self) -> None:
-        """So that nothing of another table or of an index is taken for an orphan."""
+        """Read all other trees, so that no page of another table or of an index is taken for an orphan."""
         names = {kept.name for kept in self.tables()}
         for name, root in {**self.plan.roots, "sqlite_schema": 1}.items():
             if name not in names:
@@ -80,7 +80,7 @@ class Salvage:
                     pass
 
     def check_contents(self, kept: KeptTable, row: dict[str, Any]) -> None:
-        """Note a content file that is not there, or is not what its name says."""
+        """Note a content file that is missing, or whose hash differs from its name."""
         name = row.get(kept.contents) if kept.contents else None
         if isinstance(name, str | bytes):
             shown = name.hex() if isinstance(name, bytes) else name
@@ -113,7 +113,7 @@ _KINDS: dict[str, tuple[type, ...]] = {"INTEGER": (int,), "REAL": (int, float), 
 
 
 def columns_of(db: apsw.Connection) -> Callable[[str], list[SqlColumn]]:
-    """By table, from a database with the same schema."""
+    """The columns of each table, from a database with the same schema."""
 
     def columns(table: str) -> list[SqlColumn]:
         found = list(db.execute(f"PRAGMA table_info({table})"))
@@ -141,7 +141,7 @@ class _Maker:
         rowid, values = row
         made = {}
         for place, column in enumerate(self._columns):
-            value = values[place] if place < len(values) else column.default  # it was added to the table later
+            value = values[place] if place < len(values) else column.default  # the column was added to the table later
             made[column.name] = rowid if column.is_rowid else value
         return made
 

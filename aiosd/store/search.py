@@ -1,12 +1,13 @@
 """Search for notes: by words, by meaning, or by both.
 
-By both: the candidates of words and those of meaning, each of which gets one score, `cosine + WORDS · bm25 / (HALF +
-bm25)`. (To mix the two rankings instead of the scores ruins a good embedder: what stands first by chance in the words
-counts as much as what means the same.) A note whose text is the query itself stands before all others, so a live note
-is always found by its own text, whatever that is.
+By both: the candidates of words and those of meaning get one score each, `cosine + WORDS · bm25 / (HALF + bm25)`.
+(Mixing the two rankings instead of the scores ruins a good embedder: a chance hit that is first by words counts as much
+as a text that means the same.) A note whose text is the query itself comes before all others, so a live note is always
+found by its own text, whatever that is.
 
-Filters hold before any limit: SQLite gives the ids that pass, and only these are compared. A query is split into words
-and each is quoted; the owner is a token of its own in the index of words, so no query leads to another's notes.
+Filters are applied before any limit: SQLite gives the ids that pass, and only these are compared. A query is split into
+words and each is quoted; the owner is a token of its own in the index of words, so no query leads to another owner's
+notes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from libaios.wire import Note
 if TYPE_CHECKING:
     from aiosd.store.meaning import Floats, Ints
 
-#: For each owner the notes that pass the filters; None: all do.
+#: For each owner the notes that pass the filters; None: all pass.
 Among = Mapping[int, "Sequence[int] | Ints | None"]
 
 WORDS, HALF = 0.15, 8.0
@@ -37,8 +38,9 @@ ITSELF = 2.0  # for a note whose text is the query: more than any other score
 LEAST = 50  # candidates of each side
 MOST_WORDS = 256  # of a query
 _BM25 = "(-bm25(note_words, 0.0, 1.0))"
-#: That what an index of words has found is among these. One set is made of them, and each match is looked up there. The
-#: plus forbids the other way round: to look for the words in each of them, which takes a thousand times as long.
+#: The condition that a match of an index of words is among these ids. SQLite makes one set of them, and looks up each
+#: match there. The plus forbids the other way round, to search the words in each id, which takes a thousand times as
+#: long.
 AMONG = "+w.rowid IN ({})"
 
 
@@ -52,7 +54,7 @@ class NoteTexts:
         self._db = database
 
     def texts(self, items: Sequence[int]) -> list[tuple[int, str]]:
-        """One that is damaged has none; else the queue would not get past it."""
+        """The texts of these notes. A damaged note has none: otherwise the queue would not get past it."""
         return [(item, text) for item in items if (text := self._text(item))]
 
     def _text(self, item: int) -> str:
@@ -70,7 +72,7 @@ class NoteSearch:
     def search(
         self, caller: link.Caller, args: wire.MemSearch
     ) -> list[wire.Found] | Generator[Pause, None, list[wire.Found]]:
-        """The answer, or what brings it after a while. Raises OSError (EOPNOTSUPP, EAGAIN)."""
+        """The answer, or a generator that yields pauses and returns it. Raises OSError (EOPNOTSUPP, EAGAIN)."""
         if args.by == "meaning" and self._meaning.embedder is None:
             raise wire.error(errno.EOPNOTSUPP, "there is no embedder, so nothing can be found by meaning")
         names = visible(caller)
@@ -118,12 +120,12 @@ class NoteSearch:
         return (yield from self._walked(owners, args))
 
     def _require_words(self, owners: Sequence[int]) -> None:
-        """Raises OSError (EIO)."""
+        """Check that the indexes of words can be read. Raises OSError (EIO)."""
         if self._words.stuck and any(self._words.waiting_of(owner) for owner in owners):
             raise wire.error(errno.EIO, "words cannot be entered into their index, which is damaged on the disk")
 
     def _walked(self, owners: Sequence[int], args: wire.MemSearch) -> Generator[Pause, None, list[wire.Found]]:
-        """A page of an index is damaged: by words, from the notes themselves."""
+        """Search by words in the notes themselves, because a page of an index is damaged."""
         rows = self._db.rows(f"SELECT id, name FROM owners WHERE id IN ({marks(owners)})", *owners)
         words = plainly.words_of(args.query)
         best: list[wire.Found] = []
@@ -187,7 +189,7 @@ class NoteSearch:
 
 
 def _numbers(ids: str) -> Ints:
-    """From a text with commas between them."""
+    """Numbers from a text with commas."""
     import numpy as np
 
     return np.fromstring(ids, np.int64, sep=",") if ids else np.zeros(0, np.int64)
@@ -196,9 +198,9 @@ def _numbers(ids: str) -> Ints:
 def with_meaning(
     meaning: Meaning, kind: int, among: Among, k: int, vector: Floats, words: Mapping[int, float]
 ) -> dict[int, float]:
-    """Scores of what words have found, and of what is nearest to the vector."""
+    """Scores of the notes found by words and of those nearest to the vector."""
     cosines = dict(meaning.nearest(kind, vector, max(k, LEAST), among))
-    # Words alone may have found what is farther away, or has no vector yet: that is put level with the last.
+    # Notes found by words alone, which are farther away or have no vector yet, get the cosine of the last of these.
     level = min(cosines.values(), default=0.0)
     others = [item for item in words if item not in cosines]
     if others:
@@ -208,5 +210,5 @@ def with_meaning(
 
 
 def fit(bm25: float) -> float:
-    """From 0 to 1."""
+    """A bm25 score scaled to 0 … 1."""
     return bm25 / (HALF + bm25) if bm25 > 0 else 0.0

@@ -1,12 +1,12 @@
-"""Whose files a call means, which of them the caller may see and change, and what a path may look like.
+"""Spaces: the owner whose files a call means, which of them the caller may see and change, and valid paths.
 
 Each owner and each group has one namespace, a *space*. An agent has all rights in its own and in its group's, a person
 in all. In the space of another owner it sees what is shared with it or with its group, a file or all of a folder, and
-may change it if it was shared for writing. What an agent may not see is ENOENT, as what is not there; what it may see
-and not change is EACCES.
+may change it if it was shared for writing. A file that an agent may not see is ENOENT, as if it did not exist; one that
+it may see and not change is EACCES.
 
-A path is names with a slash between them, relative to its space. It is brought to NFC: the same name in NFC and NFD is
-one file. A share belongs to the path, not to the file that is there now.
+A path is names with a slash between them, relative to its space. It is converted to Unicode's form NFC: the same name
+in NFC and NFD is one file. A share belongs to the path, not to the file that is there now.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NAME = re.compile(wire.NAME_PATTERN)
 
 
 def is_name(name: str) -> bool:
-    """Whether an agent or a group can be called so."""
+    """Whether this can be the name of an agent or a group."""
     return len(name) <= 64 and _NAME.match(name) is not None
 
 
@@ -55,7 +55,7 @@ def clean_folder(folder: str) -> str:
 
 
 def below(folder: str) -> tuple[str, str]:
-    """All paths in a folder lie from the first of these on and before the second ("0" follows "/")."""
+    """The range of all paths in a folder: from the first of these on, and before the second ("0" follows "/")."""
     return (f"{folder}/", f"{folder}0") if folder else ("", "\U0010ffff")
 
 
@@ -70,7 +70,7 @@ class PathGrant:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """One namespace as a caller sees it. `owner` None: nothing was ever kept there. `grants` None: all rights."""
+    """One namespace as a caller sees it. `owner` None: nothing was ever stored there. `grants` None: all rights."""
 
     name: str
     owner: int | None
@@ -83,7 +83,7 @@ class Namespace:
         return self.grants is None or any(grant.write and grant.covers(path) for grant in self.grants)
 
     def require(self, path: str, write: bool = False) -> None:
-        """Raises OSError: ENOENT, EACCES."""
+        """Check the caller's right to a path. Raises OSError: ENOENT, EACCES."""
         if not self.may_see(path):
             raise no_file(path)
         if write and not self.may_write(path):
@@ -94,7 +94,7 @@ class Namespace:
             raise wire.error(errno.EACCES, f"only its owner may {what}")
 
     def where(self) -> tuple[str, list[Any]]:
-        """The same as a condition in SQL, on `f.path`."""
+        """The right to read as a condition in SQL, on `f.path`."""
         if self.grants is None:
             return "1", []
         parts: list[str] = []
@@ -114,7 +114,7 @@ class Spaces:
         self._db = database
 
     def find(self, caller: link.Caller, of: str) -> Namespace:
-        """Raises OSError (EINVAL)."""
+        """The space that `of` names. Raises OSError (EINVAL)."""
         return self._space(caller, named(caller, of))
 
     def of_owner(self, caller: link.Caller, owner: int) -> Namespace:
@@ -122,7 +122,7 @@ class Spaces:
         return self._space(caller, name)
 
     def all_seen(self, caller: link.Caller) -> list[Namespace]:
-        """The caller's own space, its group's, and those of which something is shared with it."""
+        """The caller's own space, its group's, and all spaces of which something is shared with the caller."""
         mine = identities(caller)
         sql = "SELECT DISTINCT o.name FROM grants g JOIN owners o ON o.id = g.owner WHERE g.grantee IN (?, ?)"
         others = [name for (name,) in self._db.rows(sql, *mine) if name not in mine]
@@ -138,7 +138,7 @@ class Spaces:
         return Namespace(name, owner, tuple(PathGrant(path, bool(write)) for path, write in rows))
 
     def make(self, space: Namespace) -> int:
-        """The number of its owner, which exists from now on. In the transaction of a call."""
+        """The number of its owner, which is created if it does not exist. In the transaction of a call."""
         self._db.do("INSERT OR IGNORE INTO owners(name) VALUES(?)", space.name)
         row = self._db.row("SELECT id FROM owners WHERE name = ?", space.name)
         assert row is not None
@@ -154,7 +154,7 @@ class Spaces:
         return self._db.row(sql, owner, path, grantee) is not None
 
     def shares(self, caller: link.Caller) -> list[wire.Share]:
-        """What the caller and its group have shared, and what is shared with them."""
+        """Shares that the caller and its group have made, and shares with them."""
         mine = identities(caller)
         sql = (
             "SELECT g.path, o.name, g.grantee, g.write FROM grants g JOIN owners o ON o.id = g.owner "
@@ -166,7 +166,7 @@ class Spaces:
         ]
 
     def forget(self, name: str) -> None:
-        """This owner has ended. In a transaction."""
+        """Drop the shares of an owner that has ended. In a transaction."""
         self._db.do("DELETE FROM grants WHERE owner = (SELECT id FROM owners WHERE name = ?1) OR grantee = ?1", name)
 
 
@@ -178,7 +178,7 @@ def identities(caller: link.Caller) -> tuple[str, str]:
 
 
 def named(caller: link.Caller, of: str) -> str:
-    """The owner that `of` means when this caller says it. Raises OSError (EINVAL)."""
+    """The owner that `of` means in a call of this caller. Raises OSError (EINVAL)."""
     kind, _, rest = of.partition(":")
     group, slash, name = rest.rpartition("/")
     if not of:

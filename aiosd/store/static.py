@@ -1,9 +1,9 @@
 """An embedder that needs no model: a table with a vector for each piece of a word.
 
-`aiosd get-embedder --static` distils the table from a real embedder: what that makes of each piece alone, with fewer
-dimensions, in 8 bits, and with less weight for pieces that are in every text. The vector of a text is the mean over
-its pieces. So the order of words is lost, and a word means the same in every text; paraphrases are found about half as
-often as by the embedder itself, several times as often as by words. It takes some 40 µs for a text.
+`aiosd get-embedder --static` distils the table from a real embedder: its vector for each piece alone, with fewer
+dimensions, in 8 bits, and with less weight for pieces that are in every text. The vector of a text is the mean over its
+pieces. So the order of words is lost, and a word means the same in every text; paraphrases are found about half as
+often as by the embedder itself, and several times as often as by words. It takes some 40 µs for a text.
 
 The file: MAGIC, then the lengths of four parts (32 bits each), then the parts: a name, the pieces (with a newline
 between them; `##` before those that go on a word), their weights (float32, with the scale of their row), the rows (8
@@ -34,8 +34,8 @@ _DIGEST = 32
 
 
 def pieces(text: str, known: dict[str, int]) -> Iterator[int]:
-    """Numbers of the pieces of a text: words and signs, each cut into the longest pieces that are known (WordPiece).
-    Words that cannot be cut so are left out."""
+    """Numbers of the pieces of a text: words and signs, each cut into the longest known pieces (WordPiece). Words that
+    cannot be cut into known pieces are left out."""
     for word in _words(text):
         found: list[int] = []
         begin = 0
@@ -51,7 +51,7 @@ def pieces(text: str, known: dict[str, int]) -> Iterator[int]:
 
 
 def _words(text: str) -> list[str]:
-    """In lower case, without accents; each sign and each ideograph is a word."""
+    """The words of a text, in lower case, without accents; each sign and each ideograph is a word."""
     plain = unicodedata.normalize("NFD", text.lower())
     chars = [f" {char} " if _stands_alone(char) else char for char in plain if unicodedata.category(char) != "Mn"]
     return "".join(chars).split()
@@ -64,7 +64,7 @@ def _stands_alone(char: str) -> bool:
 
 
 class Table:
-    """As an embedder of `meaning`: answers at once."""
+    """The table as an embedder for `meaning`."""
 
     def __init__(self, name: str, words: Sequence[str], weights: Floats, rows: NDArray[np.int8], digest: str) -> None:
         self.name, self.shown = f"static {digest}", name
@@ -81,10 +81,10 @@ class Table:
         done([self.embed(text) for text in texts])
 
     def poll(self) -> None:
-        """All is answered at once."""
+        """Nothing to do: `ask` answers at once."""
 
     def embed(self, text: str) -> Floats | None:
-        """None: no piece of it is known."""
+        """The vector of a text; None: it has no known piece."""
         found = list(pieces(text, self._known))
         if not found:
             return None
@@ -102,13 +102,13 @@ def write(path: Path, name: str, words: Sequence[str], weights: Floats, rows: ND
 
 
 def is_table(path: Path) -> bool:
-    """Raises OSError."""
+    """Whether a file is such a table. Raises OSError."""
     with open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
 def read(path: Path) -> Table:
-    """Raises WorldError."""
+    """Read a table. Raises WorldError."""
     try:
         content = path.read_bytes()
     except OSError as err:

@@ -1,13 +1,13 @@
-"""The storage manager: files that agents keep, with all their versions.
+"""The storage manager: the files of agents, with all their versions.
 
-Contract. A call that returned is on the disk, and takes effect once, whatever dies. A write makes a new version; old
-ones stay, up to the number that is set, and the oldest goes first. What is removed lies in the trash until a person
-empties it. All that is kept counts for the quota of its owner, the trash and old versions too, and what exceeds that is
-EDQUOT: nothing is deleted to make room. Rows, words, uses of contents and the memo of the call change in one
-transaction.
+Contract. When a call has returned its effect is on the disk, and it takes effect once, whatever dies. A write makes a
+new version; old ones stay, up to the number that is set, and the oldest is removed first. A removed file lies in the
+trash until a person empties that. All data count for the quota of their owner, the trash and old versions too, and a
+call that would exceed it gets EDQUOT: nothing is deleted to make room. Rows, words, uses of contents and the memo of
+the call change in one transaction.
 
-Who may do what is `spaces`, the rows are `files`, the bytes `contents`, what comes in pieces `uploads`, and real
-folders are `mounts`. This file is the calls, and says in which order these are asked.
+`spaces` checks the rights, `files` has the rows, `contents` the bytes, `uploads` files that come in pieces, and
+`mounts` the real folders. This file has the calls, and the order in which they use these parts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from libaios.wire import PIECE, Sys
 logger = logging.getLogger("store")
 
 SYNC_AT_ONCE = 8  # files of a megabyte
-EXPIRE_S = 3600.0  # between two looks for uploads that were given up
+EXPIRE_S = 3600.0  # between two checks for uploads that were given up
 REST_S, RETRY_S = 5.0, 5.0
 
 
@@ -100,7 +100,7 @@ class Storage:
         return self._read_at_once(ask, args) or self._read_in_steps(ask, args)
 
     def _read_at_once(self, ask: link.Ask, args: wire.StoRead) -> Any:
-        """Most reads are of a small file of the caller's own. None: it is none of these."""
+        """A fast way for most reads, those of a small file of the caller's own. None: this is another case."""
         if args.of or self.consent.ruled("sto_read"):
             return None
         found = self.files.at_once(owners.own(ask.caller), clean_path(args.path), args.version, args.offset)
@@ -123,7 +123,7 @@ class Storage:
         version = row.version if args.version is None else args.version
         data, size = self.files.piece(row, version, args.offset, args.size)
         found = wire.FileData(data, size, version)
-        if space.grants is not None:  # what is shared may be taken back without a change of the file
+        if space.grants is not None:  # a share may end without a change of the file
             return found
         return self._promised(found, row.id)
 
@@ -138,7 +138,7 @@ class Storage:
         return self.files.history(self._find(*self._readable(ask, args, "sto_history")), args.before, args.limit)
 
     def search(self, ask: link.Ask, args: wire.StoSearch) -> Any:
-        """With `of` None in all that the caller can read."""
+        """Search; with `of` None in all files that the caller can read."""
 
         def seen() -> list[Namespace]:
             spaces = self.spaces
@@ -152,7 +152,8 @@ class Storage:
         return space, path
 
     def _meant(self, ask: link.Ask, args: Any, write: bool = False) -> tuple[Namespace, str]:
-        """Space and path, which the caller may see, or change. Raises OSError: EINVAL, ENOENT, EACCES."""
+        """Namespace and path of a call, after a check that the caller may see (or change) it. Raises OSError: EINVAL,
+        ENOENT, EACCES."""
         path = clean_path(args.path)
         space = self.spaces.find(ask.caller, args.of)
         space.require(path, write)
@@ -185,7 +186,7 @@ class Storage:
         return len(data), [self.contents.put(owner, data)] if data else []
 
     def _appended(self, owner: int, old: FileRow | None, data: bytes) -> tuple[int, list[int]]:
-        """What there is, shared as far as whole pieces go, and `data` behind it."""
+        """The contents of the file with `data` after it; whole pieces are shared with the old version."""
         if old is None:
             return self._whole(owner, data)
         size, parts = self.files.version(old, None)
@@ -203,7 +204,7 @@ class Storage:
         return row.shown()
 
     def rollback(self, ask: link.Ask, args: wire.StoRollback) -> Any:
-        """A new version that is as an old one."""
+        """Make a new version that is equal to an old one."""
         if (args.version is None) == (args.time is None):
             raise wire.error(errno.EINVAL, "exactly one of version and time is needed")
 
@@ -222,7 +223,7 @@ class Storage:
         return self._db.once(ask, effect)
 
     def remove(self, ask: link.Ask, args: wire.StoPath) -> Any:
-        """Into the trash. Returns its number there; a real file is removed for good, which is 0."""
+        """Move a file into the trash. Returns its number there; 0: it was a real file and is removed for good."""
 
         def effect() -> int:
             space, path = self._meant(ask, args, write=True)
@@ -243,7 +244,7 @@ class Storage:
             row = self.mounts.fresh(mount, path)
         except FileNotFoundError:
             if ask.again or ask.key in self._removed:
-                return  # it was removed, and what tells of that was lost
+                return  # the file was removed, and the record of that was lost
             raise
         seen = f"{row.size} bytes, changed at {row.updated!r}"
         self.consent.to(ask, "sto_remove", space, path, row, "removed", more=[("there is", seen)], names=seen.encode())
@@ -251,7 +252,7 @@ class Storage:
         self._removed.append(ask.key)
 
     def _named(self, ask: link.Ask) -> bytes:
-        """A name of this call that no other one has, of any system and any agent."""
+        """A name for this call that is unique among all systems and agents."""
         name = f"{self._db.rows('SELECT boot FROM system')} {ask.key} {ask.life}"
         return hashlib.blake2b(name.encode(), digest_size=CALL_BYTES).digest()
 
@@ -275,7 +276,8 @@ class Storage:
         return self._db.once(ask, effect)
 
     def empty(self, ask: link.Ask, args: wire.StoEmpty) -> Any:
-        """For good; the kernel lets only a person do that. Returns how many files went, at most REMOVE_AT_ONCE."""
+        """Remove files for good; the kernel allows that only to a person. Returns their number, at most
+        REMOVE_AT_ONCE."""
 
         def effect() -> int:
             return self.files.empty(self.spaces.find(ask.caller, args.of).owner, args.ids)
@@ -359,7 +361,7 @@ class Storage:
         return self._finish_later(ask, args, files) if len(files) > SYNC_AT_ONCE else self._finish(ask, args, set())
 
     def _finish_later(self, ask: link.Ask, args: wire.StoFinish, files: list[bytes]) -> Generator[Pause, None, Any]:
-        """Others are served while the disk writes."""
+        """Finish an upload while other calls are served and the disk writes."""
         for begin in range(0, len(files), SYNC_AT_ONCE):
             self.contents.sync(files[begin : begin + SYNC_AT_ONCE])
             yield Pause(0.0)
@@ -370,7 +372,7 @@ class Storage:
             self.contents.sync(set(self.uploads.files(ask.key[0], args.upload)) - synced)
             upload = self.uploads.find(ask.key[0], args.upload)
             space = self.spaces.of_owner(ask.caller, upload.owner)
-            space.require(upload.path, write=True)  # it may have been unshared
+            space.require(upload.path, write=True)  # the share may have ended
             old = self.files.find(upload.owner, upload.path)
             require_version(upload.path, old, upload.if_version)
             before = self.contents.bytes_of(upload.owner)
@@ -421,7 +423,7 @@ class Storage:
     def stats(self) -> dict[str, Any]:
         return {"file_bytes": self.contents.stored(), **self.mounts.stats()}
 
-    # ── owners that end, and what is done between calls ───────────────────────────────────────────────────
+    # ── owners that end, and work between calls ───────────────────────────────────────────────────────────
 
     def forget_system(self) -> None:
         """Another system begins: none of the agents of the last one will come back, and no client."""
@@ -430,14 +432,14 @@ class Storage:
             self.only_alive(())
 
     def peer_gone(self, peer: int) -> None:
-        """A connection has ended: its uploads end; with an agent what it kept without a name of its own, too."""
+        """A connection has ended: drop its uploads, and the files of an agent that had no name of its own."""
         with self._db.transaction():
             self.uploads.drop_of_peer(peer)
             if peer > 0:
                 self._end(owners.alone(peer))
 
     def undone(self) -> None:
-        """A transaction was lost, and what it did is not so."""
+        """A transaction was lost: undo what was done in memory for it."""
         self.mounts.undone()
 
     def only_alive(self, pids: Iterable[int]) -> None:
@@ -472,10 +474,10 @@ class Storage:
             return ()
 
     def background(self) -> float:
-        """Between calls. Returns the seconds until there is something to do again."""
+        """Do work between calls. Returns the seconds until there is something to do again."""
         try:
             return self._work()
-        except OSError as err:  # a full disk, say
+        except OSError as err:  # a full disk, for example
             logger.warning("what is done between calls has to wait: %s", err.strerror)
             return RETRY_S
 
@@ -502,7 +504,7 @@ def author(caller: link.Caller) -> str:
 
 
 def require_version(path: str, old: FileRow | None, wanted: int | None) -> None:
-    """Raises OSError (EAGAIN)."""
+    """Check `if_version`. Raises OSError (EAGAIN)."""
     version = 0 if old is None else old.version
     if wanted is not None and wanted != version:
         raise wire.error(errno.EAGAIN, f"{path}: has version {version}, not {wanted}")

@@ -1,8 +1,7 @@
-"""Which tables hold what agents keep, for all that handles the store as a whole: fsck, repair, export, import, backup.
+"""The tables with agents' data, for work on the store as a whole: fsck, repair, export, import, backup.
 
 A table that is not named here is made from those that are (`REBUILD`; vectors by the embedder, at the next start), or
-belongs to the running system alone. Contents that are too large for the database lie in files that are named by their
-hash.
+belongs to the running system alone. Contents that are too large for the database lie in files named by their hash.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from aiosd.store.noterows import FIELD
 
-CONTENTS = "contents"  # the folder of such files, in that of the store
+CONTENTS = "contents"  # the folder of such files, in the folder of the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class KeptTable:
     whole: Callable[[dict[str, Any]], bool] = lambda row: True
 
 
-#: In the order in which rows may refer to each other.
+#: Sorted so that rows refer only to tables before theirs.
 KEPT: tuple[KeptTable, ...] = (
     KeptTable("owners"),
     KeptTable("notes", whole=lambda row: row["bytes"] > 0),
@@ -42,9 +41,9 @@ KEPT: tuple[KeptTable, ...] = (
     KeptTable("mounts", whole=lambda row: bool(row["folder"])),
 )
 
-#: What is made from them, where rows have been put in: the table that has to exist, and the statements.
+#: Tables that are made from the others after rows were put in: the table that has to exist, and the statements.
 REBUILD: tuple[tuple[str, str], ...] = (
-    # What belongs to an owner whose row was lost is kept, though no caller is that owner.
+    # Data of an owner whose row was lost are kept, though no caller is that owner.
     (
         "notes",
         "INSERT OR IGNORE INTO owners(id, name) SELECT DISTINCT owner, 'lost/' || owner FROM notes "
@@ -64,7 +63,7 @@ REBUILD: tuple[tuple[str, str], ...] = (
         f"INSERT OR IGNORE INTO note_fields SELECT n.owner, j.key, {FIELD}, n.id "
         "FROM notes n, json_each(iif(json_valid(n.metadata), n.metadata, '{}')) j",
     ),
-    # Files: their rows first, then what is counted. Those of mounted folders are made by looking there.
+    # Files: their rows first, then the counts. Rows of mounted folders are made by scanning these.
     ("files", "DELETE FROM files WHERE mount IS NOT NULL"),
     (
         "files",
@@ -103,7 +102,7 @@ REBUILD: tuple[tuple[str, str], ...] = (
     ("unindexed", "INSERT INTO unindexed SELECT id FROM files WHERE removed IS NULL"),
     ("wordless", "INSERT INTO wordless SELECT id, owner FROM notes"),
     (
-        "note_words",  # of a schema that has no such queue
+        "note_words",  # for a schema that has no such queue
         "INSERT INTO note_words(rowid, owner, text) SELECT id, 'own' || owner, text FROM notes "
         "WHERE NOT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = 'wordless')",
     ),
@@ -115,7 +114,7 @@ def content_hash(data: bytes) -> bytes:
 
 
 def content_path(folder: Path, name: str) -> Path:
-    """The file of the content with this hash; `folder`: that of the store."""
+    """The file of the content with this hash. `folder`: the store's."""
     return folder / CONTENTS / name
 
 

@@ -1,4 +1,4 @@
-"""Work that is done between calls, a little at a time: now and then, and when there is a reason."""
+"""Calls work that is done between calls, a little at a time: when it is due, and when there is a reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from aiosd.timers import Timer, Timers
 
 
 class Ticker:
-    """`work` does a little, and returns the seconds until it wants to be called again."""
+    """The timer. `work` does a little work, and returns the seconds until its next call."""
 
     def __init__(self, timers: Timers, work: Callable[[], float]) -> None:
         self._timers, self._work = timers, work

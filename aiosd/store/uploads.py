@@ -1,10 +1,9 @@
 """Files that come in pieces: begun, filled at offsets, finished; or given up.
 
-A piece becomes a content at once, so no process holds more of a file than one piece, however large the file is. A piece
-may be sent again, and in any order: at its offset it is what was sent last. Nothing is seen of a file before `finish`,
-which has the disk write what it has not written yet, and makes a version of all pieces in one
-transaction. An upload belongs to the connection that began it, and ends with
-that, or after a day.
+A piece becomes a content at once, so no process holds more of a file than one piece, however large the file is. Pieces
+may be sent in any order, and again: the last one sent for an offset counts. Nothing is seen of a file before `finish`.
+That has the disk write the rest, and makes a version of all pieces in one transaction. An upload belongs to the
+connection that began it, and ends with that, or after a day.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ class Upload(Struct, frozen=True):
 
 
 class Uploads:
-    """All but `expired` belong into the transaction of a call."""
+    """All methods but `expired` must be called in the transaction of a call."""
 
     def __init__(self, database: Database, files: Files) -> None:
         self._db, self._files = database, files
         self._contents: Contents = files.contents
 
     def begin(self, peer: int, owner: int, path: str, if_version: int | None, now: float) -> int:
-        """Raises OSError (EAGAIN)."""
+        """Begin an upload; returns its number. Raises OSError (EAGAIN)."""
         (count,) = self._db.rows("SELECT count(*) FROM uploads WHERE peer = ?", peer)[0]
         if count >= MOST:
             raise wire.error(errno.EAGAIN, f"{MOST} uploads have been begun and not finished")
@@ -48,7 +47,7 @@ class Uploads:
         return self._db.db.last_insert_rowid()
 
     def find(self, peer: int, upload: int) -> Upload:
-        """Raises OSError (ENOENT)."""
+        """The upload of this number. Raises OSError (ENOENT)."""
         sql = "SELECT id, owner, path, if_version FROM uploads WHERE id = ? AND peer = ?"
         row = self._db.row(sql, upload, peer)
         if row is None:
@@ -56,7 +55,7 @@ class Uploads:
         return Upload(*row)
 
     def put(self, upload: Upload, offset: int, data: bytes) -> None:
-        """Raises OSError: EINVAL, EDQUOT."""
+        """Add a piece. Raises OSError: EINVAL, EDQUOT."""
         number, rest = divmod(offset, PIECE)
         if rest or not data:
             raise wire.error(errno.EINVAL, f"offset: a piece begins at a multiple of {PIECE}, and is not empty")
@@ -73,7 +72,7 @@ class Uploads:
         self._files.require_quota(upload.owner, before)
 
     def files(self, peer: int, upload: int) -> list[bytes]:
-        """The names of the files in which what has come lies."""
+        """The names of the files that hold the pieces so far."""
         sql = (
             "SELECT DISTINCT c.file FROM uploads u JOIN upload_pieces p ON p.upload = u.id "
             "JOIN contents c ON c.id = p.content WHERE u.id = ? AND u.peer = ? AND c.file IS NOT NULL"
@@ -81,7 +80,7 @@ class Uploads:
         return [name for (name,) in self._db.rows(sql, upload, peer)]
 
     def take(self, upload: Upload, size: int) -> list[int]:
-        """The contents of the whole, whose uses are the caller's from now on. Raises OSError (EINVAL)."""
+        """The contents of the whole file; their uses pass to the caller. Raises OSError (EINVAL)."""
         sql = "SELECT number, size, content FROM upload_pieces WHERE upload = ? ORDER BY number"
         pieces = self._db.rows(sql, upload.id)
         for index, (number, piece, _) in enumerate(pieces):
@@ -111,7 +110,8 @@ class Uploads:
             self.drop(upload, owner)
 
     def only(self, peers: Iterable[int]) -> None:
-        """All peers but these are gone. Clients (negative numbers) may still come back, and expire."""
+        """Drop uploads of agents that are not among these. Clients (negative numbers) may still come back; theirs
+        expire."""
         alive = set(peers)
         for (peer,) in self._db.rows("SELECT DISTINCT peer FROM uploads WHERE peer > 0"):
             if peer not in alive:
@@ -122,6 +122,6 @@ class Uploads:
             self.drop(upload, owner)
 
     def drop_all(self) -> None:
-        """Another system has begun: none of those that began them will come back."""
+        """Drop all uploads, because another system has begun: none of their peers will come back."""
         for upload, owner in self._db.rows("SELECT id, owner FROM uploads"):
             self.drop(upload, owner)

@@ -1,12 +1,11 @@
 """The words of notes, and their texts as wholes: two indexes in the database that follow the notes a little later.
 
-Contract. To index a note costs more than all else that is done for it, so that is done off the path of commits: a new
-text goes into a queue (`wordless`) in the transaction that brings it, and `work` takes it from there, many at a time. A
-live note is in both indexes or in the queue. What is changed or removed leaves the indexes in its own transaction, so
-no note is found by words that it does not have any more. A search has the texts of its own caller entered first
-(`finish`), for a bounded time. By its own text a note is found always (`same`): those in the queue are compared.
-
-With its words a text goes into the queue of search by meaning, too.
+Contract. Indexing a note costs more than all else that is done for it, so it is done outside of commits: a new text is
+put into a queue (`wordless`) in the transaction that adds it, and `work` takes it from there, many at a time. A live
+note is in both indexes or in the queue. A changed or removed note leaves the indexes in its own transaction, so no note
+is found by words that it does not have any more. A search first enters the texts of its own caller (`finish`), for a
+limited time. By its own text a note is always found (`same`): the texts in the queue are compared. With its words a
+text goes into the queue of search by meaning, too.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ logger = logging.getLogger("store")
 NOTES = 0  # the kind of notes in `meaning`
 SLICE = 64  # texts that are entered at once,
 SLICE_CHARS = 256 << 10  # … unless they are longer than this together
-WAIT_S = 0.5  # a search waits no longer for words
+WAIT_S = 0.5  # a search waits at most this long for words
 IDLE_S = 5.0
 
 
 class NoteWords:
     def __init__(self, database: Database, meaning: Meaning, clock: Callable[[], float] = time.monotonic) -> None:
         self._db, self._meaning, self._clock = database, meaning, clock
-        self.stuck = False  # what was entered last was lost with its transaction: a page of the indexes is damaged, say
-        self._entered = False  # … and before that something was entered, of which that is not known yet
+        self.stuck = False  # the last entries were lost with their transaction: a page may be damaged
+        self._entered = False  # entries were made whose transaction has not ended yet
         self.recount()
 
     def recount(self) -> None:
-        """At the start, and when a transaction was lost after it had ended."""
+        """Count the queue: at the start, and when a transaction was lost after it had ended."""
         self.stuck, self._entered = self.stuck or self._entered, False
         try:
             row = self._db.row("SELECT count(*) FROM wordless")
@@ -50,7 +49,7 @@ class NoteWords:
             self.waiting = 0
 
     def remade(self) -> None:
-        """What was damaged may be whole again."""
+        """Damaged indexes were made anew: try again."""
         self.stuck = self._entered = False
         self.recount()
 
@@ -61,7 +60,7 @@ class NoteWords:
         self.waiting += 1
 
     def changed(self, note: int, owner: int, old: str) -> None:
-        """It has another text than the old one."""
+        """A note has another text than the old one."""
         self.gone(note, owner, old)
         self.added(note, owner)
 
@@ -75,8 +74,8 @@ class NoteWords:
     # ── the queue ─────────────────────────────────────────────────────────────────────────────────────────
 
     def work(self) -> float:
-        """Go on with the queue, one slice; returns after how many seconds to call this again. Raises OSError: the texts
-        are in the queue as before."""
+        """Go on with the queue, one slice; returns the number of seconds after which to call this again. Raises
+        OSError: the texts stay in the queue."""
         if not self.waiting:
             return IDLE_S
         places = self._db.rows("SELECT note, owner FROM wordless ORDER BY note LIMIT ?", SLICE)
@@ -87,9 +86,9 @@ class NoteWords:
         return 0.0
 
     def finish(self, owners: Sequence[int]) -> Generator[Pause, None, None] | None:
-        """Have the texts of these owners entered first. None: they are; else this is to be iterated, and takes as long
-        as a search may wait. Where the disk is full the search finds what has its words; where they
-        are `stuck`, words are to be looked for in the notes themselves."""
+        """Have the texts of these owners entered first. None: they are; else a generator that takes as long as a search
+        may wait. If the disk is full the search finds only notes that are in the indexes; if the queue is `stuck`,
+        words must be searched in the notes themselves."""
         return self._finish(owners) if self._enter_of(owners) else None
 
     def _finish(self, owners: Sequence[int]) -> Generator[Pause, None, None]:
@@ -106,7 +105,7 @@ class NoteWords:
         return {"wordless": self.waiting}
 
     def _enter_of(self, owners: Sequence[int]) -> bool:
-        """One slice of these owners' texts. True: there are more."""
+        """Enter one slice of these owners' texts. True: there are more."""
         if not self.waiting:
             return False
         sql = f"SELECT note, owner FROM wordless WHERE owner IN ({marks(owners)}) ORDER BY note LIMIT ?"
@@ -122,7 +121,7 @@ class NoteWords:
         return True
 
     def _enter(self, places: Sequence[tuple[int, ...]]) -> None:
-        if self._entered:  # and was not lost
+        if self._entered:  # and the transaction was not lost
             self.stuck, self._entered = False, False
         read = self._texts(places)
         done = [(note, owner) for note, owner, _ in read]
@@ -138,7 +137,8 @@ class NoteWords:
         self.waiting, self._entered = max(0, self.waiting - len(done)), True
 
     def _texts(self, places: Sequence[tuple[int, ...]]) -> list[tuple[int, int, str | None]]:
-        """Of the first of these, as many as are entered at once. None: it is damaged, `aiosd fsck` names it."""
+        """The texts of the first of these, as many as are entered at once. None: a text is damaged; `aiosd fsck`
+        reports it."""
         read: list[tuple[int, int, str | None]] = []
         chars = 0
         for note, owner in places:

@@ -9,8 +9,8 @@ writer runs alone. The promise:
     * Agents take turns: of those with a call that can begin, the one that has waited longest is first: since its last
       call began, or since this one stands in line.
     * Bounded overtaking: at most OVERTAKES calls that stand in line for less long begin while one waits for something
-      that they use. Then what it needs is kept for it, and it is first. So every call begins, provided that calls that
-      run end.
+      that they use. Then everything that this call needs is reserved for it, and it is first. So every call begins,
+      provided that running calls end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ OVERTAKES = 16
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """What a call uses while it runs. `limit`: how many calls of the tool may run at a time."""
+    """The locks and the instance that a call uses while it runs. `limit`: how many calls of the tool may run at a
+    time."""
 
     tool: str
     limit: int = 1
@@ -36,7 +37,7 @@ class Requirements:
     writes: frozenset[str] = frozenset()
 
     def conflicts(self, other: Requirements) -> bool:
-        """Whether they share something that one of them may have to wait for."""
+        """Whether one of the two may have to wait for something that the other uses."""
         if self.tool == other.tool and self.limit < 1 << 30:
             return True
         return bool(self.writes & (other.writes | other.reads) or self.reads & other.writes)
@@ -47,7 +48,7 @@ class _Waiting(Generic[K]):
     key: K
     agent: int
     needs: Requirements
-    number: int  # when it came
+    number: int  # its place in the order of arrival
     since: int = 0  # when it became the first of its agent's calls to this tool
     overtaken: int = 0
 
@@ -58,7 +59,7 @@ class _Waiting(Generic[K]):
 
 @dataclass(slots=True)
 class _Held:
-    """What is in use, by the calls that run or that it is kept for."""
+    """Everything that is in use by running calls or reserved for waiting ones."""
 
     tools: Counter[str] = field(default_factory=Counter)
     readers: Counter[str] = field(default_factory=Counter)
@@ -83,8 +84,8 @@ class _Held:
 
 
 class Admission(Generic[K]):
-    """`submit` a call, ask `begin` for those that may run now, `end` each. `running` is bounded by `workers`. `K`: what
-    calls are named by."""
+    """`submit` a call, take the calls that may run now from `begin`, `end` each. `running` is limited by `workers`.
+    `K`: the type of the calls' keys."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -104,7 +105,7 @@ class Admission(Generic[K]):
         return len(self._running)
 
     def position(self, key: K) -> Mapping[str, int] | None:
-        """Of a waiting call: how many came before it, and how many have overtaken it. None: it does not wait."""
+        """For a waiting call: how many came before it, and how many have overtaken it. None: it does not wait."""
         call = self._waiting.get(key)
         if call is None:
             return None
@@ -131,7 +132,7 @@ class Admission(Generic[K]):
         return begun
 
     def end(self, key: K) -> None:
-        """The call is over, or is not wanted any more. May be called again."""
+        """The call is over or cancelled. May be called again."""
         waiting = self._waiting.get(key)
         if waiting is not None:
             line = self._leave(waiting)
@@ -149,7 +150,7 @@ class Admission(Generic[K]):
             if held.fits(call.needs):
                 able.append(call)
             elif call.overtaken >= OVERTAKES:
-                held.change(call.needs, 1)  # kept for it: nothing that came later takes any of this
+                held.change(call.needs, 1)  # reserved for it: no later call takes any of this
         yield from sorted(able, key=lambda call: (call.overtaken < OVERTAKES, self._turn(call), call.number))
 
     def _turn(self, call: _Waiting[K]) -> int:
@@ -169,12 +170,12 @@ class Admission(Generic[K]):
         self._held.change(call.needs, 1)
 
     def _leave(self, call: _Waiting[K]) -> deque[_Waiting[K]]:
-        """A call does not wait any more. Returns its line."""
+        """Remove a waiting call from its line; returns the line."""
         del self._waiting[call.key]
         line = self._lines[call.line]
         line.remove(call)
         if not line:
             del self._lines[call.line]
             if not any(agent == call.agent for agent, _ in self._lines):
-                self._turns.pop(call.agent, None)  # what it calls next stands in line from then on
+                self._turns.pop(call.agent, None)  # its next call stands in line from its own arrival on
         return line

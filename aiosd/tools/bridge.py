@@ -2,11 +2,11 @@
 
     python -m aiosd.tools.bridge FD NAME [IN,OUT,REASON,LEASE]
 
-The first frame is the server's record (`spec.McpServer`); for the rest see `worker`. The server is no child of this
-process: the supervisor has forked it, with pipes to here (`tools.servers`), and kills it when this process ends, since
-nobody else has its lease. It is not trusted: names are made such as models can write, of two tools with one name the
-first counts, malformed tools are left out, lines, errors and results have a limit (`mcpstreams`). When it says that its
-tools are others now they are described anew, once in RELIST_S at most.
+The first frame is the server's record (`spec.McpServer`); for the others see `worker`. The server is no child of this
+process: the supervisor has forked it, with pipes to here (`tools.servers`), and kills it when this process ends, which
+closes the server's lease. The server is not trusted: names are converted to ones that models can write, of two tools
+with one name the first counts, malformed tools are left out; lines, errors and results have a limit (`mcpstreams`).
+When the server reports that its tools have changed they are described anew, once in RELIST_S at most.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(fd: str, name: str, ends: str = "") -> int:
         return 0
     except ModuleNotFoundError as err:
         send(frames, Described([], f"{err}: MCP servers need `pip install 'aiosd[mcp]'`"))
-    except BaseException as err:  # a server may do anything
+    except BaseException as err:  # a server may cause any error
         lost = Done(None, errno.EIO, _reason(err), spent=True)
         send(frames, lost if running else Described([], lost.message))
     return 1
@@ -84,13 +84,13 @@ async def _serve(frames: FrameSocket, name: str, server: McpServer, pipes: list[
                 running.append(request)
                 done = await _call(frames, client, names[request.tool], request.arguments)
                 running.clear()
-                if done.spent:  # the server is gone: another process starts another one
+                if done.spent:  # the server is gone: a new worker will start a new one
                     send(frames, replace(done, message=streams.fault or done.message))
                     return
                 send(frames, done)
             if relist.done():
                 changed.clear()
-                names |= await _describe(frames, client, name, server)  # a call of an old one may be on its way
+                names |= await _describe(frames, client, name, server)  # a call of an older tool may be on its way
                 relist = asyncio.create_task(_pause_and(changed))
 
 
@@ -117,17 +117,17 @@ async def _next(frames: FrameSocket, relist: asyncio.Task[None]) -> bytes | None
     return None
 
 
-# ── what there is ─────────────────────────────────────────────────────────────────────────────────────────
+# ── the list of tools ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _describe(frames: FrameSocket, client: Client, name: str, server: McpServer) -> dict[str, str]:
-    """Send the server's tools. Returns what each is called there."""
+    """Send the descriptions of the server's tools. Returns the server's name of each tool."""
     names: dict[str, str] = {}
     tools: list[Tool] = []
     for entry in await _listed(client):
         shown = tool_name(name, entry["name"])
         if shown in names:
-            continue  # the first one of a name is it
+            continue  # the first one of a name counts
         names[shown] = entry["name"]
         tools.append(
             Tool(
@@ -137,7 +137,7 @@ async def _describe(frames: FrameSocket, client: Client, name: str, server: McpS
                 time_s=server.timeout,
                 memory_bytes=MEMORY_BYTES,
                 output_bytes=OUTPUT_BYTES,
-                writes=(f"server:{name}",),  # one process of the server, one call at a time
+                writes=(f"server:{name}",),  # the server is one process, with one call at a time
                 concerns=tuple(server.concerns.get(entry["name"], ())),
                 asks=_is_destructive(entry),
             )
@@ -147,7 +147,7 @@ async def _describe(frames: FrameSocket, client: Client, name: str, server: McpS
 
 
 def _is_destructive(entry: dict[str, Any]) -> bool:
-    """What the server says itself. Only this way: that a tool is harmless is not believed."""
+    """Whether the server marks the tool as destructive. (That a server marks a tool as harmless does not count.)"""
     annotations = entry.get("annotations")
     return isinstance(annotations, dict) and annotations.get("destructiveHint") is True
 
@@ -168,7 +168,7 @@ async def _listed(client: Client) -> list[dict[str, Any]]:
 
 
 def tool_name(server: str, tool: str) -> str:
-    """`server__tool`, of 64 characters that the APIs of models allow."""
+    """The tool's name here: `server__tool`, at most 64 characters, as the APIs of models allow."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", f"{server}__{tool}")[:64]
 
 
@@ -185,7 +185,7 @@ async def _call(frames: FrameSocket, client: Client, name: str, arguments: dict[
 
     try:
         result = await client.call_tool(name, arguments, progress_callback=on_progress)
-    except Exception as err:  # whatever a server makes of a call is the result of that call
+    except Exception as err:  # any error of a server is the result of the call
         refused = isinstance(err, MCPError) and err.code != CONNECTION_CLOSED
         return Done(None, errno.EREMOTEIO if refused else errno.EIO, _reason(err), spent=not refused)
     blocks = [block.model_dump(mode="json", by_alias=True, exclude_none=True) for block in result.content]
@@ -205,7 +205,7 @@ def _bounded(result: Any) -> Done:
 
 
 def _reason(err: BaseException) -> str:
-    """Of a group of exceptions the first one, which says most."""
+    """The message of an exception; of a group that of its first one."""
     while isinstance(err, BaseExceptionGroup) and err.exceptions:
         err = err.exceptions[0]
     return f"{type(err).__name__}: {err}"[:MESSAGE_BYTES]

@@ -1,7 +1,7 @@
-"""What a call of a tool amounts to, for rules and people: its typed resources, and what an approval binds.
+"""The deeds of calls of tools, for rules and people: the typed resources of a call, and what an approval is bound to.
 
 A tool declares which of its arguments are resources (`libaios.tool.define`: concerns). The text of a command is never
-looked at.
+interpreted.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from aiosd.tools import held
 from aiosd.tools.messages import Tool
 
 DESTRUCTIVE = "a tool that its server calls destructive asks"
-MOST = 256  # resources of one type that are looked at; a call that names more may mean anything
+MOST = 256  # resources of one type; if a call names more, its resources count as unknown
 CHANGED = "a tool that its server describes otherwise than before asks"
 
 
 def deed(tool: Tool, arguments: dict[str, Any], folder: str, changed: bool = False, known: bool = False) -> Deed:
-    """`folder`: where the call works, "" if that is not known. `changed`: its description is not the one that was
-    accepted. `known`: a type that the tool does not name is one that it has not."""
+    """The deed of a call. `folder`: where the call works, "" if that is not known. `changed`: the tool's description
+    differs from the accepted one. `known`: resource types that the tool does not declare count as not used (otherwise
+    as unknown)."""
     resources, unclear = resources_of(tool, arguments, folder)
     stated = {concern.partition(":")[0] for concern in tool.concerns}
     details = details_of(arguments.items())
@@ -45,7 +46,7 @@ def deed(tool: Tool, arguments: dict[str, Any], folder: str, changed: bool = Fal
 
 
 def resources_of(tool: Tool, arguments: dict[str, Any], folder: str) -> tuple[list[tuple[str, str]], set[str]]:
-    """Type and value of each; and the types of those that cannot be made out."""
+    """The type and value of each resource; and the types for which they are unknown."""
     found: dict[tuple[str, str], None] = {}
     unclear: set[str] = set()
     for concern in tool.concerns:
@@ -62,7 +63,7 @@ def resources_of(tool: Tool, arguments: dict[str, Any], folder: str) -> tuple[li
 
 
 def files_of(resources: Iterable[tuple[str, str]]) -> dict[str, held.Identity]:
-    """Of all its paths what is there now."""
+    """The identities of the files at all these paths now."""
     return {path: held.identity(path) for kind, path in resources if kind == "path"}
 
 
@@ -81,7 +82,7 @@ def _identities(resources: Iterable[tuple[str, str]]) -> bytes:
 
 
 def _filled(template: str, tool: Tool, arguments: dict[str, Any]) -> list[str]:
-    """The template with the value of its argument, of a list with each; or with what the schema has as default."""
+    """The template filled with its argument: one text for a value, several for a list; or with the schema's default."""
     name = template[1:-1] if template[:1] == "{" and template[-1:] == "}" else ""
     if not name:
         return [template]
@@ -91,7 +92,7 @@ def _filled(template: str, tool: Tool, arguments: dict[str, Any]) -> list[str]:
 
 
 def _values(kind: str, text: str, folder: str) -> list[str]:
-    """What it is called by its own words, and where that leads. Raises ValueError, OSError."""
+    """The value as it is written, and the real path or host that it leads to. Raises ValueError, OSError."""
     if kind == "host":
         return [host_of((urlsplit(text).hostname or "") if "://" in text else text)]
     if kind == "path":

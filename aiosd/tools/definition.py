@@ -1,8 +1,8 @@
-"""What a tool is: from a Python function to its name, its description and the JSON Schema of its arguments.
+"""Makes tools of Python functions: name, description, and the JSON Schema of the arguments.
 
 The schema follows from the type hints (`msgspec` makes it), the descriptions from the docstring (Google, NumPy or
-Sphinx style). What else is known of a tool is what `libaios.tool.define` was given. Only workers import this module:
-the service gets the `Tool`s that they make.
+Sphinx style), and the rest from the arguments of `libaios.tool.define`. Only workers import this module: the service
+gets the `Tool`s that they make.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from libaios.tool import Definition, definition_of
 
 
 class Function:
-    """A tool and what runs it."""
+    """A tool and its Python function."""
 
     def __init__(self, function: Callable[..., Any], definition: Definition) -> None:
         self.call = function

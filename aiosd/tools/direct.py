@@ -1,9 +1,9 @@
 """Built-in tools that the toolbox answers itself, without a worker.
 
-A worker is there to keep what a tool does away from others. These have nothing to keep away: `calc` is arithmetic of
-bounded cost (`libaios.arithmetic`), and the others are system calls that the kernel makes in the name of the agent
-that called (`errands`), so they can do what that agent can do itself, and no more. A hop to another process and
-back would be most of what they cost; and a confined agent would need a worker of its own for each of them.
+A worker is there to keep the effects of a tool away from other calls. These tools need no such protection: `calc` is
+arithmetic with limited cost (`libaios.arithmetic`), and the others are system calls that the kernel makes in the name
+of the agent that called (`errands`), so they can do what that agent can do itself, and no more. Passing such a call to
+another process and back would be most of its cost; and a confined agent would need a worker of its own for each.
 
 Each is a function of checked arguments, as any tool. One that needs system calls is a generator of plans, as in
 `libaios.plan.Steps`.
@@ -186,5 +186,5 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def plain(result: Any) -> Any:
-    """A result as JSON has it."""
+    """A result as a value of JSON."""
     return msgspec.to_builtins(result)

@@ -1,10 +1,10 @@
-"""System calls that the toolbox asks the kernel to make for a call of a tool, in the name of that call's agent.
+"""Errands: system calls that the kernel makes for a call of a tool, in the name of that call's agent.
 
     errand: a generator of plans (`libaios.plan.Steps`); each plan is sent to the kernel and gets its reply from there
 
 The kernel makes them with the rights of the agent whose call is under way, and drops them when that call is over. When
-the kernel has died the next one gets the open ones again, under their numbers, as soon as it knows the call again; what
-takes effect once is then not done twice.
+the kernel has died, the next one gets the open errands again, under their numbers, as soon as it knows the call again;
+system calls that take effect once are then not done twice.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ OnFinished = Callable[[Any, OSError | None], None]
 class _Errand:
     steps: Generator[Plan[Any], Any, Any]
     finished: OnFinished
-    plan: Plan[Any] | None = None  # the one that is with the kernel,
+    plan: Plan[Any] | None = None  # the plan that was sent to the kernel,
     number: int = 0  # … under this number
 
 
 class Errands:
-    """`send` a message to the kernel."""
+    """All open errands. `send`: sends a message to the kernel."""
 
     def __init__(self, send: Callable[[link.FromService], None]) -> None:
         self._send = send
         self._open: dict[link.CallKey, _Errand] = {}
         self._keys: dict[int, link.CallKey] = {}  # by number
-        # A toolbox that is forked again goes on above the numbers of the last one, whose replies are remembered.
+        # A toolbox that is forked again uses higher numbers than the last one, whose replies the kernel may still have.
         self._numbers = itertools.count(time.monotonic_ns())
 
     def __contains__(self, key: object) -> bool:
@@ -56,7 +56,7 @@ class Errands:
     def replied(self, message: link.ErrandDone) -> None:
         key = self._keys.pop(message.number, None)
         if key is None:
-            return  # it was cancelled
+            return  # the errand was cancelled
         errand = self._open[key]
         assert errand.plan is not None
         reply = msgspec.msgpack.decode(message.reply, type=wire.Reply)
@@ -80,11 +80,11 @@ class Errands:
             self._ask(key, errand, again=True)
 
     def cancel(self, key: link.CallKey) -> None:
-        """The call is not wanted any more. The kernel knows, and has dropped what it had for it."""
+        """Drop the errand of a call that was cancelled. The kernel has dropped its part already."""
         errand = self._open.pop(key, None)
         if errand is not None:
             self._keys.pop(errand.number, None)
-            with contextlib.suppress(Exception):  # what a tool does at its end: no call waits for it any more
+            with contextlib.suppress(Exception):  # errors of a tool at its end: no call waits for it any more
                 errand.steps.close()
 
     def _go_on(self, key: link.CallKey, advance: Callable[[], Plan[Any]]) -> None:

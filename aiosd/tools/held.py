@@ -1,8 +1,8 @@
-"""In a worker: what the call that runs may open, as it was when the call was allowed.
+"""In a worker: the files and hosts that the running call may open, as they were when the call was allowed.
 
-Between the decision about a call and its beginning a file could be replaced by another one, or by a link to one. So a
-file that a decision was about is known by its inode and the time of its last change, and what a built-in tool opens is
-compared with that before anything is read or written. Where nothing was decided about files nothing is compared.
+Between the decision about a call and its beginning a file could be replaced by another one, or by a link. So a file
+that a decision was about is identified by its inode and the time of its last change, and a file that a built-in tool
+opens is compared with that before anything is read or written. If nothing was decided about files nothing is compared.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 #: Device, inode, time of the last change (ns); () for a file that was not there.
 Identity = tuple[int, ...]
 
-#: By real path, and the hosts; None: nothing was decided about these.
+#: The allowed files by real path, and the allowed hosts; None: nothing was decided about these.
 files: Mapping[str, Identity] | None = None
 hosts: Iterable[str] | None = None
 #: Whether this process has the network of an agent that reaches single hosts, through the proxy alone.
@@ -21,7 +21,7 @@ proxied = False
 
 
 def identity(path: str | int) -> Identity:
-    """Of a file as it is now, a link itself and not where it leads."""
+    """The identity of a file now; of a link itself, not of its target."""
     try:
         found = os.stat(path, follow_symlinks=False) if isinstance(path, str) else os.fstat(path)
     except OSError:
@@ -30,7 +30,7 @@ def identity(path: str | int) -> Identity:
 
 
 def open_file(path: str, flags: int) -> int:
-    """A descriptor of the file, without having changed it. Raises PermissionError: it is another one by now."""
+    """Open a file without changing it. Raises PermissionError if it is another file than the decision was about."""
     if files is None:
         return os.open(path, flags | os.O_CLOEXEC, 0o666)
     expected = files.get(path)
@@ -46,6 +46,6 @@ def open_file(path: str, flags: int) -> int:
 
 
 def require_host(host: str) -> None:
-    """Raises PermissionError: a redirect to a host that nothing was decided about."""
+    """Raises PermissionError for a host that was not decided about, for example after a redirect."""
     if hosts is not None and host not in hosts:
         raise PermissionError(13, f"the call was allowed for another host than {host}, to which it is redirected")

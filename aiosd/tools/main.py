@@ -2,14 +2,15 @@
 
 A call is checked against the schema of its tool, waits in `Admission` until everything it needs is free, and runs in a
 worker of `Pool`. It has begun when a worker gets it; before that it survives the death of the toolbox, after that it is
-never done again.
+never made again.
 
 A built-in tool of a confined agent runs in a worker that is confined like that agent. Tools of a person's files run
-with the person's rights: that is what the person gives agents by them. An MCP server is confined as its settings say.
+with the person's rights: by adding such a tool the person grants these to agents. An MCP server is confined as its
+settings say.
 
-Where a tool works: in the workspace of a confined agent, as the agent itself does. Callers without a sandbox have a
-folder each in `data/tools`. Agents with a name of their own find it again; that of an agent without one goes with the
-agent.
+Calls of a confined agent work in the agent's workspace, as the agent itself does. Callers without a sandbox have a
+folder each in `data/tools`. Agents with a name of their own find it again; the folder of an agent without one is
+removed at the agent's end.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ CHANGED = (
     "the server describes {0} otherwise than before; it is not offered, and asks a person at each call, until one has "
     "accepted that: aiosd tools --trust {0}"
 )
-ERRANDS = 256  # that are with the kernel at a time
-LEAST_S = 0.005  # of the toolbox's own time: less is charged to an agent when it has come to that
+ERRANDS = 256  # open with the kernel at a time
+LEAST_S = 0.005  # of the toolbox's own time: smaller amounts are charged when their sum reaches this
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -68,7 +69,7 @@ class Known:
     tool: Tool
     source: str
     validator: Any
-    changed: bool = False  # its server describes it otherwise than before, and nobody has accepted that
+    changed: bool = False  # its server has changed its description, and no person has accepted that
 
     @property
     def info(self) -> ToolInfo:
@@ -87,7 +88,7 @@ class ToolboxService:
     def __init__(self, channel: Channel, spec: ToolboxSpec) -> None:
         self.spec = spec
         self.tools: dict[str, Known] = {}
-        self.changed: dict[str, Known] = {}  # those that are not offered, but can be asked for
+        self.changed: dict[str, Known] = {}  # tools that are not offered, but that a person can be asked for
         self.errors: dict[str, str] = {}  # of sources that could not be loaded
         self.server = Server(
             channel,
@@ -103,12 +104,12 @@ class ToolboxService:
         self.admission: Admission[link.CallKey] = Admission(spec.workers)
         self.errands = Errands(self.server.send)
         self.direct: Admission[link.CallKey] = Admission(ERRANDS)  # of calls whose tool is a system call
-        self._direct: dict[link.CallKey, Callable[[], None]] = {}  # what begins each of them
+        self._direct: dict[link.CallKey, Callable[[], None]] = {}  # the function that begins each of them
         self.pins = Pins(Path(spec.folder).parent / "tools.json")
-        self._unknown: set[str] = set()  # of the tools in rules, those that the log names
+        self._unknown: set[str] = set()  # unknown tools in rules, already reported in the log
         self._loading = {BUILT_IN, *spec.files}
         servers = sealed.servers(spec.sealed) if spec.sealed >= 0 else {}
-        self._starting = {f"{MCP}{name}" for name in servers}  # servers, on which only their own calls wait
+        self._starting = {f"{MCP}{name}" for name in servers}  # starting servers: only their own calls wait
         self._early: list[tuple[link.Ask, Any]] = []  # calls that came before all sources were loaded
         self._calls: dict[link.CallKey, _Call] = {}
         self._served = 0
@@ -146,7 +147,7 @@ class ToolboxService:
     # ── sources ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _described(self, source: str, described: Described) -> None:
-        """A worker of this source has started, or a server has other tools now."""
+        """A worker of this source has described its tools, at its start or because a server has other tools now."""
         if described.error:
             self.errors[source] = described.error
             logger.error("tools of %s cannot be loaded: %s", source, described.error)
@@ -161,7 +162,7 @@ class ToolboxService:
             self._resume(ask, args)
 
     def _note_unknown(self) -> None:
-        """Rules about tools that nobody has: for tools of files and servers that is known now, and not before."""
+        """Report rules about tools that do not exist: only now all tools of files and servers are known."""
         there = {*self.tools, *self.changed}
         for rule in self.server.policy.rules:
             missing = [name for name in rule.names if rule.tool and not any(map(matcher(name), there))]
@@ -170,7 +171,7 @@ class ToolboxService:
                 logger.warning("%s: there is no tool %s", rule.shown, name)
 
     def _replace(self, source: str, tools: list[Tool]) -> None:
-        """These are the tools of a source from now on."""
+        """Replace the tools of a source."""
         self.tools = {name: known for name, known in self.tools.items() if known.source != source}
         self.changed = {name: known for name, known in self.changed.items() if known.source != source}
         self.errors = {place: why for place, why in self.errors.items() if place.partition(": ")[0] != source}
@@ -187,14 +188,14 @@ class ToolboxService:
 
         known = self.tools.get(tool.name)
         taken = known.info.source if known is not None else ""
-        if tool.name in BUILT_IN_KINDS and source != BUILT_IN:  # whichever was loaded first
+        if tool.name in BUILT_IN_KINDS and source != BUILT_IN:  # regardless of the order of loading
             taken = "built in"
         if taken:
             self.errors[f"{source}: {tool.name}"] = f"there is a tool of this name already ({taken})"
             logger.error("%s: there is a tool %s already (%s)", source, tool.name, taken)
             return
         try:
-            validator = jsonschema_rs.validator_for(tool.parameters, offline=True)  # nothing is fetched for it
+            validator = jsonschema_rs.validator_for(tool.parameters, offline=True)  # no reference in it is fetched
         except ValueError as err:
             reason = str(err).partition("\n")[0]
             self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {reason}"
@@ -211,7 +212,7 @@ class ToolboxService:
         return [self.tools[name].info for name in sorted(self.tools)]
 
     def trust(self, ask: link.Ask, args: TrustTool) -> None:
-        """Take a tool as it is described now. Only a person may."""
+        """Accept the current description of a tool. Only a person may do that."""
         if ask.caller.pid:
             raise wire.error(errno.EPERM, "only a person trusts a tool")
         if not self.pins.accept(args.name):
@@ -219,7 +220,7 @@ class ToolboxService:
         self.pool.load(f"{MCP}{args.name.partition('__')[0]}")  # it describes all its tools anew
 
     def _waits(self, args: CallTool) -> bool:
-        """Is this a call of something that is still being loaded?"""
+        """Is this a call of a tool that is still being loaded?"""
         if self._loading:
             return True
         return args.name not in self.tools and f"{MCP}{args.name.partition('__')[0]}" in self._starting
@@ -256,13 +257,13 @@ class ToolboxService:
         )
         self._calls[ask.key] = _Call(job, known.source, cell_of(ask.caller) if known.source == BUILT_IN else Cell())
         self.admission.submit(ask.key, ask.caller.pid, needs_of(tool, args.arguments, folder))
-        self.server.timers.after(0.0, self._begin)  # once this call is known as one that is answered later
+        self.server.timers.after(0.0, self._begin)  # after this call is recorded as one that is answered later
         return LATER
 
     def _allowed(
         self, ask: link.Ask, known: Known, args: CallTool
     ) -> tuple[dict[str, held.Identity] | None, list[str] | None]:
-        """What a built-in tool may open in this call, for `held`. Raises Unapproved."""
+        """The files and hosts that a built-in tool may open in this call, for `held`. Raises Unapproved."""
         tool, policy = known.tool, self.server.policy
         if not (policy.concerns(tool.name, True) or tool.asks or known.changed) or not ask.caller.pid:
             return None, None
@@ -277,7 +278,7 @@ class ToolboxService:
         )
 
     def _call_direct(self, ask: link.Ask, tool: Tool, args: CallTool) -> Any:
-        """A tool that needs no worker."""
+        """Start a call of a tool that needs no worker."""
         key = ask.key
         try:
             result = direct.FUNCTIONS[tool.name](**args.arguments)
@@ -287,7 +288,7 @@ class ToolboxService:
             return result
         self._direct[key] = lambda: self.errands.begin(key, result, partial(self._errand_done, key))
         self.direct.submit(key, ask.caller.pid, Requirements(tool.name, tool.instances))
-        self.server.timers.after(0.0, self._begin_direct)  # once this call is known as one that is answered later
+        self.server.timers.after(0.0, self._begin_direct)  # after this call is recorded as one that is answered later
         return LATER
 
     def _begin_direct(self) -> None:
@@ -308,7 +309,7 @@ class ToolboxService:
             self.errands.replied(message)
 
     def _resume(self, ask: link.Ask, args: Any) -> None:
-        """An early call, now that everything is loaded."""
+        """Start a call that came before everything was loaded."""
         try:
             answer = self.listing(ask, args) if ask.sys == Sys.TOOL_LIST else self.call(ask, args)
         except (OSError, Unapproved) as err:
@@ -318,7 +319,8 @@ class ToolboxService:
             self.server.answer(ask.key, answer)
 
     def _check(self, args: CallTool, asks: bool) -> Known:
-        """`asks`: a person is asked for its caller, who so may call what is not offered."""
+        """Check a call; returns its tool. `asks`: a person will be asked, so tools that are not offered are allowed,
+        too."""
         known = self.tools.get(args.name) or (self.changed.get(args.name) if asks else None)
         if known is None:
             there = ", ".join(sorted(self.tools)) or "none"
@@ -363,7 +365,7 @@ class ToolboxService:
     # ── folders ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _folder(self, caller: link.Caller) -> str:
-        """The caller's folder, which is there when this returns."""
+        """The caller's folder, created if needed."""
         if caller.box:
             return msgspec.msgpack.decode(caller.box, type=Box).workspace  # where the agent itself works
         if not caller.pid:
@@ -387,7 +389,7 @@ class ToolboxService:
 
     @staticmethod
     def _remove(folders: Iterable[Path]) -> None:
-        """In a thread, since a folder may be full."""
+        """Remove folders, in a thread, because they may contain many files."""
         there = [folder for folder in folders if folder.exists()]
         if there:
             threading.Thread(target=_remove, args=(there,)).start()
@@ -414,7 +416,7 @@ def needs_of(tool: Tool, arguments: dict[str, Any], folder: str) -> Requirements
 
 
 def _key(template: str, arguments: dict[str, Any], folder: str) -> str:
-    """The key of a lock. One of a file is its whole path, so that `a.txt` and `./a.txt` are the same."""
+    """The key of a lock. The key of a file is its whole path, so that `a.txt` and `./a.txt` are the same."""
     key = template
     for name, value in arguments.items():
         key = key.replace("{" + name + "}", str(value))
@@ -428,5 +430,5 @@ def main(channel: Channel, spec: ToolboxSpec, rounds: Rounds) -> int:
 
     ctypes.CDLL(None).prctl(
         PR_SET_CHILD_SUBREAPER, 1
-    )  # what a dead worker leaves comes to us, and not to the supervisor
+    )  # children of a dead worker become children of this process, not of the supervisor
     return ToolboxService(channel, spec).run(rounds)

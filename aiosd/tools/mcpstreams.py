@@ -1,7 +1,7 @@
-"""How an MCP server's messages come to the `mcp` package: over the pipes of a process, or over HTTP.
+"""Carries an MCP server's messages to the `mcp` package: over the pipes of a process, or over HTTP.
 
-The package's own way over pipes has no limit for a line, and cuts a long one again for each piece that comes; and one
-malformed tool makes it refuse the whole list. So the pipes are read here, and malformed tools are left out both ways.
+The package's own code for pipes has no limit for a line, and processes a long line again for each piece that comes; and
+one malformed tool makes it refuse the whole list. So pipes are read here, and malformed tools are left out for both.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from aiosd.tools.spec import McpServer
 
 LINE_BYTES = 16 << 20
 REASON_BYTES = 4096
-LEAVE_S = 1.0  # that a server has to end when its input has ended
+LEAVE_S = 1.0  # the time that a server has to end after its input has ended
 
 
 class NotStarted(Exception):
-    """The server's program cannot be started; why."""
+    """The server's program cannot be started; the message has the reason."""
 
 
 async def _reader(fd: int, limit: int) -> asyncio.StreamReader:
@@ -35,8 +35,8 @@ async def _reader(fd: int, limit: int) -> asyncio.StreamReader:
 
 
 class Streams:
-    """A transport for `mcp.Client`. `fault`: why it has ended, where the server is to blame; `dropped`: how many
-    malformed tools its last list had. `pipes`: of a server that is a program, as the bridge gets them."""
+    """A transport for `mcp.Client`. `fault`: why it has ended, if the server is to blame; `dropped`: the number of
+    malformed tools in the server's last list. `pipes`: for a server that is a program, as the bridge gets them."""
 
     def __init__(self, server: McpServer, pipes: list[int]) -> None:
         self._server = server
@@ -67,7 +67,7 @@ class Streams:
     async def _process(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         stdin, stdout, reason, _ = self._pipes
         reader, why = await _reader(stdout, LINE_BYTES), await _reader(reason, REASON_BYTES)
-        if words := (await why.read()).decode(errors="replace"):  # it ends when the program begins
+        if words := (await why.read()).decode(errors="replace"):  # the stream ends when the program begins
             raise NotStarted(words)
         loop = asyncio.get_running_loop()
         transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, os.fdopen(stdin, "wb", 0))
@@ -82,7 +82,7 @@ class Streams:
                         pass
 
     async def _lines(self, reader: asyncio.StreamReader) -> AsyncIterator[SessionMessage]:
-        """What the server writes; what is no message is noise."""
+        """The messages that the server writes; all other lines are ignored."""
         while True:
             try:
                 line = await reader.readline()
@@ -104,7 +104,7 @@ class Streams:
 
 
 def _well_formed(tools: list[Any]) -> tuple[list[Any], int]:
-    """Those that are tools, and how many are not."""
+    """The well-formed tools, and the number of others."""
     kept = [tool for tool in tools if _is_tool(tool)]
     return kept, len(tools) - len(kept)
 
@@ -118,7 +118,7 @@ def _is_tool(entry: Any) -> bool:
 
 
 class _Reading:
-    """An iterator as the package wants to read it."""
+    """An iterator with the interface of a stream that the package reads."""
 
     def __init__(self, messages: AsyncIterator[SessionMessage | Exception]) -> None:
         self._messages = messages
@@ -143,7 +143,7 @@ class _Reading:
 
 
 class _Writing:
-    """The input of a process as the package wants to write it."""
+    """The input of a process with the interface of a stream that the package writes."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._input = writer

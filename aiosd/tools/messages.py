@@ -1,6 +1,6 @@
-"""What the toolbox and its workers send each other: msgpack frames over a socket pair (`libaios.stream`).
+"""The messages between the toolbox and its workers: msgpack frames over a socket pair (`libaios.stream`).
 
-The toolbox is careful with what comes from a worker, because a tool can write to its worker's socket.
+The toolbox checks every frame from a worker, because a tool can write to its worker's socket.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Tool(Struct, array_like=True, frozen=True):
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     concerns: tuple[str, ...] = ()  # its resources, `type:{argument}`; see `concerns`
-    asks: bool = False  # its server says that it destroys something
+    asks: bool = False  # its server marks it as destructive
 
 
 class Described(Struct, array_like=True, frozen=True, tag=True):
-    """What the source has; `error`: why it cannot be loaded."""
+    """The tools of a source; `error`: why it cannot be loaded."""
 
     tools: list[Tool]
     error: str = ""

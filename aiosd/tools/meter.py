@@ -1,10 +1,10 @@
-"""What calls cost: processor time and memory of workers and of all that they have started.
+"""The usage of calls: processor time and memory of workers and of all processes that they have started.
 
-A worker may do what it likes with itself, so nothing that it sends is believed: Linux is asked from outside (/proc
-while it lives, `wait4` at its end). As a worker runs one call at a time, what it uses between the beginning and the end
-of a call is what the call uses. Of its memory only what it has grown by counts, since a call need not pay for the
-interpreter and the source that it finds there. A worker that is being ended costs its last call until nothing of it
-runs any more; one that was started for one agent alone costs that agent its start.
+A tool may manipulate its worker, so a worker's own figures are not trusted: they are read from Linux (/proc while it
+lives, `wait4` at its end). As a worker runs one call at a time, the usage between the beginning and the end of a call
+belongs to that call. Only the growth of its memory counts, since a call need not pay for the interpreter and the source
+that the worker has loaded before. The usage of a worker that is being ended counts for its last call until all its
+processes are gone; a worker that was started for one agent alone charges that agent for its start.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from aiosd import procfs
 from aiosd.budgets.cputime import CpuMeter, ProcessSample
 from aiosd.procfs import Stat
 
-#: Agent, microseconds on processors since the last time, bytes that its calls hold now.
+#: Agent, microseconds of processor time since the last call, bytes that its calls hold now.
 Charge = Callable[[int, int, int], None]
 
 
 class WorkerMeter:
-    """Of one worker. `payer`: the agent for which it works, has worked last, or was started; 0: no agent pays."""
+    """The meter of one worker. `payer`: the agent for which it works, has worked last, or was started; 0: none."""
 
     def __init__(self, payer: int = 0) -> None:
         self.payer = payer
@@ -33,7 +33,7 @@ class WorkerMeter:
         self._reaped_s = 0.0
 
     def begin(self, payer: int, tree: Mapping[int, Stat]) -> None:
-        """A call begins."""
+        """Note the beginning of a call."""
         if not payer or self._started_for != payer:
             self._cpu, self.due, self._reaped_s = CpuMeter(), 0.0, 0.0
             self._cpu.update(_used(tree))
@@ -46,8 +46,8 @@ class WorkerMeter:
         self._known |= tree.keys()
 
     def weigh(self, tree: Mapping[int, Stat]) -> int:
-        """Memory of its processes: in proportion where it is shared, but of those that were there before the call what
-        they have grown by. What cannot be read counts in full."""
+        """Memory of its processes: shared memory in proportion; of processes that existed before the call only their
+        growth. What cannot be read counts in full."""
         memory = 0
         memfds: dict[tuple[int, int], int] = {}
         for ospid, stat in tree.items():
@@ -59,7 +59,7 @@ class WorkerMeter:
         return self.memory
 
     def reaped(self, seconds: float) -> None:
-        """One of its processes has ended, and had used this much in its life, with the children it had waited for."""
+        """One of its processes has ended. `seconds`: of its whole life, with the children that it had waited for."""
         self._reaped_s += seconds
         self.due += self._cpu.end(self._reaped_s)
 
@@ -68,15 +68,15 @@ class WorkerMeter:
 
 
 class Bills:
-    """Charges what agents have used, when there is something to charge."""
+    """Charges agents for usage, when there is something to charge."""
 
     def __init__(self, charge: Charge) -> None:
         self._charge = charge
-        self._held: dict[int, int] = {}  # bytes, by agent: of those that hold some
+        self._held: dict[int, int] = {}  # bytes that are held, by agent
         self._small: dict[int, float] = {}  # seconds that are too few to be charged, by agent
 
     def settle(self, meters: Sequence[WorkerMeter], payer: int) -> None:
-        """Of all workers, those of one agent: charge what it was not charged yet."""
+        """Charge one agent for all usage of its workers that was not charged yet."""
         if not payer:
             return
         memory, due = 0, 0.0
@@ -87,7 +87,7 @@ class Bills:
         self._send(payer, due, memory)
 
     def add(self, payer: int, seconds: float, least: float) -> None:
-        """Seconds of the toolbox itself; charged when there are as many as `least`."""
+        """Count seconds of the toolbox itself; charged when their sum reaches `least`."""
         seconds += self._small.pop(payer, 0.0)
         if seconds < least:
             self._small[payer] = seconds
@@ -95,11 +95,11 @@ class Bills:
             self._send(payer, seconds, self._held.get(payer, 0))
 
     def forget(self, payer: int) -> None:
-        """The agent has ended; what its workers still use is charged."""
+        """The agent has ended: charge what its workers still use."""
         self._small.pop(payer, None)
 
     def again(self) -> None:
-        """There is a new kernel, which has counted the time, but not what is held."""
+        """There is a new kernel, which has a record of the time, but not of held memory."""
         for payer, memory in self._held.items():
             self._charge(payer, 0, memory)
 

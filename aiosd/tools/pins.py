@@ -1,7 +1,8 @@
-"""How the tools of MCP servers were described when they were first seen.
+"""Pins: hashes of the descriptions of MCP servers' tools, as they were when they were first seen.
 
-What a server says of a tool goes into the prompts of agents, so a server could change it later into instructions of its
-own. Each description is kept here as a hash; a tool that is described otherwise is held back until a person accepts it.
+A server's description of a tool goes into the prompts of agents, so a server could later change it into instructions of
+its own. Each description is kept here as a hash; a tool with a changed description is held back until a person accepts
+it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from aiosd.tools.messages import Tool
 
 
 class Pins:
-    """The hashes in a file. One that cannot be read counts as empty, and what cannot be written is known until the end
-    of this process."""
+    """The hashes in a file. A file that cannot be read counts as empty; a hash that cannot be written is kept until the
+    end of this process."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -30,7 +31,7 @@ class Pins:
             self._known = {str(name): str(pin) for name, pin in found.items()} if isinstance(found, dict) else {}
 
     def holds(self, tool: Tool) -> bool:
-        """Is it described as it was when it was first seen, or accepted? A tool that is new is kept."""
+        """Is the description the same as when it was first seen or accepted? A new tool is recorded."""
         pin = hashlib.sha256(msgspec_json.encode((tool.description, tool.parameters), order="sorted")).hexdigest()
         if self._known.setdefault(tool.name, pin) != pin:
             self._changed[tool.name] = pin
@@ -40,7 +41,7 @@ class Pins:
         return True
 
     def accept(self, name: str) -> bool:
-        """Take the tool as it is described now. False: it is not held back."""
+        """Accept the current description of a tool. False: it is not held back."""
         pin = self._changed.pop(name, None)
         if pin is None:
             return False

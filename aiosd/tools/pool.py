@@ -1,15 +1,16 @@
 """The worker processes of the toolbox: start, calls, limits, end.
 
-Each worker has loaded one source and runs one call at a time; it is used again when a call has ended in order. One that
-died, ran out of time or memory, was cancelled, or sent what no worker sends is ended with everything below it, and its
-call gets an error. The toolbox is a subreaper: what a dead worker leaves behind comes to it, and is killed here.
+Each worker has loaded one source and runs one call at a time; it is used again when a call has ended in order. A worker
+that died, ran out of time or memory, was cancelled, or sent an invalid message is ended with all its descendants, and
+its call gets an error. The toolbox is a subreaper: processes that a dead worker leaves become its children and are
+killed.
 
-Limits. Time: on the clock, synchronous. Memory: RLIMIT_DATA in the worker, which bounds each process by itself;
-processes and their memory together are looked at every SAMPLE_S (or later, where looking takes a quarter of the time),
-so a call may exceed these for that long. What it writes and returns: counted.
+Limits. Time: by the clock, synchronous. Memory: RLIMIT_DATA in the worker, which limits each process by itself; the
+number of processes and their memory together are sampled every SAMPLE_S (or less often, so that sampling takes at most
+a quarter of the time), so a call may exceed these limits for that long. Bytes that it writes and returns: counted.
 
-What a call uses of processors and memory is charged to the agent that has called (`meter`): at each look, and at the
-end of the call, before it is answered.
+Processor time and memory of a call are charged to the agent that has called (`meter`): at each sample, and at the end
+of the call, before it is answered.
 """
 
 from __future__ import annotations
@@ -47,20 +48,20 @@ logger = logging.getLogger("toolbox")
 
 LOAD_S = 60.0  # for a source to be imported
 GRACE_S = 1.0  # between TERM and KILL
-PART = 4  # sampling takes at most one part in that many of the time
-STRAYS_S = 0.2  # after which what a dead worker had started has ended, and is our child
+PART = 4  # sampling takes at most 1/PART of the time
+STRAYS_S = 0.2  # after this time processes that a dead worker had started have ended, or are children of this process
 ENDED = 64  # workers that ended last, to which strays may belong
 MOST_PROCESSES = 64  # of one call
 IDLE_S = 60.0  # seconds for which a worker without a call is kept
 FRAME_BYTES = 16 << 20
-#: A tool sees this of the environment of aiosd and nothing else: no keys, no tokens.
+#: The variables of aiosd's environment that a tool gets; no others, so no keys and no tokens.
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "VIRTUAL_ENV")
 
 
 @dataclass(slots=True)
 class Job:
-    """One call in a worker. `payer`: the agent that pays for it; 0: nobody. `on_text` gets what it writes, `on_done`
-    its result or error, once. Then `on_over`, once: nothing of it runs any more, so that others may use what it had.
+    """One call in a worker. `payer`: the agent that pays for it; 0: none. `on_text` gets what it writes, `on_done` its
+    result or error, once. Then `on_over` is called, once, when all its processes are gone and others may use its locks.
     """
 
     tool: Tool
@@ -84,17 +85,17 @@ WorkerKind = tuple[str, Cell]  # a source, and how its worker is confined
 @dataclass(slots=True, eq=False)
 class Worker:
     source: str
-    cell: Cell  # it has confined itself so, for good
+    cell: Cell  # how it has confined itself, for good
     process: subprocess.Popen[bytes]
     frames: FrameSocket
     job: Job | None = None
     deadline: Timer | None = None
     described: bool = False
-    wrote: int = 0  # bytes of the call
-    verdict: Done | None = None  # why it is being ended
-    ending: Job | None = None  # … with this call, which has its answer
+    wrote: int = 0  # bytes that the call has written
+    verdict: Done | None = None  # the result of its call, if the worker is being ended
+    ending: Job | None = None  # … and that call, which has its answer already
     idle: Timer | None = field(default=None)
-    server: int = 0  # of one for an MCP server: as `McpLauncher` knows that
+    server: int = 0  # for a worker of an MCP server: the server's number in `McpLauncher`
     meter: WorkerMeter = field(default_factory=WorkerMeter)
 
     @property
@@ -103,8 +104,8 @@ class Worker:
 
 
 class Pool:
-    """`watch` and `forget`: the loop's descriptors. `described` is called at each start of a worker, and when an MCP
-    server (`servers`) has other tools than before. `bills`: for what calls use."""
+    """All workers. `watch` and `forget`: the loop's descriptors. `described` is called at each start of a worker, and
+    when an MCP server (`servers`) has other tools than before. `bills`: for the usage of calls."""
 
     def __init__(
         self,
@@ -124,15 +125,15 @@ class Pool:
         self._servers = servers
         self._bills = bills
         self._workers: list[Worker] = []
-        self._queue: dict[WorkerKind, list[Job]] = {}  # admitted, and waiting for a worker that starts
+        self._queue: dict[WorkerKind, list[Job]] = {}  # admitted calls that wait for a starting worker
         self._ended: deque[WorkerMeter] = deque(maxlen=ENDED)
         self._sampler: Timer | None = None
         self.deaths = 0
 
-    # ── what the toolbox asks for ─────────────────────────────────────────────────────────────────────────
+    # ── the methods that the toolbox uses ─────────────────────────────────────────────────────────────────
 
     def load(self, source: str) -> None:
-        """Start a first worker of a source, which describes it."""
+        """Start a first worker of a source, which describes the source's tools."""
         self._start(source, Cell())
 
     def run(self, source: str, cell: Cell, job: Job) -> None:
@@ -148,7 +149,7 @@ class Pool:
             self._start(*kind)
 
     def cancel(self, job: Job) -> None:
-        """The call is not wanted any more: TERM, a second later KILL for its worker, which is not used again."""
+        """Cancel a call: TERM, and a second later KILL for its worker, which is not used again."""
         for jobs in self._queue.values():
             if job in jobs:
                 jobs.remove(job)
@@ -193,7 +194,7 @@ class Pool:
                 words, passed = [",".join(["boxed", *map(str, fds)])], [*passed, *fds]
             process = subprocess.Popen(
                 [
-                    # -P: no modules of the folder in which aiosd happens to run, for which it would be readable, too
+                    # -P: no modules from the working folder, which would have to be readable, too
                     *(sys.executable, "-P", "-m", f"aiosd.tools.{'worker' if server is None else 'bridge'}"),
                     *(str(theirs.fileno()), name, *words),
                 ],
@@ -209,7 +210,7 @@ class Pool:
         worker = Worker(source, cell, process, FrameSocket(ours, FRAME_BYTES), server=number, meter=meter)
         self._workers.append(worker)
         if server is not None:
-            worker.frames.send(encode(server))  # not as an argument: it may hold keys, and everyone can read those
+            worker.frames.send(encode(server))  # not as an argument, which others can read: it may have keys
         if cell.box:
             worker.frames.send(cell.box)
         self._watch(worker.frames.fileno(), lambda: self._on_readable(worker))
@@ -245,7 +246,7 @@ class Pool:
 
     def _on_message(self, worker: Worker, message: Described | Wrote | Done) -> None:
         if worker.verdict is not None:
-            return  # too late: its call has its answer
+            return  # too late: its call has its answer already
         match message:
             case Described() if not worker.described:
                 self._on_described(worker, message)
@@ -270,12 +271,13 @@ class Pool:
             self._next(worker)
 
     def _report(self, worker: Worker, described: Described) -> None:
-        """What a confined worker cannot load says nothing of its source."""
+        """Report the tools of a source. (A source that only a confined worker cannot load is not reported as
+        broken.)"""
         if not worker.cell.box:
             self._described(worker.source, described)
 
     def _over(self, worker: Worker, done: Done) -> None:
-        """A call has ended in order. What it left running below the worker must not outlive it."""
+        """A call has ended in order. Processes that it left below the worker must not outlive it."""
         job, worker.job = worker.job, None
         self._stop_clock(worker)
         tree = self._tree(worker)
@@ -299,7 +301,7 @@ class Pool:
 
     def _retire(self, worker: Worker) -> None:
         """End a worker that was idle for long. The last one of a source stays, unless it is confined (there may be one
-        for each agent), or one of an MCP server, which with its server takes a hundred megabytes."""
+        for each agent), or belongs to an MCP server, since it takes a hundred megabytes together with the server."""
         same = [other for other in self._workers if other.kind == worker.kind and other.verdict is None]
         if worker.job is None and (len(same) > 1 or worker.cell.box or worker.source.startswith(MCP)):
             self._kill(worker)
@@ -307,7 +309,8 @@ class Pool:
     # ── the end of a worker ───────────────────────────────────────────────────────────────────────────────
 
     def _end(self, worker: Worker, verdict: Done, at_once: bool = False) -> None:
-        """TERM to a worker and all below it, and KILL a moment later. Its call gets the verdict now."""
+        """Send TERM to a worker and all its descendants, and KILL a moment later. Its call gets the result `verdict`
+        now."""
         if worker.verdict is not None:
             return
         worker.verdict = verdict
@@ -330,9 +333,9 @@ class Pool:
             worker.idle.cancel()
         self._forget(worker.frames.fileno())
         worker.frames.close()
-        if worker.process.returncode is None:  # else its number may be another's
+        if worker.process.returncode is None:  # else another process may have its number
             stop_tree(worker.process.pid)
-            worker.meter.look(self._tree(worker))  # what nobody would wait for is seen now
+            worker.meter.look(self._tree(worker))  # sample processes now for which no parent would wait
             kill_tree(worker.process.pid)
         self._ended.append(worker.meter)
         self._reap(worker)
@@ -360,7 +363,7 @@ class Pool:
         self._replace(worker.kind)
 
     def _replace(self, kind: WorkerKind) -> None:
-        """Calls that wait for a worker of this kind still get one."""
+        """Start another worker if calls wait for one of this kind."""
         starting = sum(worker.kind == kind and not worker.described for worker in self._workers)
         for _ in range(len(self._queue.get(kind, ())) - starting):
             self._start(*kind)
@@ -386,14 +389,14 @@ class Pool:
             worker.deadline = None
 
     def _kill_strays(self) -> None:
-        """What dead workers left is our child now."""
+        """Kill the processes that dead workers left: they are children of this process now."""
         ours = {worker.process.pid for worker in self._workers}
         for ospid in set(procfs.children(os.getpid())) - ours:
             kill_tree(ospid)
             with contextlib.suppress(ChildProcessError):
                 usage = os.wait4(ospid, 0)[2]
                 meter = next((one for one in self._ended if one.knows(ospid)), None)
-                if meter is None and self._ended:  # it was started between two looks
+                if meter is None and self._ended:  # it was started between two samples
                     meter = self._ended[-1]
                 if meter is not None:
                     meter.reaped(usage.ru_utime + usage.ru_stime)
@@ -401,8 +404,8 @@ class Pool:
 
     @staticmethod
     def _reap(worker: Worker, timeout: float | None = None) -> int | None:
-        """Its exit status; None: it has not ended within these seconds. Once, it is charged what Linux says that it
-        has used."""
+        """Its exit status; None: it has not ended within `timeout` seconds. Called once, it charges the processor time
+        that Linux reports."""
         process = worker.process
         if process.returncode is None:
             if timeout is not None and not _ends_within(process.pid, timeout):
@@ -412,10 +415,10 @@ class Pool:
             worker.meter.reaped(usage.ru_utime + usage.ru_stime)
         return process.returncode
 
-    # ── what calls use ────────────────────────────────────────────────────────────────────────────────────
+    # ── the usage of calls ────────────────────────────────────────────────────────────────────────────────
 
     def _tree(self, worker: Worker) -> dict[int, Stat]:
-        """Its processes, and those of its server."""
+        """The processes of a worker, and of its MCP server."""
         found = procfs.tree(worker.process.pid) if worker.process.returncode is None else {}
         if server := self._servers.ospid(worker.server):
             found |= procfs.tree(server)
@@ -426,15 +429,16 @@ class Pool:
         self._settle(worker.meter.payer)
 
     def _close(self, worker: Worker, tree: dict[int, Stat]) -> None:
-        """Nothing of its call runs any more."""
+        """All processes of its call are gone: close the call's account."""
         worker.meter.memory = 0
         self._charge(worker, tree)
-        worker.meter.payer = 0 if tree else worker.meter.payer  # of a dead one strays may still be found
+        worker.meter.payer = 0 if tree else worker.meter.payer  # processes of a dead worker may still be found
 
     def _settle(self, payer: int) -> None:
         self._bills.settle([*(worker.meter for worker in self._workers), *self._ended], payer)
 
-    # ── what no rlimit bounds ─────────────────────────────────────────────────────────────────────────────
+    # ── limits for which there is no rlimit
+    # ─────────────────────────────────────────────────────────────────────────────
 
     def _sample(self) -> None:
         began = time.monotonic()
@@ -447,7 +451,7 @@ class Pool:
     def _look_at(self, worker: Worker) -> None:
         tree = self._tree(worker)
         crowded = len(tree) - 1 > MOST_PROCESSES
-        memory = 0 if crowded else worker.meter.weigh(tree)  # it takes long where there are many
+        memory = 0 if crowded else worker.meter.weigh(tree)  # this takes long if there are many
         self._charge(worker, tree)
         if worker.job is None:
             return
@@ -461,7 +465,7 @@ class Pool:
 
 
 def _network(ospid: int, inode: int) -> int | None:
-    """A descriptor of the network of this inode, in which this process is; None: it is not, or has ended."""
+    """A descriptor of the process's network, if that has this inode; None: it has another, or the process has ended."""
     if not inode:
         return None
     try:
@@ -475,7 +479,8 @@ def _network(ospid: int, inode: int) -> int | None:
 
 
 def stop_tree(ospid: int) -> None:
-    """Stop a child of ours and all below it, parents before children: then they cannot fork while we look."""
+    """Stop a child of this process and all its descendants, parents before children, so that none can fork
+    meanwhile."""
     for _ in range(100):
         tree = [ospid, *procfs.descendants(ospid)]
         for one in tree:
@@ -485,7 +490,7 @@ def stop_tree(ospid: int) -> None:
 
 
 def kill_tree(ospid: int) -> None:
-    """Kill a child of ours and all below it."""
+    """Kill a child of this process and all its descendants."""
     stop_tree(ospid)
     for one in reversed([ospid, *procfs.descendants(ospid)]):
         _signal(one, signal.SIGKILL)

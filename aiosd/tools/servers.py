@@ -1,7 +1,8 @@
-"""MCP servers, from the toolbox's side: asked for, and forked by the supervisor (see `aiosd.init.servers`).
+"""MCP servers, from the toolbox's side: requested here, and forked by the supervisor (see `aiosd.init.servers`).
 
-A server gets its settings in a memfd, its stdin and stdout are pipes, and it lives as long as the worker that has the
-other ends of these and of its lease: `tools.bridge`, which ends when its worker's end closes.
+A server gets its settings in a memfd; its stdin and stdout are pipes. It lives as long as the worker that has the other
+ends of these pipes and its *lease*, a descriptor that closes with the worker (`tools.bridge`). The worker itself ends
+when its connection to the toolbox closes.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ ANSWER_BYTES = 4096
 
 
 class McpLauncher:
-    """`wanted`: their settings by name. `sock`: the socket to the supervisor (-1: there is none, and none starts). It
-    has been that of toolboxes that have died, so numbers are random."""
+    """All servers. `wanted`: their settings by name. `sock`: the socket to the supervisor (-1: there is none, and no
+    server starts). Earlier toolboxes have used the same socket, so numbers are random."""
 
     def __init__(
         self, wanted: Mapping[str, McpServer], sock: int, watch: Callable[[int, Callable[[], None]], None]
     ) -> None:
         self.wanted = wanted
-        self._ospids: dict[int, int] = {}  # by number: of those that run
+        self._ospids: dict[int, int] = {}  # of running servers, by number
         self._asked: set[int] = set()
         self._sock = socket.socket(fileno=sock) if sock >= 0 else None
         if self._sock is not None:
@@ -41,13 +42,13 @@ class McpLauncher:
         return len(self._ospids)
 
     def ospid(self, number: int) -> int:
-        """Its Linux pid; 0: it does not run."""
+        """The Linux pid of a server; 0: it does not run."""
         return self._ospids.get(number, 0)
 
     def start(self, name: str, env: Mapping[str, str]) -> tuple[int, list[int]]:
-        """Ask for a server. Returns its number, and what its worker needs, which the caller closes: the writing end of
-        its stdin, the reading ends of its stdout and of what it says when it cannot start, and its lease. `env`: its
-        environment, besides that of its settings. Raises OSError."""
+        """Request a server. Returns its number and the descriptors for its worker, which the caller closes: the writing
+        end of its stdin, the reading ends of its stdout and of the message why it cannot start, and its lease. `env`:
+        its environment, besides that of its settings. Raises OSError."""
         if self._sock is None:
             raise OSError("MCP servers cannot be started here")
         server = self.wanted[name]
@@ -84,7 +85,7 @@ class McpLauncher:
             answer = msgspec.msgpack.decode(self._sock.recv(ANSWER_BYTES), type=link.ServerIs)
         except (OSError, msgspec.MsgspecError):
             return
-        if answer.number not in self._asked:  # of a toolbox before this one
+        if answer.number not in self._asked:  # the answer is for an earlier toolbox
             return
         if answer.ospid:
             self._ospids[answer.number] = answer.ospid

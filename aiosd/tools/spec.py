@@ -1,4 +1,5 @@
-"""What the supervisor gives the toolbox. Apart, so that the supervisor imports nothing else of it."""
+"""The settings that the supervisor passes to the toolbox. In a file of their own: the supervisor imports nothing
+else."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-#: The built-in tools, with the types of resources that their calls state: rules name them before any is loaded.
+#: The built-in tools, with the types of their resources: rules name them before any is loaded.
 BUILT_IN_KINDS: dict[str, tuple[str, ...]] = {
     "calc": (),
     "remember": (),
@@ -32,7 +33,7 @@ BUILT_IN_KINDS: dict[str, tuple[str, ...]] = {
     "fetch": ("host",),
 }
 
-MCP = "mcp:"  # how a source begins that is an MCP server
+MCP = "mcp:"  # the beginning of the name of a source that is an MCP server
 CONCERN = re.compile(r"(path|host|group|signal):\{\w+\}\Z")
 SERVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}\Z")
 
@@ -41,10 +42,10 @@ MEMORY_BYTES = 2 << 30  # of each process of an MCP server
 
 
 class McpServer(Struct, frozen=True, forbid_unknown_fields=True):
-    """One of [mcpServers] in aiosd.toml: a program (`command`), or an address (`url`). Keys as other programs have
-    them; `env` is all of its environment but PATH and the like. How it is confined: `sandbox` ("": as strictly as the
-    machine can), `net` ("": all), and what it may reach besides its program and what its arguments name: `read` and
-    `write`, from which on `read_servers` are absolute."""
+    """One of [mcpServers] in aiosd.toml: a program (`command`), or an address (`url`). The keys are those of other
+    programs; `env` is its whole environment except PATH and the like. How it is confined: `sandbox` ("": as strictly as
+    the machine can), `net` ("": all). It may reach its program and the paths in its arguments, and those in `read` and
+    `write`, which `read_servers` makes absolute."""
 
     command: str = ""
     args: list[str] = []
@@ -53,19 +54,19 @@ class McpServer(Struct, frozen=True, forbid_unknown_fields=True):
     url: str = ""
     headers: dict[str, str] = {}
     timeout: float = 60.0  # seconds that a call may take
-    type: str = ""  # "stdio", "http": follows from the rest, and is accepted because files have it
+    type: str = ""  # "stdio", "http": not needed; accepted because files of other programs have it
     disabled: bool = False
     sandbox: Literal["", "none", "flat", "cage"] = ""
     net: Literal["", "none", "all"] = ""
     read: list[str] = []
     write: list[str] = []
-    concerns: dict[str, list[str]] = {}  # by tool, as in `libaios.tool.define`: what rules can be about
+    concerns: dict[str, list[str]] = {}  # by tool, as in `libaios.tool.define`: the resources that rules can name
 
 
 class ToolboxSpec(Struct, frozen=True):
-    """Settings of the toolbox: the folder for its callers' folders, files of tools, calls that run at a time, and the
-    descriptor in which the MCP servers are (`aiosd.ipc.sealed`; -1: there are none), and the socket over which the
-    supervisor is asked to fork them."""
+    """Settings of the toolbox: the folder for its callers' folders, files of tools, calls that run at a time, the
+    descriptor that has the settings of MCP servers (`aiosd.ipc.sealed`; -1: there are none), and the socket over which
+    the supervisor is asked to fork them."""
 
     folder: str
     files: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
-"""Fetching from the web for an agent: only http and https, only public addresses, and bounded in all it does.
+"""Fetching from the web for an agent: only http and https, only public addresses, and with limits on size and time.
 
-A name is resolved here, every address of it is checked, and the connection goes to the address that was checked; so a
-name that is resolved to another address a moment later (DNS rebinding) leads nowhere. Every redirect is checked alike.
-For an agent that reaches single hosts its proxy does all that.
+A name is resolved here, each of its addresses is checked, and the connection goes to the checked address; so a name
+that is resolved to another address a moment later (DNS rebinding) leads nowhere. Every redirect is checked in the same
+way. For an agent that reaches single hosts its proxy does all that.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _get(parts: SplitResult) -> tuple[http.client.HTTPResponse, http.client.HTTP
 
 
 def _tunnel(host: str, port: int) -> socket.socket:
-    """A connection through the proxy of the agent's own network. Raises PermissionError where it refuses, OSError."""
+    """A connection through the proxy of the agent's own network. Raises PermissionError if the proxy refuses,
+    OSError."""
     name = host_of(host)
     shown = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
     request = f"CONNECT {shown} HTTP/1.1\r\nHost: {shown}\r\n\r\n".encode("ascii")

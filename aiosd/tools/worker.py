@@ -2,13 +2,13 @@
 
     python -m aiosd.tools.worker FD SOURCE [boxed[,FD…]]    SOURCE: a module, or the path of a file
 
-A boxed one gets a box (`sandbox.box`) as its first frame, and confines itself to it for the rest of its life; FD… are
-the cage (`sandbox.cage`), if there is one, and the network of an agent that reaches single hosts, if it is that one's:
-then it enters that network, and reaches what the agent reaches, by the same gates.
+A boxed worker gets a box (`sandbox.box`) as its first frame, and confines itself with it for the rest of its life. FD…
+are the cage (`sandbox.cage`), if there is one, and the network of an agent that reaches single hosts, if the worker
+belongs to that agent: then it enters that network, and reaches the same hosts by the same gates.
 
-It sends `Described`, then serves `Run`s until its other end is closed. What a tool prints or yields is sent while it
-runs (`Wrote`); its return value comes with `Done`. The service trusts nothing that comes from here: a tool may do with
-this process what it likes.
+A worker sends `Described`, then serves `Run`s until its other end is closed. Output of a tool (prints and yields) is
+sent while it runs (`Wrote`); its return value comes with `Done`. The service does not trust a worker, because a tool
+may manipulate this process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from libaios.stream import FrameSocket
 
 MESSAGE_BYTES = 4096  # of the text of an error
 CAGE = 5  # descriptors of the cage
-#: What every call has, besides what its tool is limited to.
+#: Limits of every call, besides those of its tool.
 LIMITS = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 1 << 30), (resource.RLIMIT_NOFILE, 1024))
 
 
@@ -72,7 +72,7 @@ def main(fd: str, source: str, boxed: str = "") -> int:
         functions = functions_of(_load(source))
         if boxed:
             _confine(frames.recv_blocking()[0], [int(fd) for fd in boxed.split(",")[1:]])
-    except BaseException as err:  # a person's file may raise anything, SystemExit included
+    except BaseException as err:  # a person's file may raise any exception, SystemExit included
         send(frames, Described([], f"{type(err).__name__}: {err}"[:MESSAGE_BYTES]))
         return 1
     send(frames, Described([function.tool for function in functions.values()]))
@@ -89,7 +89,7 @@ def main(fd: str, source: str, boxed: str = "") -> int:
 
 
 def _confine(box: bytes, fds: list[int]) -> None:
-    """Raises OSError."""
+    """Confine this process. Raises OSError."""
     from aiosd.sandbox import confine, filter, plan
     from aiosd.sandbox.box import Box
     from aiosd.sandbox.cage import Cage
@@ -140,7 +140,7 @@ def _serve(function: Function, request: Run, output: _Output) -> Done:
         return Done(None, err.errno or errno.EREMOTEIO, _os_message(err)[:MESSAGE_BYTES])
     except ValueError as err:
         return Done(None, errno.EINVAL, str(err)[:MESSAGE_BYTES] or "a value that the tool refuses")
-    except BaseException as err:  # whatever a tool raises is its own affair, and its caller gets it
+    except BaseException as err:  # any exception of a tool is reported to its caller
         return Done(None, errno.EREMOTEIO, f"{type(err).__name__}: {err}"[:MESSAGE_BYTES])
 
 
@@ -154,7 +154,7 @@ def _written(pieces: Iterator[Any], output: _Output) -> Any:
 
 
 def _checked(result: Any, limit: int) -> Done:
-    """The result as JSON has it: other types as msgspec writes them."""
+    """The result as a value of JSON; other types as msgspec writes them."""
     plain = msgspec.to_builtins(result, str_keys=True, enc_hook=repr)
     size = len(encode(plain))
     if size > limit:
@@ -168,14 +168,14 @@ def _os_message(err: OSError) -> str:
 
 
 def limit(*limits: tuple[int, int]) -> None:
-    """Lower soft limits, in this process and all that it starts."""
+    """Lower soft limits for this process and all that it starts."""
     for which, value in limits:
         _, hard = resource.getrlimit(which)
         resource.setrlimit(which, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def send(frames: FrameSocket, message: FromWorker) -> None:
-    """Send, however slow the service reads."""
+    """Send a message; wait if the service reads slowly."""
     frames.send(encode(message))
     while not frames.flush():
         _wait_writable(frames.fileno())
@@ -195,7 +195,7 @@ def die_with_parent() -> None:
     pr_set_pdeathsig, pr_set_child_subreaper = 1, 36
     parent = os.getppid()
     libc = ctypes.CDLL(None)
-    libc.prctl(pr_set_child_subreaper, 1)  # whatever a tool starts stays below this process, and ends with it
+    libc.prctl(pr_set_child_subreaper, 1)  # processes that a tool starts stay below this process, and end with it
     libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent or parent == 1:
         os._exit(0)

@@ -104,7 +104,7 @@ async def count(request: HttpRequest) -> None:
     await request.reply({"object": "response.input_tokens", "input_tokens": len(ids)})
 
 
-# ── the request ─────────────────────────────────────────────────────────────────────────────────────
+# ── the request ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _read(request: HttpRequest) -> Responses:
@@ -277,7 +277,7 @@ def _content(content: Any, where: str) -> Any:
     return parts
 
 
-# ── the reply ──────────────────────────────────────────────────────────────────────────────────────
+# ── the reply ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def new_id(kind: str) -> str:

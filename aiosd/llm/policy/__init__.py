@@ -1,7 +1,7 @@
-"""Who runs next: pure decisions over records and a clock; no tensors, no llama.cpp, no I/O.
+"""Which calls run next: pure decisions over records and a clock; no tensors, no llama.cpp, no I/O.
 
-`contract.py` has what the engine asks, and what a policy may know. One file for each policy, with its promise at the
-top; the tests hold it to that.
+`contract.py` defines the calls from the engine, and what a policy may know. There is one file for each policy, with its
+promise at the top; tests check the promises.
 
     fifo        in the order of arrival, to the end
     rr          turns of one quantum, round the agents
@@ -40,8 +40,8 @@ NAMES = (Fifo.name, RoundRobin.name, Priority.name, Mlfq.name, Fair.name)
 
 
 def make(name: str, quantum: Quantum | None = None, shares: Mapping[str, float] | None = None) -> SchedulingPolicy:
-    """The policy of that name, fresh. `shares`: what a group as a whole gets, in agents of nice 0 (`fair` alone
-    knows groups). Raises ValueError for a name that is none of NAMES."""
+    """A new policy of that name. `shares`: the shares of groups, each as a number of agents of nice 0 (only `fair` uses
+    groups). Raises ValueError for a name that is not in NAMES."""
     quantum = quantum or Quantum()
     if name == Fifo.name:
         return Fifo()

@@ -1,9 +1,9 @@
-"""What the engine asks, and what a policy may know when it answers.
+"""The calls from the engine to a policy, and what a policy may know when it answers.
 
 The engine reports every call to a policy: `arrive` when it can begin to wait, `leave` when it cannot go on any more:
-finished, cancelled, or **parked** (a parked call arrives again when it is let go on; else the counters of an agent
-that was stopped for an hour would entitle it to an hour's service at once). `charge` and `charge_prompt` count what
-the model did for each call. Then, in every step, it asks:
+finished, cancelled, or **parked**. (A parked call arrives again when it may go on; otherwise the counters of an agent
+that was stopped for an hour would entitle it to an hour's service at once.) `charge` and `charge_prompt` count what the
+model did for each call. Then, in every step, the engine calls:
 
     evict   which running calls give up their slot to waiting ones       ┐ only while calls wait
     admit   which waiting calls take the slots that are free now         ┘
@@ -29,14 +29,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-#: What a prompt token costs, in generated ones. A prompt is computed in wide batches, limited by arithmetic and not
-#: by memory: 2,000 tokens/s on the machine where 60 sequences decode at 800, and one at 200.
+#: The cost of a prompt token, in generated ones. A prompt is computed in wide batches, limited by arithmetic and not by
+#: memory: 2,000 tokens/s on the machine where 60 sequences decode at 800, and one at 200.
 PROMPT_WEIGHT = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
 class Quantum:
-    """How long a call keeps its slot while another waits: until the first of the two."""
+    """How long a call keeps its slot while another waits: until the first of the two limits."""
 
     tokens: int = 64
     seconds: float = 10.0
@@ -59,10 +59,10 @@ ANY_TURN = Quantum(0, 0.0)
 
 
 class Entry(Protocol):
-    """What a policy may know of a call. Where the same call is meant, it is the same object."""
+    """What a policy may know of a call. One call is always the same object."""
 
     @property
-    def peer(self) -> int: ...  # the agent that asked
+    def peer(self) -> int: ...  # the agent that made the call
     @property
     def nice(self) -> int: ...  # of the agent, -20 to 19
     @property
@@ -88,11 +88,11 @@ class SchedulingPolicy(Protocol):
     name: str
 
     def arrive(self, call: Entry, now: float) -> None:
-        """A call came, or one that was parked may go on. Its agent may be new, or back from being idle."""
+        """A call came, or a parked one may go on. Its agent may be new, or was idle before."""
         ...
 
     def leave(self, call: Entry, now: float) -> None:
-        """The call is finished, cancelled or parked. One that is not known is ignored."""
+        """The call is finished, cancelled or parked. A call that is not known is ignored."""
         ...
 
     def renice(self, call: Entry, now: float) -> None:
@@ -108,7 +108,7 @@ class SchedulingPolicy(Protocol):
         ...
 
     def evict(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
-        """Those of `running` that give up their slot; they wait again, with what they have."""
+        """Those of `running` that give up their slot; they wait again, and keep their tokens."""
         ...
 
     def admit(self, waiting: Sequence[E], running: Sequence[E], free: int, now: float) -> list[E]:
@@ -126,8 +126,8 @@ class SchedulingPolicy(Protocol):
 
 
 class BasePolicy:
-    """Answers that most policies give. They decode all that is ready: the larger the batch, the more tokens per
-    second, and a call that waits for nothing but its turn in a batch helps no other much by waiting."""
+    """Methods that most policies share. They decode all calls that are ready: the larger the batch, the more tokens per
+    second, and if a ready call had to wait for a later batch, the others would gain little."""
 
     def arrive(self, call: Entry, now: float) -> None:
         pass
@@ -162,8 +162,8 @@ class SlotTurns:
         self._began.pop(call.order, None)
 
     def is_over(self, call: Entry, now: float, times: int = 1) -> bool:
-        """Has it run for a quantum (or `times` quanta)? A call that got its slot under another policy begins its
-        turn when it is first asked about."""
+        """Has it run for a quantum (or `times` quanta)? The turn of a call that got its slot under another policy
+        begins with the first call of this method."""
         tokens, seconds = self._began.setdefault(call.order, (call.num_generated, now))
         quantum = self._quantum.of(call)
         return call.num_generated - tokens >= quantum.tokens * times or now - seconds >= quantum.seconds * times

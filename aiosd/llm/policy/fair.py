@@ -15,13 +15,13 @@ equals
   they are at least half of the batch (for fewer it would not pay), and calls that are ahead by more than FAR quanta are
   held out in any case.
 - **Newcomers** begin at the *line*: they are owed nothing for the time before they came, and have nothing to make up
-  for. The line moves on by what the active agents are given on average, and is never ahead of the hindmost of
-  them. An agent that comes back begins where it was, if that is further on than the line.
+  for. The line moves on by what the active agents are given on average, and is never ahead of the hindmost of them. An
+  agent that comes back begins where it was, if that is further on than the line.
 - **Sleepers.** An agent sleeps when it has no call for NAP_S and for an eighth of the time that it had one before. It
   earns an allowance for that (and has a small one when it comes for the first time): its rank begins that far before
-  its line. So an agent that asks something small now and then runs ahead of a crowd that generates without end, though
-  it takes more than its share while it does. It passes only agents that have had more than a quantum since they last
-  slept, so that short calls do not hold up each other. Tokens given on an allowance are not counted. Allowances are for
+  its line. So an agent that makes a small call now and then runs ahead of a crowd that generates without end, though it
+  takes more than its share while it does. It passes only agents that have had more than a quantum since they last
+  slept, so that short calls do not delay each other. Tokens given on an allowance are not counted. Allowances are for
   few: when more than the part FEW of the active agents have slept (a crowd in which all use tools, and pause
   meanwhile), all allowances are void. And they are rationed: when agents on allowances have kept others waiting for
   RATION_S at a stretch, or for half of the time, all are void until the ration has grown again.
@@ -94,7 +94,8 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Quiet:
-    """All slots are taken, and no running call had to give way to the waiting ones."""
+    """The state of the last check, in which all slots were taken and no running call had to give way to a waiting
+    one."""
 
     waiting: int  # the number of waiting calls
     rank: float  # the least of their ranks
@@ -122,7 +123,7 @@ class Fair(BasePolicy):
         self._line = 0.0
         self._given = 0.0  # virtual tokens, to all, since the line last moved
         self._seated: dict[int, float] = {}  # call → when it got its slot
-        self._quiet: _Quiet | None = None  # what is known of those that wait
+        self._quiet: _Quiet | None = None  # the last check of the waiting calls, if it is still valid
         self._ahead: float | None = None  # the rank of the agent that others were held out for in the last step
         self._ration = _Ration()
 
@@ -294,8 +295,8 @@ class Fair(BasePolicy):
         return victims
 
     def _none_gives_way(self, waiting: Sequence[E], running: Sequence[E], now: float) -> bool:
-        """The short answer for nearly every step. The waiting calls are those of the last look, with the same ranks; so
-        only the running calls are looked at: is one far enough ahead of the least of these ranks by now? This costs
+        """The short answer for nearly every step. The waiting calls are those of the last check, with the same ranks;
+        so only the running calls are checked: is one far enough ahead of the least of these ranks by now? This costs
         nothing for each waiting call, of which there may be thousands."""
         quiet = self._quiet
         if quiet is None or quiet.waiting != len(waiting):
@@ -304,7 +305,7 @@ class Fair(BasePolicy):
         return all(self._key(call)[0] <= quiet.rank + min(self._patience(call, now), most) for call in running)
 
     def _gives_way(self, own: float, patience: float, call: Entry, rank: float, line: float) -> bool:
-        """Does this running call to a waiting one? Only a long one does for an allowance."""
+        """Does this running call give way to a waiting one? Only a long one does for an allowance."""
         if rank < line and self._is_long(self._of[call.order]):
             return own > rank + min(patience, self._tokens)
         return own > max(rank, line) + patience
@@ -392,10 +393,11 @@ class _Ration:
         self.open = True
         self._left_s = RATION_S
         self._last: float | None = None
-        self._used = False  # from the last look on
+        self._used = False  # since the last check
 
     def spend(self, now: float, used: bool) -> bool:
-        """Count the time since the last look; `used`: is it being used from now on? False: it has just run out."""
+        """Count the time since the last check; `used`: is the ration being used from now on? False: it has just run
+        out."""
         passed = now - self._last if self._last is not None else 0.0
         self._left_s = min(self._left_s + (-passed if self._used else passed), RATION_S)
         self._last, self._used = now, used and self.open

@@ -1,9 +1,9 @@
-"""Multi-level feedback queue over what agents have had.
+"""Multi-level feedback queue over the service that agents have had.
 
-Not the call but the program behind it is what waits (Autellix): an agent's calls all count together, so an agent
-that asks a hundred short questions stands where its hundred questions put it. It begins at level 0 and sinks as it is
-served; each level lasts twice as long as the one above, and so do the turns on it. Short agents pass through at the
-top; long ones are changed seldom.
+An agent, not a single call, is what waits (Autellix): an agent's calls all count together, so an agent that makes a
+hundred short calls is placed by the service of all hundred. It begins at level 0 and sinks as it is served; each level
+lasts twice as long as the one above, and so do the turns on it. Short agents finish on the upper levels; on the lower
+ones calls change slots seldom.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from aiosd.llm.policy.contract import PROMPT_WEIGHT, BasePolicy, E, Entry, Quant
 #: Levels. The last one has no end: with 64 tokens a quantum it begins at 1,984.
 LEVELS = 6
 
-#: Everybody begins again at the top, so often (seconds).
+#: After this number of seconds all agents begin again at the top.
 BOOST_S = 30.0
 
-#: Seconds without a call in which half of what an agent has had is forgotten.
+#: Seconds without a call after which half of an agent's service is forgotten.
 HALF_LIFE_S = 10.0
 
 
@@ -104,12 +104,12 @@ class Mlfq(BasePolicy):
         for victim in victims:
             self._places[victim.order] = next(self._end)
         for _, over, call in lowest[len(victims) :]:
-            if over:  # no call waits that would get the slot: else the one that left just now would come back for it
+            if over:  # no call waits that would get the slot: else the one that left just now would get it again
                 self._turns.begin(call, now)
         return victims
 
     def _worth(self, call: E, now: float) -> tuple[int, bool, E]:
-        """Level and whether its turn there is over: the greater, the sooner it goes."""
+        """The level, and whether the call's turn there is over: the greater, the sooner the call gives up its slot."""
         level = self._level(call)
         return level, self._turns.is_over(call, now, 1 << level), call
 

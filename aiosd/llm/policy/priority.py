@@ -1,4 +1,4 @@
-"""By nice value; a call becomes more urgent while it waits.
+"""Calls in the order of nice values; a call becomes more urgent while it waits.
 
 The *urgency* of a call is a number on the scale of nice values: the lower, the more urgent.
 """

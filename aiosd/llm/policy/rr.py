@@ -1,8 +1,8 @@
 """Round robin: every agent has its turn.
 
-Calls stand in one queue. Whose turn is over goes to the end of it, and keeps its slot only if its turn comes up again
-at once. Turns go round the *agents*: the first calls of all agents come before all second ones, so that an agent with
-ten calls open does not get ten turns in a round, as long as there are agents enough to fill the slots.
+Calls stand in one queue. A call whose turn is over goes to the end of it, and keeps its slot only if its turn comes up
+again at once. Turns go round the *agents*: the first calls of all agents come before all second ones, so that an agent
+with ten open calls does not get ten turns in a round, as long as there are agents enough to fill the slots.
 """
 
 from __future__ import annotations

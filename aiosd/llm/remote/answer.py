@@ -1,7 +1,7 @@
-"""The chunks of a streamed answer, as what a core sends: text with marks between its parts (`libaios.parts`), tool
-calls, usage, and why it ended. What an endpoint sends is not trusted: `BadAnswer` says what does not fit.
+"""The chunks of a streamed answer, converted to what a core sends: text with marks between its parts (`libaios.parts`),
+tool calls, usage, finish reason. Data from an endpoint is not trusted: `BadAnswer` names the fault.
 
-Only the fields that are named here are looked at; what else a chunk holds is skipped without being built.
+Only the fields that are named here are read; all else in a chunk is skipped without being built.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MOST_CHARACTERS = 2 << 20
 MOST_CALLS = 128
 MOST_NAME = 256  # characters of a tool's name, or of a call's id
 MOST_CHANCES = 6 << 20  # bytes of log probabilities: they go into one message with the text
-MOST_DEPTH = 64  # of the values in arguments: what travels on must be decoded elsewhere, too
+MOST_DEPTH = 64  # of the values in arguments: other processes must be able to decode them, too
 _UNBUILT = (msgspec.DecodeError, RecursionError)
 
 
 class BadAnswer(Exception):
-    """The endpoint's answer is not one."""
+    """The endpoint's answer is not valid."""
 
 
 # ── the fields of a chunk ─────────────────────────────────────────────────────────────────────────────────
@@ -57,7 +57,7 @@ class _Message(Struct):
 
 class _Choice(Struct):
     delta: _Message | None = None
-    message: _Message | None = None  # where it does not stream
+    message: _Message | None = None  # if the answer does not stream
     text: str | None = None  # of a completion
     logprobs: Raw = Raw()
     finish_reason: str | None = None
@@ -96,15 +96,15 @@ class _CallParts:
 
 @dataclass
 class StreamedAnswer:
-    """What has come of one attempt. `num_top`: how many alternatives to each token were asked for; None: no log
-    probabilities were, and those that come are not looked at."""
+    """The result of one attempt so far. `num_top`: how many alternatives to each token were requested; None: no log
+    probabilities were, and those that come are ignored."""
 
     num_top: int | None = None
     text: list[str] = field(default_factory=list)  # pieces, with marks
     usage: Usage | None = None
     reason: str = ""
     length: int = 0  # characters of all of it
-    chunks: int = 0  # those with something in them: about as many as there are tokens
+    chunks: int = 0  # the number of chunks with content: about as many as tokens
     chances: list[Logprob] = field(default_factory=list)  # of the last event
     num_chances: int = 0
     _size_of_chances: int = 0
@@ -113,7 +113,7 @@ class StreamedAnswer:
     _by_index: dict[int | None, _CallParts] = field(default_factory=dict)
 
     def take(self, data: bytes) -> str:
-        """One event of the stream; the text that it adds. Raises BadAnswer."""
+        """Take one event of the stream; returns the text that it adds. Raises BadAnswer."""
         try:
             chunk = _decode(data)
         except msgspec.ValidationError as error:
@@ -165,8 +165,8 @@ class StreamedAnswer:
         return mark + parts.cleaned(text)
 
     def _call(self, piece: _CallPiece, place: int) -> None:
-        """Some endpoints give calls no index, or all of them the same one: an id or a name that differs begins a call,
-        too."""
+        """Take a piece of a tool call. Some endpoints give calls no index, or all of them the same one: so a new id or
+        a new name begins a call, too."""
         function = piece.function or _Function()
         index = place if piece.index is None else piece.index
         name, id_ = function.name or "", "" if piece.id is None else str(piece.id)
@@ -235,8 +235,8 @@ def _inside(value: dict[str, Any] | list[Any]) -> Any:
 
 
 def check(value: Any, schema: dict[str, Any] | bool, what: str) -> None:
-    """Raises BadAnswer with the place. A schema that cannot be used checks nothing: the endpoint has taken it.
-    `offline`: an agent's schema must not make this process fetch what its references name."""
+    """Check a value. Raises BadAnswer with the place. A schema that cannot be used checks nothing, since the endpoint
+    has accepted it. `offline`: an agent's schema must not make this process fetch what its references name."""
     import jsonschema_rs  # only where there is a schema: 15 MB
 
     try:
@@ -245,7 +245,7 @@ def check(value: Any, schema: dict[str, Any] | bool, what: str) -> None:
         return
     try:
         error = next(iter(validator.iter_errors(value)), None)
-    except Exception as found:  # of any kind: an answer that cannot be looked through
+    except Exception as found:  # of any kind: an answer that cannot be checked
         raise BadAnswer(f"{what} that cannot be checked: {found!s:.200}") from None
     if error is not None:
         place = "".join(f"[{each!r}]" for each in error.instance_path)
@@ -253,7 +253,7 @@ def check(value: Any, schema: dict[str, Any] | bool, what: str) -> None:
 
 
 def check_text(text: str, schema: dict[str, Any] | bool) -> None:
-    """An answer that must be JSON of this schema."""
+    """Check an answer that must be JSON of this schema."""
     check(parsed(text, "an answer"), schema, "the answer")
 
 
@@ -275,7 +275,7 @@ def _count(value: object) -> int:
 
 
 def loosely(data: bytes | Raw) -> Any:
-    """What an endpoint sends as its complaint: JSON, or else a text."""
+    """The body of an endpoint's error: JSON, or else a text."""
     try:
         return msgspec.json.decode(data)
     except _UNBUILT:
@@ -290,5 +290,5 @@ def sentence(found: Any) -> str:
 
 
 def safe_line(text: str) -> str:
-    """For logs and terminals, which an endpoint must not command."""
+    """The text without control characters: an endpoint must not control logs and terminals."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[:2000].split()))[:300]

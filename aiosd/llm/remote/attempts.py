@@ -1,15 +1,17 @@
-"""One attempt after the other to get the answer of a call: its request, what comes of it, what goes wrong.
+"""Attempts to get the answer of a call, one after the other: the request, its result, its failures.
 
-What goes wrong on the way is tried again, a few times, with growing pauses. Text that was given out stays: a completion
-goes on from it; a chat is asked again under the same seed, and the beginning must be what was given out already, or the
-call fails: an agent never gets two halves of different answers. Calls that do not stream give nothing out before their
-end, so they can always be asked again. None of that is exact.
+A failed request is sent again, a few times, with growing pauses. Text that was given out stays: a completion goes on
+from it; a chat is sent again with the same seed, and the new answer must begin with the text that was given out, or the
+call fails. So an agent never gets two halves of different answers. Calls that do not stream give nothing out before
+their end, so they can always be sent again. None of this is exact.
 
-A parked call is not read on; after PARK_S its request is cancelled, and it is asked again when it may go on.
+The answer of a parked call is not read further; after PARK_S its request is cancelled, and is sent again when the call
+may go on.
 
 Tokens are counted by chunks while they come, and by the endpoint's usage in the end (`bill`). The prompt is charged by
-an estimate when it is sent, so that an agent cannot have prompts computed for nothing by leaving; what an attempt that
-was refused, or got no answer, was charged is given back, and one that was given up later is charged by what came of it.
+an estimate when it is sent, so that an agent cannot have prompts computed for nothing by leaving. The charge of an
+attempt that was refused, or got no answer, is given back; an attempt that was given up later is charged by what has
+come of it.
 """
 
 from __future__ import annotations
@@ -46,23 +48,24 @@ from libaios.wire import Usage
 logger = logging.getLogger("llm.remote")
 
 MOST_TRIES = 5
-TRIES_BESIDE_OTHERS = 2  # of a call for which other models stand ready
+TRIES_BESIDE_OTHERS = 2  # of a call for which other models are available
 PARK_S = 20.0
 CLOSE_S = 1.0  # for threads to end
-SILENT_S = 300.0  # how long an attempt may bring nothing, whatever bytes come
+SILENT_S = 300.0  # how long an attempt may bring no content, whatever bytes come
 SPARE_THREADS = 32  # of requests that were given up and end in a moment
 EVENTS_AT_ONCE = 64  # of one call in one step
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _NOT_THERE = {404, 405, 501}
-#: How endpoints call a prompt that is too long: OpenAI and aiosd, llama-server; vLLM and SGLang have only a sentence.
+#: Endpoints' error codes for a prompt that is too long: OpenAI and aiosd, llama-server; vLLM and SGLang have only a
+#: sentence.
 _TOO_LONG = ("context_length_exceeded", "exceed_context_size_error")
 _TOO_LONG_SENTENCE = re.compile(r"\b(?:maximum|model's) context length\b")
 _ERRNOS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 413: errno.EMSGSIZE}
 
 
 class Attempts:
-    """Those of all calls in `queue`."""
+    """The attempts of all calls in `queue`."""
 
     def __init__(
         self,
@@ -88,21 +91,21 @@ class Attempts:
 
     @property
     def free(self) -> int:
-        """How many requests may be sent: those that were given up count as long as their threads live."""
+        """How many requests may be sent: requests that were given up count as long as their threads live."""
         concurrency = self._spec.concurrency
         return min(concurrency - len(self.running), concurrency + SPARE_THREADS - len(self._exchanges))
 
     @property
     def have_come(self) -> bool:
-        """Is there something to be looked at?"""
+        """Have events come that were not handled yet?"""
         return not self._events.empty() or any(call.backlog and not call.parked for call in self.running.values())
 
     def patience_until(self, call: RemoteCall) -> float:
-        """When its request is given up, if nothing happens."""
+        """The time at which the call's request is given up, if nothing happens."""
         return call.parked_since + PARK_S if call.parked else call.moved + SILENT_S
 
     def step(self) -> None:
-        """Take what has come, and send it."""
+        """Handle the events that have come, and send results to the kernel."""
         while not self._events.empty():
             exchange, event = self._events.get()
             call = self.running.get(exchange)
@@ -119,10 +122,10 @@ class Attempts:
             exchange.join(CLOSE_S)
 
     def _post(self, exchange: Exchange, event: ExchangeEvent | None) -> None:
-        """Called by an exchange's thread."""
+        """Add an event. Called by an exchange's thread."""
         if event is not None and not exchange.closed:
             self._events.put((exchange, event))
-        self._bell.ring()  # its end, too: another may begin
+        self._bell.ring()  # also at its end: another request may begin
 
     # ── a request ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -141,7 +144,7 @@ class Attempts:
             logger.info(f"call %d of %d: {why}", call.key[1], call.key[0], len(kept), how)
         sampling = request.sampling
         call.answer = StreamedAnswer(sampling.top_logprobs if sampling.logprobs else None)
-        call.heard, call.moved = False, now
+        call.answered, call.moved = False, now
         call.backlog.clear()
         call.expected = kept if request.messages is not None else ""
         allowed, short = bill.allowed(call, self._spec.price or FREE)
@@ -177,25 +180,25 @@ class Attempts:
         call.prompt_charged += call.on_account
         started = [] if call.started else [link.Started(call.key, 0, 0)]
         call.started = True
-        self._tell(call, link.Step([], started, spent=[link.Spent(call.key, call.on_account)]))
+        self._send_step(call, link.Step([], started, spent=[link.Spent(call.key, call.on_account)]))
 
-    def _tell(self, call: RemoteCall, step: link.Step) -> None:
-        """How far a generation is, and what it has cost. Of vectors the kernel learns that with the answer."""
+    def _send_step(self, call: RemoteCall, step: link.Step) -> None:
+        """Report how far a generation is, and its cost. (For vectors the answer itself reports that.)"""
         if call.vectors is None:
             self._line.send(step)
 
     def _body(self, call: RemoteCall, kept: str, allowed: int | None) -> bytes:
-        """Raises OSError."""
+        """The body of the call's request. Raises OSError."""
         if call.vectors is not None:
             return call.vectors.body(self._spec.model)
         most = call.submit.request.sampling.max_tokens
         call.limited = allowed is not None and (most is None or allowed < most)
         return bodies.encoded(call.submit.request, self._spec.model, allowed, kept, self._dialect)
 
-    # ── what comes ────────────────────────────────────────────────────────────────────────────────────────
+    # ── the answer ────────────────────────────────────────────────────────────────────────────────────────
 
     def _go_on(self, call: RemoteCall) -> None:
-        """Take what has come for a call, and send it. No more at a time than keeps the loop going."""
+        """Handle the events of a call, and send results; only a few at a time, so that the loop goes on."""
         for _ in range(EVENTS_AT_ONCE):
             if call.parked or call.exchange is None or not call.backlog:
                 break
@@ -208,7 +211,7 @@ class Attempts:
             self._report(call)
         if self._clock() >= self.patience_until(call):
             if call.parked:
-                if call.heard:
+                if call.answered:
                     self._settle(call)
                 self._let_go(call)
             else:
@@ -227,16 +230,16 @@ class Attempts:
                     self._refused(call, event)
         except BadAnswer as wrong:
             self._again(call, safe_line(str(wrong)))
-        except Exception:  # whatever an endpoint sends, it ends one call and not this process
+        except Exception:  # whatever an endpoint sends may end one call, not this process
             logger.exception("call %d of %d: an answer that was not understood", call.key[1], call.key[0])
             self.fail(call, errno.EPROTO, f"{self.endpoint.url}: an answer that was not understood")
 
     def _take(self, call: RemoteCall, data: bytes) -> None:
         if call.vectors is not None:
             call.moved = self._clock()
-            call.told = call.vectors.take(data)
+            call.reported = call.vectors.take(data)
             return
-        chunks, call.heard = call.answer.chunks, True
+        chunks, call.answered = call.answer.chunks, True
         added = call.answer.take(data)
         if added or call.answer.chunks > chunks:
             call.moved = self._clock()
@@ -264,7 +267,7 @@ class Attempts:
             return
         answer = call.answer
         if done and answer.length:
-            answer.reason = answer.reason or "stop"  # some never say why
+            answer.reason = answer.reason or "stop"  # some endpoints send no reason
         if not answer.reason or call.expected:
             self._again(call, "the answer was cut off")
             return
@@ -272,7 +275,7 @@ class Attempts:
             calls = self._checked(call)
         except BadAnswer as wrong:
             why = safe_line(str(wrong))
-            if call.kept:  # another attempt would have to begin with it
+            if call.kept:  # another attempt would have to begin with this text
                 self.fail(call, errno.EPROTO, f"the model's answer does not keep to what was asked: {why}")
             else:
                 self._again(call, why, errno.EPROTO)
@@ -287,8 +290,8 @@ class Attempts:
         self._finish(call, reason, calls)
 
     def _end_of_vectors(self, call: RemoteCall, vectors: Vectors) -> None:
-        """Of one request for some of them."""
-        now, tokens = self._clock(), bill.of_texts(call.told, call.prompt_estimate)
+        """Handle the end of one request for some of the vectors."""
+        now, tokens = self._clock(), bill.of_texts(call.reported, call.prompt_estimate)
         if not vectors.keep(tokens):
             self._again(call, "the answer was cut off")
             return
@@ -303,16 +306,16 @@ class Attempts:
             self.figures["calls_finished"] += 1
             self.leave(call)
             self._line.answer(call.key, vectors.embedded(), vectors.prompt_tokens)
-        else:  # as a new call of its agent would: others have their turn
+        else:  # the call waits as a new call of its agent would: others have their turn
             call.prompt_estimate = bill.estimate(sum(map(len, vectors.batch())))
             self._bell.ring()
 
     def _checked(self, call: RemoteCall) -> list[wire.ToolCall]:
-        """The tool calls of the answer. Raises BadAnswer where it is not what was asked for."""
+        """The tool calls of the answer. Raises BadAnswer if the answer is not as requested."""
         answer, request = call.answer, call.submit.request
         if not answer.has_calls and request.schema is None:
             return []
-        self._line.send(link.Working(call.key))  # a schema can be made that takes for ever: that is this call's fault
+        self._line.send(link.Working(call.key))  # some schemas take for ever: then this call is to blame
         try:
             calls = answer.calls(bodies.tools_of(request), f"call_{call.key[0]}_{call.key[1]}_")
             if request.schema is not None and answer.reason == "stop":
@@ -323,7 +326,7 @@ class Attempts:
 
     def _report(self, call: RemoteCall) -> None:
         if call.vectors is not None or self._line.congested():
-            return  # what is there goes with a later report
+            return  # what has come goes with a later report
         offset = call.text.num_sent
         streams = call.submit.request.stream
         text, chances = (call.text.send(), call.text.send_chances()) if streams else ("", None)
@@ -353,7 +356,7 @@ class Attempts:
         self._line.send(finished)
 
     def _usage(self, call: RemoteCall, now: float) -> Usage:
-        """What the endpoint tells, where it is possible; else what was counted here."""
+        """The usage that the endpoint reports, if it is plausible; else what was counted here."""
         prompt, cached = bill.of_prompt(call.answer, call.prompt_estimate, self.endpoint.url)
         return Usage(
             prompt_tokens=prompt,
@@ -366,7 +369,7 @@ class Attempts:
             reasoning_tokens=call.answer.usage.reasoning_tokens if call.answer.usage is not None else 0,
         )
 
-    # ── what goes wrong ───────────────────────────────────────────────────────────────────────────────────
+    # ── failures ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _refused(self, call: RemoteCall, refused: BadStatus) -> None:
         status = refused.status
@@ -374,7 +377,7 @@ class Attempts:
         if status == 400 and (dialect := self._dialect.after(refused.why, refused.code)) is not None:
             self._dialect = dialect
             self.pace.breaker.succeeded()
-            self._let_go(call)  # asked again at once, as this endpoint wants it
+            self._let_go(call)  # sent again at once, in the form that this endpoint accepts
         elif status == 429 and refused.code == "insufficient_quota":
             self.pace.breaker.succeeded()
             self.fail(call, errno.EDQUOT, f"{self.endpoint.url}: {refused.why}", elsewhere=True)
@@ -394,8 +397,8 @@ class Attempts:
             self.fail(call, code, why, elsewhere=True)
 
     def _again(self, call: RemoteCall, why: str, code: int = errno.EIO) -> None:
-        """Try it once more after a pause, unless it has failed too often. `code`: what that is then; EAGAIN (it has no
-        capacity) and EPROTO (its model does not keep to a form) say nothing against the endpoint."""
+        """Try the call once more after a pause, unless it has failed too often; then it ends with `code`. EAGAIN (no
+        capacity) and EPROTO (the model does not keep to a form) do not count against the endpoint."""
         now = self._clock()
         call.failures += 1
         (self.pace.breaker.failed(why, now) if code == errno.EIO else self.pace.breaker.succeeded())
@@ -411,17 +414,17 @@ class Attempts:
         logger.info("call %d of %d: %s; it is tried again", call.key[1], call.key[0], why)
 
     def _give_back(self, call: RemoteCall) -> None:
-        """The attempt under way cost nothing."""
+        """The attempt under way costs nothing: give back its charge."""
         if call.on_account:
-            self._tell(call, link.Step(spent=[link.Spent(call.key, -call.on_account)]))
+            self._send_step(call, link.Step(spent=[link.Spent(call.key, -call.on_account)]))
             if call.account is not None:
                 call.account.give_back(call.on_account + 1)
             call.prompt_charged -= call.on_account
             call.on_account = 0
 
     def _settle(self, call: RemoteCall) -> None:
-        """The attempt under way leads to nothing. What came of it is paid for, and no more."""
-        if not call.heard:
+        """The attempt under way has failed: charge only what has come of it."""
+        if not call.answered:
             self._give_back(call)
             return
         prompt, cached = bill.of_prompt(call.answer, call.prompt_estimate, self.endpoint.url)
@@ -433,7 +436,7 @@ class Attempts:
         if deltas or spent:
             self._line.send(link.Step(deltas, spent=spent))
         call.prompt_charged, call.on_account = call.prompt_charged + more, 0
-        call.counted, call.uncharged, call.heard = call.wasted, 0, False
+        call.counted, call.uncharged, call.answered = call.wasted, 0, False
         call.cached += cached
 
     def _let_go(self, call: RemoteCall) -> None:
@@ -448,13 +451,13 @@ class Attempts:
             self.running.pop(exchange, None)
         if call.is_trial:
             call.is_trial = False
-            self.pace.breaker.given_up()  # where it has said neither yet
+            self.pace.breaker.given_up()  # if it has reported neither success nor failure yet
         call.backlog.clear()
         call.since = self._clock()
 
     def fail(self, call: RemoteCall, code: int, why: str, elsewhere: bool = False, short: str = "") -> None:
         self.figures["calls_failed"] += 1
-        if call.heard:
+        if call.answered:
             self._settle(call)
         self.leave(call)
         self._line.refuse(call.key, OSError(code, why), elsewhere, short)

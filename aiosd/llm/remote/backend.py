@@ -1,7 +1,8 @@
-"""The backend of a model that is elsewhere: the kernel's messages, the rounds of the loop, who is asked next.
+"""The backend of a remote model: the kernel's messages, the rounds of the loop, which request is sent next.
 
 A call waits until the policy admits it, one of `concurrency` places is free, and rates and circuit breaker allow a
-request. Then an attempt begins (`attempts`), an `Exchange` reads the answer, and each step sends what has come.
+request. Then an attempt begins (`attempts`), an `Exchange` reads the answer, and each step sends its new pieces to the
+kernel.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from libaios.wire import Sys
 
 logger = logging.getLogger("llm.remote")
 
-WAIT_BESIDE_OTHERS_S = 2.0  # how long a call for which other models stand ready waits for this one to be well
+WAIT_BESIDE_OTHERS_S = 2.0  # how long a call for which other models are available waits for this one to recover
 OPEN_PATIENCE_S = 30.0  # how long a call waits for an endpoint that fails all the time
 
 
 def open_model(spec: ModelSpec, line: Line) -> Remote:
-    """Raises UsageError. The endpoint is not asked: a system starts without its network."""
+    """Make the backend. Raises UsageError. No request is sent: a system also starts without a network."""
     try:
         RemoteEndpoint.of(spec.url, spec.key_file).key()
     except (OSError, ValueError) as error:
@@ -63,7 +64,7 @@ class Remote:
         self._attempts = Attempts(spec, line, self._queue, self._bell, clock, rng or random.Random())
         self._url = self._attempts.endpoint.url
         self._pace = self._attempts.pace
-        self._health = ""  # as the kernel knows it
+        self._health = ""  # as last reported to the kernel
         self.info: dict[str, Any] = {
             "url": f"{self._url}#{spec.model}",
             "description": spec.model,
@@ -93,7 +94,7 @@ class Remote:
         self._bell.clear()
         self._attempts.step()
         self._admit()
-        self._tell_health()
+        self._report_health()
         wait = self._wait()
         if wait:
             self._bell.ring_in(wait)
@@ -118,10 +119,10 @@ class Remote:
         self._attempts.close()
         self._bell.close()
 
-    # ── who is asked next ─────────────────────────────────────────────────────────────────────────────────
+    # ── which request is sent next ────────────────────────────────────────────────────────────────────────
 
     def _wait(self) -> float | None:
-        """Seconds until something can be done without an event; None: nothing can."""
+        """Seconds until there is work without an event; None: only an event brings work."""
         now, waits = self._clock(), []
         if self._attempts.free > 0:
             waits = [self._wait_of(call, now) for call in self._queue.waiting()]
@@ -131,8 +132,8 @@ class Remote:
             waits.append(max(self._pace.wait(1, now), 0.01))
         return min(waits, default=None)
 
-    def _tell_health(self) -> None:
-        """What a call of a route should know that might come here."""
+    def _report_health(self) -> None:
+        """Report to the kernel whether calls would wait long here, so that routes can skip this model."""
         now = self._clock()
         why = ""
         if self._pace.wait(1, now) > (0.0 if self._health else WAIT_BESIDE_OTHERS_S):
@@ -142,7 +143,7 @@ class Remote:
             self._line.send(link.Health(why))
 
     def _wait_of(self, call: RemoteCall, now: float) -> float:
-        """Seconds for which its request may not be sent."""
+        """Seconds for which the call's request may not be sent."""
         return max(call.not_before - now, self._pace.wait(call.prompt_estimate, now))
 
     def _admit(self) -> None:
@@ -185,7 +186,7 @@ class Remote:
         self._queue.add(call, now)
 
     def _go_on_from(self, call: RemoteCall, count: int) -> None:
-        """For a new kernel, which has this many characters of it, and knows of nothing that was charged."""
+        """Continue a call for a new kernel, which has `count` characters of it, and no record of what was charged."""
         call.text.send_from(count)
         call.uncharged, call.counted = call.num_generated, 0
         self._line.send(link.Step(spent=[link.Spent(call.key, call.prompt_charged)]))
@@ -204,7 +205,7 @@ class Remote:
             self._line.refuse(ask.key, wire.error(errno.ENOSYS, f"{name}: not for a model that is served elsewhere"))
 
     def _embed(self, ask: link.Ask, request: wire.Embed) -> None:
-        if ask.key in self._queue.calls:  # sent again by a new kernel
+        if ask.key in self._queue.calls:  # submitted again by a new kernel
             return
         if not request.texts:
             self._line.answer(ask.key, wire.Embedded(0, 0, b""))
@@ -225,7 +226,7 @@ class Remote:
 
     def _park(self, message: link.Park) -> None:
         self._queue.park_peer(message.peer, message.parked)
-        self._bell.ring()  # what came meanwhile, or when it is to be cancelled
+        self._bell.ring()  # for events that came meanwhile, or the time at which it is to be cancelled
         if message.number:
             self._line.send(link.Parked(message.number))
 
@@ -241,4 +242,4 @@ class Remote:
             self._cancel(key)
         self._queue.unpark_peers()
         self._bell.ring()
-        self._health = ""  # whoever sends this does not know it
+        self._health = ""  # a new kernel sends this and does not know the health

@@ -1,4 +1,4 @@
-"""What ends the sleep of a core's loop: an exchange's thread that has read something, or a time that has come."""
+"""Wakes the loop of a core: rung by an exchange's thread that has read something, or at a set time."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Bell:
         self._rings_at = 0.0
 
     def fileno(self) -> int:
-        """Readable when it has rung."""
+        """A descriptor that is readable when the bell has rung."""
         return self._fd
 
     def ring(self) -> None:
-        """From any thread."""
+        """Ring, from any thread."""
         if not self._closed:
             os.eventfd_write(self._fd, 1)
 
     def ring_in(self, seconds: float) -> None:
-        """Unless it rings by then anyhow."""
+        """Ring after this time, unless it will ring before anyhow."""
         now = time.monotonic()
         if self._timer is not None:
             if now < self._rings_at <= now + seconds:
@@ -41,11 +41,11 @@ class Bell:
             os.eventfd_read(self._fd)
 
     def stop(self) -> None:
-        """The timer rings no more."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer.join()
 
     def close(self) -> None:
-        self._closed = True  # a thread that hangs all the same must not ring what the number stands for by then
+        self._closed = True  # a thread that still runs must not write to another file with the same number
         os.close(self._fd)

@@ -1,7 +1,8 @@
 """A call as the JSON that an endpoint takes.
 
-What cannot be passed on and would change the answer is refused with its name. `top_k`, `min_p` and `repeat_penalty` are
-no part of OpenAI's API: their defaults are left out, other values are refused. Where endpoints differ is in `Dialect`.
+Options that cannot be passed on and would change the answer are refused by name. `top_k`, `min_p` and `repeat_penalty`
+are no part of OpenAI's API: their defaults are left out, other values are refused. Differences between endpoints are in
+`Dialect`.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ _LOCAL = (
 )
 
 
-#: What some models take only as it is by itself.
+#: Options that some models accept with the default value only.
 _FIXED = ("temperature", "top_p")
 _UNSUPPORTED = ("unsupported_value", "unsupported_parameter")
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How one endpoint wants its calls, as far as its refusals have told. `limit`: its name for the limit of tokens;
-    `without`: what is sent only where the caller asks for another value than ours."""
+    """How one endpoint wants its calls, as learned from its refusals. `limit`: its name for the limit of tokens;
+    `without`: options that are sent only if the caller chose another value than the default."""
 
     limit: str = "max_tokens"
     without: frozenset[str] = frozenset()
 
     def after(self, why: str, code: str) -> Dialect | None:
-        """What a refusal teaches; None: nothing new."""
+        """The dialect after a refusal; None: the refusal shows nothing new."""
         if "max_completion_tokens" in why and self.limit == "max_tokens":
             return replace(self, limit="max_completion_tokens")
         named = {name for name in _FIXED if code in _UNSUPPORTED and f"'{name}'" in why}
@@ -56,7 +57,8 @@ def path(request: Generate) -> str:
 
 
 def body(request: Generate, model: str, budget: int | None, given: str, dialect: Dialect) -> dict[str, Any]:
-    """`budget`: tokens that the call may still use; `given`: what a completion goes on from. Raises OSError EINVAL."""
+    """The request. `budget`: tokens that the call may still use; `given`: the text that a completion continues. Raises
+    OSError EINVAL."""
     check(request)
     sampling = request.sampling
     made: dict[str, Any] = {
@@ -102,7 +104,7 @@ def body(request: Generate, model: str, budget: int | None, given: str, dialect:
 
 
 def encoded(request: Generate, model: str, budget: int | None, given: str, dialect: Dialect) -> bytes:
-    """The same as JSON. Raises OSError EINVAL also for what is no JSON: msgpack has more."""
+    """The same as JSON. Raises OSError EINVAL also for values that JSON does not have."""
     try:
         return msgspec.json.encode(body(request, model, budget, given, dialect))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -130,7 +132,7 @@ def check(request: Generate) -> None:
 
 
 def _is_effort(request: Generate) -> bool:
-    """Whether nothing but an effort is asked of the template (the gateway says both), which this API has, too."""
+    """Whether the only template argument is an effort (the gateway sends it in both forms), which this API has, too."""
     args = dict(request.template_args)
     effort = args.pop("reasoning_effort", None)
     return (
@@ -139,7 +141,8 @@ def _is_effort(request: Generate) -> bool:
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """Tool calls as the API wants them: aiosd also takes arguments as a dict, and the inner dict alone."""
+    """A message with tool calls as the API has them: aiosd also accepts arguments as a dict, and the inner dict
+    alone."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list) or not calls:
         return {name: value for name, value in message.items() if name != "tool_calls"}
@@ -159,7 +162,7 @@ def _called(call: Any) -> Any:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """Of a tool the inner dict alone may be given."""
+    """A tool as the API has it; the caller may have sent the inner dict alone."""
     return tool if "function" in tool else {"type": "function", "function": tool}
 
 

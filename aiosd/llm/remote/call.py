@@ -1,4 +1,4 @@
-"""One call for a model that is elsewhere, as the backend and its policy see it: a generation, or vectors."""
+"""One call for a remote model, as the backend and its policy see it: a generation, or vectors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from libaios.wire import Logprob, Logprobs
 
 
 class OutputText:
-    """What has come of a call, and how much of it was sent to the kernel. Costs the same for each piece, however long
-    the text is. Log probabilities stand where the piece begins with which they came."""
+    """The text of a call so far, and how much of it was sent to the kernel. Each piece costs the same time, however
+    long the text is. Log probabilities are kept at the place where the piece begins with which they came."""
 
     def __init__(self, given: str) -> None:
         self._sent, self._new = [given], list[str]()
@@ -35,7 +35,7 @@ class OutputText:
         self.size += len(text) + probabilities.size(chances)
 
     def send(self) -> str:
-        """What was not sent yet; it counts as sent from now on."""
+        """The text that was not sent yet; it counts as sent from now on."""
         if not self._new:
             return ""
         new = "".join(self._new)
@@ -45,13 +45,13 @@ class OutputText:
         return new
 
     def send_chances(self) -> Logprobs | None:
-        """The same of log probabilities; None: there are none."""
+        """The same for log probabilities; None: there are none."""
         new: Logprobs = [one for _, one in self._chances[self._num_chances_sent :]]
         self._num_chances_sent = len(self._chances)
         return new or None
 
     def send_from(self, offset: int) -> None:
-        """The kernel has this much: all that follows is to be sent again."""
+        """The kernel has `offset` characters: send all later text again."""
         text = self.whole()
         offset = min(offset, len(text))
         self._sent, self._new, self.num_sent = [text[:offset]], [text[offset:]], offset
@@ -66,33 +66,33 @@ class RemoteCall:
     submit: link.Submit
     arrived: float
     nice: int
-    text: OutputText  # all that came of it, what was given before included
+    text: OutputText  # all text of the call so far, with the part that was given before
     prompt_estimate: int  # tokens
     since: float  # when it began to wait
-    vectors: Vectors | None = None  # it is no generation: it wants these
+    vectors: Vectors | None = None  # for a call that is no generation: the vectors that it wants
     order: int = 0  # of arrival
     counted: int = 0  # tokens charged
     uncharged: int = 0  # … and to be charged with the next delta
     failures: int = 0
     not_before: float = 0.0
     exchange: Exchange | None = None
-    told: int = 0  # tokens of the texts of the request under way, as its answer says
-    is_trial: bool = False  # of the circuit breaker
+    reported: int = 0  # tokens of the texts of the request under way, as its answer reports
+    is_trial: bool = False  # its request is the trial of the circuit breaker
     answer: StreamedAnswer = field(default_factory=StreamedAnswer)
-    heard: bool = False  # the attempt under way has got an answer, so it is to be paid for
+    answered: bool = False  # the attempt under way has got an answer, so it is to be paid for
     prompt_charged: int = 0  # tokens of prompts charged, of all attempts that are to be paid for,
     cached: int = 0  # … of these in the endpoint's cache
-    on_account: int = 0  # … of these for the attempt under way
+    on_account: int = 0  # … and of these for the attempt under way
     wasted: int = 0  # tokens of answers that came to nothing
-    account: CallAccount | None = None  # what it pays out of budgets that it shares with others
+    account: CallAccount | None = None  # pays from budgets that it shares with others
     limited: bool = False  # the attempt's limit of tokens comes from a budget
     expected: str = ""  # the beginning that the attempt under way must repeat
     least_turn: policy.Quantum = ANY_TURN  # for policies: it keeps its place to its end in any case
     parked_peer: bool = False
     parked_call: bool = False
     parked_since: float = 0.0
-    backlog: deque[ExchangeEvent] = field(default_factory=deque)  # what came and was not looked at yet
-    moved: float = 0.0  # when the attempt under way has brought something
+    backlog: deque[ExchangeEvent] = field(default_factory=deque)  # events that were not handled yet
+    moved: float = 0.0  # when the attempt under way last brought something
     started: bool = False
     began: float = 0.0
     first: float = 0.0
@@ -123,7 +123,7 @@ class RemoteCall:
 
     @property
     def kept(self) -> str:
-        """What no further attempt may change."""
+        """The text that no later attempt may change."""
         request = self.submit.request
         if request.stream:
             return self.text.whole()

@@ -10,8 +10,8 @@ from msgspec import Meta, Raw, Struct
 
 from libaios.wire import Alternative, Logprob
 
-LEAST = -1e4  # some endpoints say -inf in their own way
-UNKNOWN = -1  # for the number of a token where the endpoint does not tell it
+LEAST = -1e4  # some endpoints have their own way to write -inf
+UNKNOWN = -1  # the number of a token if the endpoint does not send it
 MOST_PIECE = 1024  # bytes of a token
 
 _Text = Annotated[str, Meta(max_length=MOST_PIECE)]
@@ -36,8 +36,8 @@ _decode = msgspec.json.Decoder(_Found | None).decode
 
 
 def of_chunk(given: Raw, num_top: int) -> list[Logprob]:
-    """Those of a choice, each with no more alternatives than were asked for; [] where there are none. Raises
-    ValueError for what is no such thing."""
+    """The log probabilities of a choice, each with no more alternatives than requested; [] if there are none. Raises
+    ValueError for other data."""
     if not bytes(given):
         return []
     try:
@@ -68,7 +68,7 @@ def _of_completion(found: _Found, num_top: int) -> Iterator[Logprob]:
 
 
 def _log(value: float) -> float:
-    if value > 1e-3:  # rounded
+    if value > 1e-3:  # slightly above 0 is a rounding error
         raise ValueError(f"a log probability of {value:g}")
     return min(max(value, LEAST), 0.0)
 

@@ -1,5 +1,5 @@
-"""Where an endpoint is, and the connections to it. One that has served a request is kept for the next: a new one costs
-a TLS handshake, several round trips."""
+"""Where an endpoint is, and the connections to it. A connection that has served a request is kept for the next: a new
+one costs a TLS handshake, several round trips."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RemoteEndpoint:
 
     @classmethod
     def of(cls, url: str, key_file: str = "") -> RemoteEndpoint:
-        """Raises UsageError."""
+        """The endpoint of an address. Raises UsageError."""
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -46,12 +46,12 @@ class RemoteEndpoint:
         )
 
     def key(self) -> str:
-        """Raises OSError, ValueError."""
+        """Read the key. Raises OSError, ValueError."""
         return keys.read(self.key_file)
 
 
 class Connections:
-    """To one endpoint. Used by the threads of many exchanges."""
+    """The connections to one endpoint. Used by the threads of many exchanges."""
 
     def __init__(self, endpoint: RemoteEndpoint) -> None:
         self.endpoint = endpoint
@@ -61,7 +61,7 @@ class Connections:
         self._closed = False
 
     def kept(self) -> http.client.HTTPConnection | None:
-        """One that has been used, and that the endpoint has not closed meanwhile as far as can be seen."""
+        """A connection that was used before and is not known to be closed by the endpoint."""
         while True:
             with self._lock:
                 if not self._idle:
@@ -72,7 +72,7 @@ class Connections:
             connection.close()
 
     def new(self) -> http.client.HTTPConnection:
-        """One that is not connected yet."""
+        """A new connection, which is not connected yet."""
         endpoint = self.endpoint
         if not endpoint.https:
             return http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=CONNECT_S)
@@ -97,7 +97,7 @@ class Connections:
 
 
 def _silent(connection: http.client.HTTPConnection) -> bool:
-    """Nothing has come: neither the end nor an answer to no question."""
+    """Whether nothing has come on an idle connection: neither its end nor data."""
     if connection.sock is None:
         return False
     poll = select.poll()

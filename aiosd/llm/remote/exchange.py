@@ -1,8 +1,9 @@
 """One request to an endpoint, on a thread of its own: http.client blocks, and the core's loop must not.
 
-The thread reads the answer as server-sent events and posts each. It reads on only when the core has taken what was
-read (`taken`), so a fast endpoint fills no memory; `hold` stops the reading (TCP slows the endpoint down), `close` ends
-it from outside. After a close nothing that the thread posts counts. Whatever happens, the last that is posted is None.
+The thread reads the answer as server-sent events and posts each event to the core. It reads on only when the core has
+handled the earlier ones (`taken`), so a fast endpoint fills no memory; `hold` stops the reading (TCP slows the endpoint
+down), `close` ends it from outside. Events posted after a close do not count. The last event is always None, whatever
+happens.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ class Data:
 
 @dataclass(frozen=True)
 class End:
-    """The answer is over; `done`: the endpoint has said so."""
+    """The answer is over; `done`: the endpoint has marked its end."""
 
     done: bool = False
 
 
 @dataclass(frozen=True)
 class ConnectionLost:
-    """There is no answer, or no more of it."""
+    """The connection was lost before the answer, or in the middle of it."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class BadStatus:
-    """A status other than 200."""
+    """The endpoint replied with a status other than 200."""
 
     status: int
     why: str
@@ -68,7 +69,7 @@ Post = Callable[["Exchange", ExchangeEvent | None], None]
 
 
 class Exchange:
-    """Raises RuntimeError where no thread can be had."""
+    """One request. Raises RuntimeError if no thread can be started."""
 
     def __init__(self, connections: Connections, path: str, body: bytes, post: Post) -> None:
         self._connections = connections
@@ -87,13 +88,13 @@ class Exchange:
     # ── for the core's loop ───────────────────────────────────────────────────────────────────────────────
 
     def hold(self, held: bool) -> None:
-        """Read nothing more for the time being."""
+        """Read nothing more while `held` is true."""
         with self._changed:
             self._held = held
             self._changed.notify()
 
     def taken(self, event: ExchangeEvent) -> None:
-        """The core has done with it."""
+        """The core has handled the event."""
         if isinstance(event, Data):
             with self._changed:
                 self._unread -= len(event.data)
@@ -105,7 +106,7 @@ class Exchange:
             self._changed.notify()
             if self._socket is not None:
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # of TLS, too: what lies below it
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # also with TLS: the socket below it
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
@@ -131,8 +132,8 @@ class Exchange:
             self._post(self, None)
 
     def _asked(self, key: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        """The request is sent, and the answer has begun. A kept connection may be closed by the endpoint at the very
-        moment when it is used: then a new one is."""
+        """Send the request, and wait for the beginning of the answer. The endpoint may close a kept connection at the
+        very moment when it is used: then a new one is used."""
         connection = self._connections.kept()
         if connection is not None:
             try:
@@ -165,7 +166,7 @@ class Exchange:
             yield _refusal(response, key)
         elif response.headers.get("Content-Encoding", "identity") != "identity":
             raise BadAnswer("an answer that is compressed, though none was asked for")
-        elif "json" in kind:  # it does not stream
+        elif "json" in kind:  # the answer does not stream
             yield Data(_without(key, self._all(response)))
             yield End()
         elif kind != "text/event-stream" and response.headers.get("Content-Type"):
@@ -196,7 +197,7 @@ class Exchange:
                     yield Data(_without(key, data))
             begun += rest
             if not read:
-                yield End()  # whether it is complete, its finish_reason tells
+                yield End()  # its finish_reason shows whether it is complete
                 return
             if len(begun) > MOST_LINE or total > MOST_STREAM:
                 raise BadAnswer("a line without end" if len(begun) > MOST_LINE else "a stream without end")
@@ -212,7 +213,7 @@ class Exchange:
         return event
 
     def _may_read(self) -> bool:
-        """Waits while nothing is to be read. False: it was closed."""
+        """Wait while reading is held. False: the exchange was closed."""
         with self._changed:
             self._changed.wait_for(lambda: self.closed or (not self._held and self._unread < MOST_UNREAD))
         return not self.closed
@@ -226,7 +227,7 @@ class Exchange:
             with contextlib.suppress(OSError):
                 response.read1(1)
         with self._changed:
-            self._socket = None  # from now on it is not this exchange's to close
+            self._socket = None  # from now on this exchange must not close it
             return response.isclosed() and connection.sock is not None and not self.closed
 
 
@@ -240,7 +241,7 @@ def _refusal(response: http.client.HTTPResponse, key: str) -> BadStatus:
 
 
 def seconds(text: str) -> float:
-    """Of a Retry-After: seconds, or a date. 0: there is none that can be read."""
+    """The seconds of a Retry-After header, which may be a date. 0: there is none that can be parsed."""
     try:
         found = float(text)
     except ValueError:
@@ -252,7 +253,8 @@ def seconds(text: str) -> float:
 
 
 def _without(key: str, text: AnyStr) -> AnyStr:
-    """Endpoints repeat what they were sent; no key goes into a message, a log or an answer."""
+    """The text without the key: endpoints may repeat what they were sent, and no message, log or answer must have the
+    key."""
     if not key:
         return text
     return text.replace(key, "…") if isinstance(text, str) else text.replace(key.encode(), b"...")

@@ -17,7 +17,7 @@ _SEARCH, _READ, _USER_KEYRING = 10, 11, -4  # of keyctl
 
 
 def read(source: str) -> str:
-    """ "": there is none. Raises OSError, ValueError."""
+    """The key; "": there is none. Raises OSError, ValueError."""
     if not source:
         return ""
     if source.startswith(PREFIX):
@@ -26,7 +26,7 @@ def read(source: str) -> str:
         with open(source, encoding="utf-8") as file:
             text = file.read(_MOST)
     key = text.strip()
-    if not key or not key.isascii() or not key.isprintable():  # http.client would put it into its complaint
+    if not key or not key.isascii() or not key.isprintable():  # http.client would put it into its error message
         raise ValueError("it holds no key: one line of printable characters")
     return key
 

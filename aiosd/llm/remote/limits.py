@@ -1,7 +1,9 @@
-"""When a request may be sent to an endpoint, and what follows from one that failed. Pure: all times come as `now`.
+"""When a request may be sent to an endpoint, and the pauses after failures. Pure: all times are passed as `now`.
 
-- `RateWindow` keeps a rate (requests or tokens in a minute) on our side, so that the endpoint need not refuse us.
-- `backoff` says how long a call waits after its n-th failure, with jitter: calls that failed together come back apart.
+- `RateWindow` keeps a rate (requests or tokens in a minute) on this side, so that the endpoint need not refuse
+  requests.
+- `backoff` returns how long a call waits after its n-th failure, with jitter: calls that failed together come back
+apart.
 - `RateLimiter` is all of this for one endpoint.
 - `Breaker` stops all requests to an endpoint that has failed `FAILURES` times in a row. After a pause one request is
   let through; if it fails, the pause doubles, and if it succeeds, all go on.
@@ -15,7 +17,7 @@ from collections import deque
 
 MINUTE_S = 60.0
 FIRST_S, MOST_S = 0.5, 30.0  # of back-off
-LONGEST_RETRY_AFTER_S = 120.0  # what an endpoint may ask of us
+LONGEST_RETRY_AFTER_S = 120.0  # longer pauses that an endpoint requests are cut to this
 FAILURES = 5
 PAUSE_S, LONGEST_PAUSE_S = 5.0, 120.0
 
@@ -57,7 +59,8 @@ def backoff(failures: int, rng: random.Random) -> float:
 
 
 class Circuit(enum.StrEnum):
-    """Of an endpoint: requests are sent; none are; one is, to see whether it answers again."""
+    """The states of a circuit breaker: requests are sent; none are; one is sent to find out whether the endpoint
+    answers again."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -79,18 +82,18 @@ class Breaker:
         return Circuit.TRYING if self._trying else Circuit.OPEN
 
     def wait(self, now: float) -> float:
-        """Seconds until a request may be sent; 0: now. While one is being tried, no other may."""
+        """Seconds until a request may be sent; 0: now. During a trial request no other may be sent."""
         if self._failures < FAILURES:
             return 0.0
         return 1.0 if self._trying else max(self._until - now, 0.0)
 
     def sent(self) -> bool:
-        """Is it the one that is let through?"""
+        """A request is sent; is it the trial request?"""
         self._trying = self._failures >= FAILURES
         return self._trying
 
     def succeeded(self) -> None:
-        """The endpoint answers, be it with a refusal of that one request."""
+        """The endpoint answered, perhaps with a refusal of that one request."""
         self._failures, self._pause, self._trying, self.why = 0, PAUSE_S, False, ""
 
     def failed(self, why: str, now: float) -> None:
@@ -101,7 +104,7 @@ class Breaker:
             self._until = now + self._pause
 
     def given_up(self) -> None:
-        """The one that was let through was cancelled: it tells nothing."""
+        """The trial request was cancelled: the state of the endpoint is still unknown."""
         self._trying = False
 
 
@@ -114,7 +117,7 @@ class RateLimiter:
         self._rest_until, self._rest_why = 0.0, ""
 
     def wait(self, tokens: int, now: float) -> float:
-        """Seconds for which no request with a prompt of this number of tokens may be sent; of one token: none."""
+        """Seconds for which no request with a prompt of `tokens` tokens may be sent."""
         return max(
             self._rest_until - now,
             self.breaker.wait(now),
@@ -124,20 +127,20 @@ class RateLimiter:
         )
 
     def sent(self, tokens: int, now: float) -> bool:
-        """A request is. Returns whether it is the one that the breaker lets through."""
+        """A request is sent. Returns whether it is the trial request of the breaker."""
         self._requests.use(1, now)
         self._tokens.use(tokens, now)
         return self.breaker.sent()
 
     def used(self, tokens: int, now: float) -> None:
-        """It has used this number of tokens more than were counted when it was sent."""
+        """The request has used `tokens` more than were counted when it was sent."""
         self._tokens.use(max(tokens, 0), now)
 
     def rest(self, seconds: float, why: str, now: float) -> None:
         self._rest_until, self._rest_why = max(self._rest_until, now + seconds), why
 
     def trouble(self, now: float) -> str:
-        """Why no request may be sent, where that is so."""
+        """Why no request may be sent; "": one may be sent."""
         if self.breaker.wait(now):
             return f"it fails again and again: {self.breaker.why}"
         return self._rest_why if self._rest_until > now else "its rate is used up"

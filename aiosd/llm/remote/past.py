@@ -1,4 +1,4 @@
-"""Calls that have ended well, for a new kernel that asks for them again. Pure."""
+"""Calls that have ended well, for a new kernel that submits them again. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aiosd.ipc import link
 from aiosd.llm.remote.call import OutputText
 
 MOST = 256
-MOST_SIZE = 16 << 20  # … and no more of them than are this large
+MOST_SIZE = 16 << 20  # … and the size of all their texts together
 
 
 class Past:
@@ -23,7 +23,7 @@ class Past:
         return iter(self._ends)
 
     def add(self, finished: link.GenerationDone, text: OutputText) -> None:
-        """`text`: all of it, in one piece from now on."""
+        """Keep a finished call. `text`: all of its text, kept as one piece."""
         text.send_from(text.length)
         self._ends[finished.key] = finished, text
         self._size += text.size
@@ -31,7 +31,7 @@ class Past:
             self.forget(next(iter(self._ends)))
 
     def get(self, key: link.CallKey, count: int) -> link.GenerationDone | None:
-        """For a new kernel, which has this many characters."""
+        """The end of a call for a new kernel, which has `count` characters of it; None: it is not kept."""
         if key not in self._ends:
             return None
         finished, text = self._ends[key]

@@ -1,5 +1,5 @@
-"""The calls of a model that is elsewhere: which there are, which of them are parked, and whose turn the policy says it
-is."""
+"""The calls of a remote model: all open ones, which of them are parked, and which has its turn according to the
+policy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aiosd.llm.remote.call import RemoteCall
 
 
 class Queue:
-    """`clock`: in seconds."""
+    """All open calls. `clock`: in seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.calls: dict[link.CallKey, RemoteCall] = {}  # waiting, parked and running
@@ -27,7 +27,7 @@ class Queue:
     def next(
         self, ready: Sequence[RemoteCall], running: Sequence[RemoteCall], free: int, now: float
     ) -> RemoteCall | None:
-        """Of those that may begin. `free`: how many may."""
+        """The next of the calls that may begin. `free`: the number of free places."""
         admitted = self.policy.admit(ready, running, free, now) if ready else []
         return admitted[0] if admitted else None
 
@@ -61,7 +61,7 @@ class Queue:
         self._parked.clear()
 
     def _set_parked(self, call: RemoteCall, by_peer: bool, by_call: bool) -> None:
-        """For the policy a parked call is gone. Its answer is not read on."""
+        """Set the flags. For the policy a parked call has left; its answer is not read further."""
         before = call.parked
         call.parked_peer, call.parked_call = by_peer, by_call
         if call.parked == before:
@@ -72,7 +72,7 @@ class Queue:
         if call.exchange is not None:
             call.exchange.hold(call.parked)
 
-    # ── what the policy is told ───────────────────────────────────────────────────────────────────────────
+    # ── reports to the policy ─────────────────────────────────────────────────────────────────────────────
 
     def renice(self, peer: int, nice: int) -> None:
         for call in self.calls.values():

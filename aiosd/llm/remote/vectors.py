@@ -1,5 +1,5 @@
-"""Texts whose vectors an endpoint makes (`/embeddings`), some in each request, and what came of them so far. What the
-endpoint sends is not trusted: `BadAnswer` says what does not fit. Pure."""
+"""Texts for which an endpoint makes vectors (`/embeddings`): some in each request, and the vectors so far. Data from
+the endpoint is not trusted: `BadAnswer` names the fault. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aiosd.llm.remote.answer import BadAnswer, loosely, sentence
 from libaios.wire import Embedded
 
 MOST_TEXTS = 64  # in a request: the answer is read whole,
-MOST_CHARACTERS = 200_000  # … and endpoints bound what they compute at once
+MOST_CHARACTERS = 200_000  # … and endpoints limit what they compute at once
 MOST_WIDTH = 1 << 16
 
 
@@ -41,8 +41,8 @@ class Vectors:
         self._texts = texts
         self._rows: list[bytes] = []  # of the first texts
         self._width = 0
-        self._come: list[bytes] | None = None  # of the request under way
-        self.prompt_tokens = 0  # of what is there, as the endpoint tells or by an estimate
+        self._come: list[bytes] | None = None  # those of the request under way
+        self.prompt_tokens = 0  # of the finished texts, as the endpoint reports or by an estimate
 
     @property
     def complete(self) -> bool:
@@ -66,7 +66,7 @@ class Vectors:
         self._come = None
 
     def take(self, data: bytes) -> int:
-        """The answer to a request; how many tokens the endpoint says that it had, 0: it does not say. Raises
+        """Take the answer to a request; returns its tokens as the endpoint reports them, 0: it does not. Raises
         BadAnswer."""
         try:
             answer = msgspec.json.decode(data, type=_EmbeddingsBody)
@@ -84,11 +84,11 @@ class Vectors:
             raise BadAnswer("vectors of different lengths")
         self._width = width
         self._come = [row.tobytes() for row in rows]
-        told = answer.usage.prompt_tokens if answer.usage is not None else 0
-        return told if isinstance(told, int) and not isinstance(told, bool) and 0 < told < 1 << 40 else 0
+        count = answer.usage.prompt_tokens if answer.usage is not None else 0
+        return count if isinstance(count, int) and not isinstance(count, bool) and 0 < count < 1 << 40 else 0
 
     def keep(self, tokens: int) -> bool:
-        """What has come is the answer, and was computed from this number of tokens. False: nothing has."""
+        """Keep the answer that was taken; it was computed from `tokens` tokens. False: there is none."""
         if self._come is None:
             return False
         self._rows += self._come
@@ -98,7 +98,7 @@ class Vectors:
 
     @property
     def too_many(self) -> bool:
-        """Will all of them not fit into one reply?"""
+        """Are there too many vectors for one reply?"""
         return 4 * self._width * len(self._texts) + 64 > MAX_ANSWER
 
     def embedded(self) -> Embedded:
@@ -121,7 +121,7 @@ def _floats(found: str | list[float]) -> Sequence[float]:
 
 
 def _unit(values: Sequence[float]) -> array[float]:
-    """Of length 1."""
+    """The vector scaled to length 1."""
     length = math.hypot(*values) if 0 < len(values) <= MOST_WIDTH else 0.0
     if not 0.0 < length < math.inf:
         raise BadAnswer("a vector without a direction")
