@@ -44,6 +44,13 @@ def test_says_ready_once_and_serves(fresh_aiosd: Fresh) -> None:
     assert system.status()["state"] == "ready"
 
 
+def test_what_is_waited_for_loads_while_the_supervisor_prepares_for_agents(fresh_aiosd: Fresh) -> None:
+    """The kernel is forked when all is prepared; a model that loads only then would come up later by that time."""
+    system = fresh_aiosd()
+    began = {entry["name"]: psutil.Process(entry["ospid"]).create_time() for entry in system.ps() if entry["system"]}
+    assert max(began[name] for name in ("llm", "store", "toolbox")) < began["kernel"] <= began["gateway"]
+
+
 def test_status_tells_where_what_runs(aiosd: System) -> None:
     status = aiosd.status()
     assert status["home"] == str(aiosd.home)
@@ -263,7 +270,7 @@ def test_stop_waits_for_the_end(fresh_aiosd: Fresh) -> None:
 
 
 def test_agents_get_term_then_kill(fresh_aiosd: Fresh) -> None:
-    system = fresh_aiosd()
+    system = fresh_aiosd(env={"AIOSD_STOP_TIMEOUT": "2"})
     polite = system.popen(
         "aios-run", "--", "sh", "-c", "trap 'echo bye; exit 3' TERM; echo up; while :; do sleep 0.1; done"
     )
@@ -273,7 +280,7 @@ def test_agents_get_term_then_kill(fresh_aiosd: Fresh) -> None:
     system.daemon.terminate()
     assert polite.stdout.readline() == "bye\n"
     assert system.daemon.wait(20) == 0
-    assert 4 < time.monotonic() - began < 12
+    assert time.monotonic() - began >= 2
     assert polite.wait(5) in (3, 125)
     assert stubborn.wait(5) in (125, 137)
     assert polite.stderr.read().endswith(": aiosd was stopped\n")

@@ -452,7 +452,7 @@ def test_dt_what_does_not_start_is_told_as_by_aios_run(aiosd: System, fresh_aios
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_dt_no_holder_outlives_aiosd(fresh_aiosd: Fresh, end: str) -> None:
-    system = fresh_aiosd()
+    system = fresh_aiosd(env={"AIOSD_STOP_TIMEOUT": "0.5"})
     held(system, "trap '' HUP TERM; exec sleep 300")
     assert len(holders()) == 1
     if end == "stop":

@@ -180,8 +180,10 @@ def log_of(system: System, pid: str) -> Path:
 
 def test_a_log_has_a_limit_and_is_read_across_its_files(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd("--log-size", "64K", "--log-keep", "2")
-    # 24 bytes a line; more than the limit at a time, so that each round is cut before the next
-    script = "i=0; while [ $i -lt 4 ]; do seq -f '%023.0f' $((i*4000)) $((i*4000+3999)); i=$((i+1)); sleep 1.3; done"
+    # 24 bytes a line; more than the limit at a time, and each round is cut before the next
+    uncut = "[ $(stat -L -c %s /proc/$$/fd/1) -gt 69632 ]"
+    rounds = "seq -f '%023.0f' $((i*4000)) $((i*4000+3999)); i=$((i+1))"
+    script = f"i=0; while [ $i -lt 4 ]; do {rounds}; while {uncut}; do sleep 0.05; done; done"
     pid = start(system, script)
     follower = system.popen("aios-logs", "-f", pid, stdin=subprocess.DEVNULL)
     wanted = "".join(f"{n:023}\n" for n in range(16000))

@@ -150,10 +150,11 @@ class Supervisor:
         self.offer = confinement.prepare(gates.of(self.settings.door))
         if self.settings.strict and self.offer.level != LEVELS[-1]:
             return self._refuse(f"sandbox strict: {self.offer.reason}")
+        # Those that the system waits for first: they load while this process prepares what agents share.
+        self._fork_services(awaited=True)
         _preload()
         self._fork_kernel()
-        for process in self.services.values():
-            self._fork_service(process)
+        self._fork_services(awaited=False)
         self._beat()
         while self.exit_code is None:
             self._turn()
@@ -338,6 +339,11 @@ class Supervisor:
         logger.warning("kernel forked again (death %d)", self.kernel.deaths)
 
     # ── services ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _fork_services(self, awaited: bool) -> None:
+        for process in self.services.values():
+            if process.service.awaited is awaited:
+                self._fork_service(process)
 
     def _fork_service(self, process: SystemProcess) -> None:
         if self.stopping or process.ospid:
