@@ -9,8 +9,8 @@ each time). `stop` strings end the text and are not part of it. `max_tokens` Non
 `schema` (JSON Schema) or `tools` (a list of {"type": "function", "function": {"name", "description", "parameters"}})
 limit what can be generated. Of a tool only the name is required, and the inner dict alone may be given. A tool of the
 toolbox (`libaios.tool`) may be given by its name. `tool_choice`:
-"auto", "none", "required", or {"type": "function", "function": {"name": …}}. `parallel_tool_calls=False`: one call at
-most.
+"auto", "none", "required" (one call or more), or {"type": "function", "function": {"name": …}} (exactly one).
+`parallel_tool_calls=False`: one call at most.
 
 What a thinking model thinks is in `reasoning`, apart from `text`. `template_args` go to the model's chat template
 (`{"enable_thinking": False}`, a date, …). Before a `schema` a model thinks only with `{"enable_thinking": True}`.

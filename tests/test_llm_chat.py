@@ -483,6 +483,21 @@ def test_what_the_tokenizer_remembers_is_counted_in_bytes(model: llama.Model, mo
     assert 5 < len(tokens._known) < 60
 
 
+def test_a_tool_that_is_named_is_called_exactly_once(model: llama.Model) -> None:
+    """As with OpenAI. A small model that may call it again does so until its context is full."""
+    requests = Requests(model, 4096)
+
+    def grammar(choice: str | dict[str, Any], parallel: bool) -> str:
+        asked = Generate(messages=user("x"), tools=[TOOL], tool_choice=choice, parallel_tool_calls=parallel)
+        made = requests.prepare(asked).grammar
+        assert made is not None
+        return made
+
+    named = {"function": {"name": TOOL["name"]}}
+    assert grammar(named, True) == grammar(named, False)
+    assert grammar("required", True) != grammar("required", False)
+
+
 def test_grammars_of_tools_are_made_once_and_counted_in_bytes(
     model: llama.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,7 +132,9 @@ class Requests:
             schema = request.schema
             prepared.grammar = self._remembered([schema], lambda: schema_grammar(schema, quick))
         elif tools:
-            several, dialect, loose = request.parallel_tool_calls, template.dialect, loose_tools(request.tools)
+            # A tool that is named is called once. Small models would repeat the call until the context is full.
+            several = request.parallel_tool_calls and not isinstance(request.tool_choice, dict)
+            dialect, loose = template.dialect, loose_tools(request.tools)
             prepared.grammar = self._remembered(
                 [tools, choice, several, dialect.name, sorted(loose)],
                 lambda: tools_grammar(self._model, dialect, tools, choice, several, quick, loose),
