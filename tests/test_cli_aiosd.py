@@ -25,6 +25,7 @@ from libaios import wire
 from libaios.client import NoKernel
 from libaios.home import Home
 from libaios.sandbox import CERTIFICATES
+from tests import impatient
 from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
@@ -470,7 +471,7 @@ def test_background_writes_a_log(fresh_aiosd: Fresh) -> None:
 
 
 def test_stop_ends_a_system_whose_kernel_does_not_answer(fresh_aiosd: Fresh) -> None:
-    system = fresh_aiosd()
+    system = fresh_aiosd(program=impatient.PROGRAM)
     for process in system.ps():
         if process["name"] == "kernel":
             os.kill(process["ospid"], signal.SIGSTOP)

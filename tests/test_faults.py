@@ -23,6 +23,7 @@ from aiosd.kernel.journal import MAGIC, VERSION
 from libaios import agent, aio, wire
 from libaios.client import Client
 from libaios.home import Home
+from tests import impatient
 from tests.conftest import System, eventually
 from tests.ticker import Ticker
 
@@ -370,7 +371,7 @@ def test_a_killed_agent_frees_its_slot(aiosd: System, stream: Path) -> None:
 
 @pytest.mark.parametrize("name", ["kernel", "llm"])
 def test_a_part_that_hangs_is_replaced(fresh_aiosd: Fresh, stream: Path, name: str) -> None:
-    system = fresh_aiosd("--threads", "1", "--exact")
+    system = fresh_aiosd("--threads", "1", "--exact", program=impatient.PROGRAM)
     expected = system.run("aios-run", stream, check=True).stdout
     job = system.popen("aios-run", stream)
     assert job.stdout is not None
@@ -379,7 +380,7 @@ def test_a_part_that_hangs_is_replaced(fresh_aiosd: Fresh, stream: Path, name: s
     rest, errors = finish(job)
     assert (job.returncode, errors) == (0, "")
     assert begun + rest == expected
-    assert "hangs (no heartbeat for 5 s)" in system.log()
+    assert f"hangs (no heartbeat for {impatient.HANG_S:g} s)" in system.log()
 
 
 def test_a_supervisor_that_hangs_ends_the_system(fresh_aiosd: Fresh) -> None:

@@ -207,16 +207,17 @@ def test_processes_that_run_out_are_an_error_and_delay_what_must_be_forked_again
     refused = system.run("aios-run", "--", "true")
     assert refused.returncode == 125
     assert "Resource temporarily unavailable" in refused.stderr
+    no_room = "{} cannot be forked: Resource temporarily unavailable; tried again in 0.2 s"
     pids.set("pids.max", 1)
     core = part(system, "llm")
     os.kill(core, signal.SIGKILL)
-    assert eventually(lambda: "llm cannot be forked: Resource temporarily unavailable" in system.log())
+    assert eventually(lambda: no_room.format("llm") in system.log())
     pids.set("pids.max", "max")
     assert serves(system)
     assert eventually(lambda: system.status()["models"][0]["state"] == "ready", 20)
     pids.set("pids.max", 1)
     os.kill(part(system, "kernel"), signal.SIGKILL)
-    assert eventually(lambda: "kernel cannot be forked: Resource temporarily unavailable" in system.log())
+    assert eventually(lambda: no_room.format("kernel") in system.log())
     pids.set("pids.max", "max")
     assert serves(system)
     assert [str(agent["pid"]) for agent in system.agents()] == [sleeper]

@@ -331,8 +331,7 @@ class Supervisor:
         try:
             self._fork_kernel()
         except OSError as err:  # no process or descriptor left: try again until there is
-            logger.error("kernel cannot be forked: %s; tried again in %.1f s", err.strerror, BACKOFF_S[1])
-            self.timers.after(BACKOFF_S[1], self._refork_kernel)
+            self._try_again(self.kernel, err, self._refork_kernel)
             return
         for bell in [*(agent.bell for agent in agents), *(process.kernel_bell for process in running)]:
             _ring(bell)
@@ -360,9 +359,7 @@ class Supervisor:
                 ospid = self._fork_service_with(process, heart)
                 undo.pop_all()
         except OSError as err:
-            wait_s = BACKOFF_S[1]
-            logger.error("%s cannot be forked: %s; tried again in %.1f s", _title(process), err.strerror, wait_s)
-            self.timers.after(wait_s, lambda: self._fork_service(process))
+            self._try_again(process, err, lambda: self._fork_service(process))
             return
         self._forked(process, ospid, heart)
         forked = link.ServiceForked(process.service.name, process.pid, ospid, process.deaths)
@@ -389,6 +386,12 @@ class Supervisor:
         process.ospid, process.heart, process.forked_at = ospid, heart, time.monotonic()
         heart.forked()
         self.children[ospid] = process
+
+    def _try_again(self, process: SystemProcess, err: OSError, fork_it: Callable[[], None]) -> None:
+        """Soon, and less often from time to time: there may be room again at any moment."""
+        process.backoff_s = _backoff(process.backoff_s, lived_s=0.0)
+        logger.error("%s cannot be forked: %s; tried again in %.1f s", _title(process), err.strerror, process.backoff_s)
+        self.timers.after(process.backoff_s, fork_it)
 
     def _process_ended(self, process: SystemProcess, status: int) -> None:
         process.ospid = 0
