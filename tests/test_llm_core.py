@@ -105,7 +105,7 @@ def ask(number: int, sys: int, args: Any) -> link.Ask:
 
 
 def test_threads_of_llama_cpp_do_not_spin_beside_agents(path: Path) -> None:
-    """OpenMP reads this when it is loaded, so it must be there before; a value that the user has set stays."""
+    """OpenMP and OpenBLAS read this when they are loaded, so it must be there before; what the user has set stays."""
     code = """
 import os, sys
 from aiosd.ipc.heartbeat import Rounds
@@ -116,10 +116,11 @@ class Deaf:
     def send(self, payload): assert "llama_cpp" in sys.modules
 assert "llama_cpp" not in sys.modules
 assert core.main(Deaf(), ModelSpec("m", "/nowhere"), Rounds()) == 1
-print(os.environ["GOMP_SPINCOUNT"])
+print(os.environ["GOMP_SPINCOUNT"], os.environ["OPENBLAS_NUM_THREADS"], len(os.listdir("/proc/self/task")))
 """
-    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
-        env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+    names = ("GOMP_SPINCOUNT", "OPENBLAS_NUM_THREADS")
+    for given, expected in (({}, "1000 1 1"), ({"GOMP_SPINCOUNT": "7"}, "7 1 1")):
+        env = {name: value for name, value in os.environ.items() if name not in names} | given
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected
 

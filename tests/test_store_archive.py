@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aiosd.errors import AiosdError
-from aiosd.store import archive, database, roots, tables
+from aiosd.store import archive, database, roots, snapshots, tables
 from aiosd.store.database import FILE, VERSION
 from libaios import wire
 from libaios.wire import Sys
@@ -133,7 +133,7 @@ def test_what_is_no_export_changes_nothing(tmp_path: Path, source: io.BytesIO, c
 def test_large_contents_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Notes have no contents; here their keys stand for names of such files."""
     kept = (tables.KeptTable("owners"), tables.KeptTable("notes", contents="key"))
-    for module in ("salvage", "archive", "rebuild"):
+    for module in ("salvage", "archive", "rebuild", "snapshots"):
         monkeypatch.setattr(f"aiosd.store.{module}.KEPT", kept)
     (tmp_path / "old" / tables.CONTENTS).mkdir(parents=True)
     (tmp_path / "x").write_bytes(b"content")
@@ -141,7 +141,7 @@ def test_large_contents_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "x").rename(tables.content_path(tmp_path / "old", name))
     with contextlib.closing(Store(tmp_path / "old")) as store:
         store.turn(add(1, "x", key=name))
-        snapshot = made(archive.snapshot(store.database))
+        snapshot = made(snapshots.snapshot(store.database))
     for write in (archive.export, archive.backup):
         for number, folder in enumerate((tmp_path / "old", snapshot)):
             new = tmp_path / f"{write.__name__}{number}"
@@ -151,7 +151,7 @@ def test_large_contents_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_snapshot_has_what_changed_while_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "PAGES_AT_ONCE", 5)
+    monkeypatch.setattr(snapshots, "PAGES_AT_ONCE", 5)
     with contextlib.closing(Store(tmp_path)) as store:
         store.turn(*(add(call, f"{call} " + "x" * 3000) for call in range(1, 41)))
         steps: list[int] = []
@@ -160,11 +160,11 @@ def test_a_snapshot_has_what_changed_while_it_was_made(tmp_path: Path, monkeypat
             steps.append(len(steps))
             store.turn(add(100 + len(steps), f"meanwhile {len(steps)}"))
 
-        snapshot = made(archive.snapshot(store.database), meanwhile)
+        snapshot = made(snapshots.snapshot(store.database), meanwhile)
         texts = store.texts()
     assert len(steps) > 5
     assert [row[3] for row in rows_of(snapshot / FILE).values()] == texts
-    archive.sweep_snapshots(tmp_path)
+    snapshots.sweep(tmp_path)
     assert not snapshot.exists()
 
 

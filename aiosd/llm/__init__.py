@@ -4,6 +4,7 @@ Files, from the bottom up:
 
     spec.py        what a core gets at its start (light: the supervisor and the CLI import it)
     modelfile.py   what a GGUF says about itself, read before llama.cpp touches it
+    libraries.py   how C libraries wait and share out work, set before they are loaded
     ggml.py        llama.cpp's library in this process: handle, log, last words, which build it is
     attention.py   attention of our own in llama.cpp's graphs; native/ is its part in C
     llama.py       owners of llama.cpp's objects: Model, LlamaContext, BatchBuffer, Grammar

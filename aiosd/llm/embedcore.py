@@ -20,7 +20,7 @@ from aiosd.errors import UsageError, WorldError
 from aiosd.ipc import link
 from aiosd.ipc.heartbeat import Rounds
 from aiosd.ipc.service import Pause, Server
-from aiosd.llm import modelfile
+from aiosd.llm import libraries, modelfile
 from aiosd.llm.purse import Purses
 from aiosd.llm.spec import ModelSpec
 from libaios import wire
@@ -41,7 +41,7 @@ def main(channel: Channel, spec: ModelSpec, rounds: Rounds) -> int:
     """As `core.main`."""
     faulthandler.enable(sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see core.THREADS_WAIT
+    libraries.prepare()
     from aiosd.llm import llama
     from aiosd.llm.embed import EmbeddingEngine
 

@@ -16,7 +16,7 @@ from msgspec import msgpack
 
 from aiosd.errors import as_oserror
 from aiosd.ipc import link
-from aiosd.llm import policy
+from aiosd.llm import libraries, policy
 from aiosd.llm.document import Later
 from aiosd.llm.front import CONVERSATION, PAIRS, PREPARE, TEXTS, TOKENIZE, Front
 from aiosd.llm.line import Line
@@ -29,12 +29,6 @@ logger = logging.getLogger("llm.local")
 #: The most memory for contexts without a slot where no setting gives a size.
 MOST_CONTEXT_RAM = 4 << 30
 
-#: How threads of llama.cpp wait for each other; OpenMP reads this when it is loaded. A thread that waits checks 1,000
-#: times, which takes some microseconds, and then sleeps. By default it would check for milliseconds. If other processes
-#: need the processors too, the thread that it waits for cannot run meanwhile: beside two busy processes a step took 10
-#: to 150 times as long.
-THREADS_WAIT = {"GOMP_SPINCOUNT": "1000"}
-
 PLACES_EVERY = 1.0  # seconds between two reports on where contexts lie, while calls run; more where a report takes long
 PLACES_SHARE = 0.005  # the largest part of the time that these reports may take
 LONG_TEXT = 1 << 15  # texts of more characters are tokenised by the front process, so that other calls need not wait
@@ -43,8 +37,7 @@ QUIET_S = 5.0  # seconds without work after which the machine may be quiet enoug
 
 def open_model(spec: ModelSpec, line: Line) -> Local:
     """Raises AiosdError with one line that says why not."""
-    for name, value in THREADS_WAIT.items():
-        os.environ.setdefault(name, value)
+    libraries.prepare()
     from aiosd.llm import llama, loading  # llama.cpp and numpy, only in this process
 
     llama.start(spec.verbose)

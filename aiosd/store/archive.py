@@ -5,7 +5,7 @@ large contents under their hashes, and `aiosd.json`, which describes the rest. A
 itself and the same contents. Either is read back into a store, whose database is kept beside the new one.
 
 Both are made from files that do not change any more: those of a store that no process has open, or of a snapshot, which
-the running store makes of itself (`snapshot`).
+the running store makes of itself (`snapshots.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +27,7 @@ import apsw
 from aiosd import __version__
 from aiosd.errors import UsageError, WorldError
 from aiosd.store import roots
-from aiosd.store.database import FILE, VERSION, Database
+from aiosd.store.database import FILE, VERSION
 from aiosd.store.pages import Pages
 from aiosd.store.rebuild import finish, new_database, put, sequences, take_place
 from aiosd.store.salvage import Salvage, columns_of, problem_of
@@ -36,50 +35,6 @@ from aiosd.store.tables import CONTENTS, KEPT, content_path
 
 FORMAT = 1
 ABOUT = "aiosd.json"
-SNAPSHOTS = "snapshots"
-PAGES_AT_ONCE = 256
-
-
-# ── a snapshot of the running store ───────────────────────────────────────────────────────────────────────
-
-
-def snapshot(database: Database) -> Generator[int, None, str]:
-    """In the store: a copy of the database, and links to its contents, in a folder of their own. Yields now and then
-    how many pages are left, so that calls go on meanwhile: their changes are in the copy. Returns the folder."""
-    folder = database.path.parent / SNAPSHOTS / f"{time.time_ns():x}"
-    folder.mkdir(parents=True, mode=0o700)
-    try:
-        copy = apsw.Connection(os.fspath(folder / FILE), vfs="cksmvfs")
-        try:
-            copy.pragma("synchronous", "OFF")  # what is made from it is synced, by the process that makes it
-            with copy.backup("main", database.db, "main") as backup, database.as_oserror():
-                while not backup.step(PAGES_AT_ONCE):
-                    yield backup.remaining
-            link_contents(copy, database.path.parent, folder)
-        finally:
-            copy.close()
-    except BaseException:  # of any kind, an interrupt too: undo, and raise it again
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return str(folder)
-
-
-def link_contents(db: apsw.Connection, source: Path, folder: Path) -> None:
-    """All at once: between two of these no content may be removed."""
-    (folder / CONTENTS).mkdir()
-    tables = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
-    for kept in KEPT:
-        if kept.contents and kept.name in tables:
-            sql = f"SELECT DISTINCT {kept.contents} FROM {kept.name} WHERE {kept.contents} NOTNULL"
-            for (name,) in db.execute(sql):
-                shown = name.hex() if isinstance(name, bytes) else name
-                with contextlib.suppress(FileNotFoundError):  # `fsck` names it
-                    os.link(content_path(source, shown), content_path(folder, shown))
-
-
-def sweep_snapshots(folder: Path) -> None:
-    """When the store starts: those of commands that died."""
-    shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)
 
 
 # ── out ───────────────────────────────────────────────────────────────────────────────────────────────────

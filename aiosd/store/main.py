@@ -89,7 +89,7 @@ class Chores:
 def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     from pathlib import Path
 
-    from aiosd.store import archive
+    from aiosd.store import snapshots
     from aiosd.store.database import Database
     from aiosd.store.embedders import OfCore
     from aiosd.store.grouping import GroupServer
@@ -144,9 +144,9 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
         database.rest()
         ticker.now()
 
-    archive.sweep_snapshots(Path(spec.folder))
+    snapshots.sweep(Path(spec.folder))
     handlers = memory.handlers() | storage.handlers()
-    handlers[Sys.STORE_SNAPSHOT] = lambda ask, args: archive.snapshot(database)
+    handlers[Sys.STORE_SNAPSHOT] = lambda ask, args: snapshots.snapshot(database)
     chores = Chores(memory, lambda: server.busy)
     server = GroupServer(channel, handlers, stats, gone, keep, rest=rest, group=database, background=chores)
     consent = memory.consent = storage.consent
