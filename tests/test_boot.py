@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 import aiosd as aiosd_package
-from tests.conftest import System, eventually
+from tests.conftest import SMALL, System, eventually
 
 NANO = Path(aiosd_package.__file__).parent / "nano" / "nano.gguf"
 
@@ -39,9 +39,14 @@ def ready_lines(log: str) -> list[str]:
 
 
 def test_says_ready_once_and_serves(fresh_aiosd: Fresh) -> None:
-    system = fresh_aiosd()
+    """With all as a user has it, who chooses nothing."""
+    system = fresh_aiosd(env=dict.fromkeys(SMALL, ""))
     assert len(ready_lines(system.log())) == 1
-    assert system.status()["state"] == "ready"
+    status = system.status()
+    assert status["state"] == "ready"
+    (model,) = status["models"]
+    assert model["info"]["n_slots"] != int(SMALL["AIOSD_SLOTS"])
+    assert "asked for" not in model["stats"]["threads_why"]
 
 
 def test_what_is_waited_for_loads_while_the_supervisor_prepares_for_agents(fresh_aiosd: Fresh) -> None:
