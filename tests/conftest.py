@@ -217,6 +217,10 @@ STRANGE = {
     "LINES",
 }
 
+#: What hundreds of systems need not do at their start: measure how many threads are best, and fill memory for 32 slots.
+#: `env={"AIOSD_SLOTS": ""}` has a system decide by itself, and options count more than these.
+SMALL = {"AIOSD_THREADS": "1", "AIOSD_SLOTS": "12"}
+
 SYSTEMS: list[System] = []  # running ones, whose logs are shown when a test fails
 
 
@@ -241,7 +245,8 @@ class System:
         self.home = home or Path(tempfile.mkdtemp(prefix="aios-", dir="/tmp"))  # short: it holds a socket
         own = {name for name in os.environ if name.startswith(("AIOS_", "AIOSD_")) and name != MARK}
         self.env = {name: value for name, value in os.environ.items() if name not in own | STRANGE}
-        self.env |= {"AIOS_HOME": str(self.home), **({"AIOSD_SANDBOX": sandbox} if sandbox else {}), **(env or {})}
+        self.env |= {"AIOS_HOME": str(self.home), **SMALL, **({"AIOSD_SANDBOX": sandbox} if sandbox else {})}
+        self.env |= env or {}
         self.env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), self.env.get("PATH", os.defpath)])
         self.daemon: subprocess.Popen[bytes] | None = None
         fd, path = tempfile.mkstemp(prefix="aios-", suffix=".log", dir="/tmp")
@@ -287,10 +292,10 @@ class System:
         """Every process of this system: aiosd's own and all that was started in it."""
         home = f"AIOS_HOME={self.home}".encode()
         found = []
-        for process in offspring():
+        for pid in psutil.pids():
             with contextlib.suppress(OSError, psutil.Error):
-                if home in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
-                    found.append(process)
+                if pid != os.getpid() and home in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    found.append(psutil.Process(pid))
         return found
 
     def stop(self, timeout: float = STOP_S) -> int:
@@ -310,8 +315,7 @@ class System:
             except subprocess.TimeoutExpired:
                 left.append(f"aiosd, {STOP_S:.0f} s after SIGTERM")
         self._end_clients()
-        eventually(lambda: not _running(tree | set(self.processes())), timeout=3.0)
-        for process in _running(tree | set(self.processes())):
+        for process in emptied(lambda: _running(tree | set(self.processes()))):
             left.append(in_words(process))
             with contextlib.suppress(psutil.Error):
                 process.kill()

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 import aiosd as aiosd_package
-from tests.conftest import System, eventually
+from tests.conftest import SMALL, System, eventually
 
 NANO = Path(aiosd_package.__file__).parent / "nano" / "nano.gguf"
 
@@ -39,9 +39,29 @@ def ready_lines(log: str) -> list[str]:
 
 
 def test_says_ready_once_and_serves(fresh_aiosd: Fresh) -> None:
-    system = fresh_aiosd()
+    """With all as a user has it, who chooses nothing."""
+    system = fresh_aiosd(env=dict.fromkeys(SMALL, ""))
     assert len(ready_lines(system.log())) == 1
-    assert system.status()["state"] == "ready"
+    status = system.status()
+    assert status["state"] == "ready"
+    (model,) = status["models"]
+    assert model["info"]["n_slots"] != int(SMALL["AIOSD_SLOTS"])
+    assert "asked for" not in model["stats"]["threads_why"]
+
+
+def test_what_is_waited_for_loads_while_the_supervisor_prepares_for_agents(fresh_aiosd: Fresh) -> None:
+    """The kernel is forked when all is prepared; a model that loads only then would come up later by that time."""
+    system = fresh_aiosd()
+    began = {entry["name"]: psutil.Process(entry["ospid"]).create_time() for entry in system.ps() if entry["system"]}
+    assert max(began[name] for name in ("llm", "store", "toolbox")) < began["kernel"] <= began["gateway"]
+
+
+def test_the_store_imports_no_numpy_before_it_needs_it(fresh_aiosd: Fresh) -> None:
+    """That is half of its start and of its memory."""
+    system = fresh_aiosd()
+    maps = {name: Path(f"/proc/{ospid_of(system, name)}/maps").read_text() for name in ("llm", "store")}
+    assert "numpy" in maps["llm"]
+    assert "numpy" not in maps["store"]
 
 
 def test_what_is_waited_for_loads_while_the_supervisor_prepares_for_agents(fresh_aiosd: Fresh) -> None:

@@ -184,7 +184,7 @@ def test_a_file_named_on_the_command_line_must_be_there(tmp_path: Path) -> None:
 
 
 def test_agents_of_the_file_become_spawns(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in CERTIFICATES:
+    for name in (*CERTIFICATES, "PYTHONPATH"):
         monkeypatch.delenv(name, raising=False)
     toml = """
 [[agent]]
@@ -293,7 +293,7 @@ def test_what_cannot_be_changed_at_run_time(load: Load, name: str, value: str, w
 
 
 def test_file_and_environment_reach_the_core(fresh_aiosd: Fresh) -> None:
-    system = fresh_aiosd(start=False, env={"AIOSD_CTX": "1200"})
+    system = fresh_aiosd(start=False, env={"AIOSD_CTX": "1200", "AIOSD_SLOTS": ""})
     (system.home / "aiosd.toml").write_text("slots = 3\nctx = 1500\n")
     (model,) = system.start().status()["models"]
     assert (model["info"]["n_slots"], model["info"]["n_ctx"]) == (3, 1200)

@@ -5,9 +5,11 @@ Files, from the bottom up:
 
     spec.py        the settings of a core (imports nothing heavy: the supervisor and the CLI use it)
     modelfile.py   the head of a GGUF, read before llama.cpp opens the file
+    libraries.py   how C libraries wait and share out work, set before they are loaded
     ggml.py        llama.cpp's library in this process: handle, log, message at an abort, build
     attention.py   aiosd's own attention in llama.cpp's graphs; native/ is its part in C
     llama.py       owners of llama.cpp's objects: Model, LlamaContext, BatchBuffer, Grammar
+    arrays.py      arrays by what is in them
     sampling.py    one token from each row of logits, in numpy and (native/sampling.c) for all rows at once
     penalties.py   changes to a row before that: bias, penalties, DRY, the least number of tokens
     mirostat.py    draws that keep a text's surprise near a target
