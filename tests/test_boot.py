@@ -64,21 +64,6 @@ def test_the_store_imports_no_numpy_before_it_needs_it(fresh_aiosd: Fresh) -> No
     assert "numpy" not in maps["store"]
 
 
-def test_what_is_waited_for_loads_while_the_supervisor_prepares_for_agents(fresh_aiosd: Fresh) -> None:
-    """The kernel is forked when all is prepared; a model that loads only then would come up later by that time."""
-    system = fresh_aiosd()
-    began = {entry["name"]: psutil.Process(entry["ospid"]).create_time() for entry in system.ps() if entry["system"]}
-    assert max(began[name] for name in ("llm", "store", "toolbox")) < began["kernel"] <= began["gateway"]
-
-
-def test_the_store_imports_no_numpy_before_it_needs_it(fresh_aiosd: Fresh) -> None:
-    """That is half of its start and of its memory."""
-    system = fresh_aiosd()
-    maps = {name: Path(f"/proc/{ospid_of(system, name)}/maps").read_text() for name in ("llm", "store")}
-    assert "numpy" in maps["llm"]
-    assert "numpy" not in maps["store"]
-
-
 def test_status_tells_where_what_runs(aiosd: System) -> None:
     status = aiosd.status()
     assert status["home"] == str(aiosd.home)
