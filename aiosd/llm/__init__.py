@@ -36,6 +36,8 @@ Files, from the bottom up:
     cells.py       beginnings that slots share, where all lie in one cache; counts its cells (pure)
     cache.py       every movement of a context between slot, memory and disk
     stats.py       counts and times
+    lookup.py      the next tokens of a call, guessed from where its last ones stood before (pure)
+    lookahead.py   how many guesses a step computes: what steps cost, measured, and what guesses are worth
     schedule.py    who computes what in a step, as one function
     engine.py      plan → decode → settle
     purse.py       what calls may still use of budgets, before tokens are computed
