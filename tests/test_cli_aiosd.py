@@ -68,6 +68,21 @@ def test_flag_over_environment_over_file(load: Load) -> None:
     assert (model.ctx, model.slots, model.threads) == (1000, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("toml", "value"),
+    [('lookahead = "auto"', None), ('lookahead = "off"', 0), ("lookahead = 4", 4), ('lookahead = "4"', 4), ("", None)],
+)
+def test_how_far_to_look_ahead(load: Load, toml: str, value: int | None) -> None:
+    assert load(toml).models[0].lookahead == value
+    assert load(f'[[model]]\npath = "nano"\n{toml}').models[0].lookahead == value
+
+
+@pytest.mark.parametrize("wrong", ['"on"', "16", "-1", "true", '""'])
+def test_how_far_not(load: Load, wrong: str) -> None:
+    with pytest.raises(UsageError, match="lookahead"):
+        load(f"lookahead = {wrong}")
+
+
 def test_an_empty_variable_is_none(load: Load) -> None:
     assert load("slots = 3", {"AIOSD_SLOTS": ""}).models[0].slots == 3
 

@@ -29,6 +29,16 @@ def whole(low: int, high: int = 1 << 31) -> Callable[[Any], int]:
     return read
 
 
+def lookahead(value: Any) -> int | None:
+    """auto: None · off: 0 · a number of tokens"""
+    if value in ("auto", "off"):
+        return None if value == "auto" else 0
+    try:
+        return whole(0, 15)(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor auto or off") from None
+
+
 def seconds(value: Any) -> float:
     try:
         seconds = float(value)

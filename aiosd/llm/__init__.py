@@ -38,6 +38,8 @@ Files, from the bottom up:
     cells.py       beginnings that slots share if all lie in one cache; counts its cells (pure)
     cache.py       every movement of a context between slot, memory and disk
     stats.py       counts and times
+    lookup.py      the next tokens of a call, guessed from the text after an earlier copy of its last ones (pure)
+    lookahead.py   how many guesses a step computes: what steps cost, measured, and what guesses are worth
     schedule.py    which calls compute what in a step, as one function
     engine.py      plan → decode → settle
     purse.py       how much calls may still use of budgets, checked before tokens are computed

@@ -7,6 +7,10 @@
   next token. Then one batch, in ascending order of slots, with one token of every call whose prompt is complete.
 - *settle*: choose a token from each row of logits, end the calls that are complete, make text, report to the kernel.
 
+While few calls decode, the decode batch also holds guesses of their next tokens (`lookahead.py`). The rows of a call
+are settled one after another, as in as many steps, up to the first guess that differs from the token that was chosen;
+the cells of the guesses after that are removed.
+
 This loop is written in Python though it runs for every token, so it does little per call: the batch arrays are numpy
 views, and while the same calls run only their positions are increased; one call draws the tokens of all rows; a call
 without stop strings, stream or grammar needs a few list operations per token. Text is made only when it is sent.
@@ -38,6 +42,7 @@ from aiosd.errors import Bug
 from aiosd.ipc.link import CallKey, Delta, Failed, GenerationDone, Started, Step, Submit
 from aiosd.llm import adapters, llama
 from aiosd.llm.cache import Cache
+from aiosd.llm.lookahead import ROWS, Guesser, Lookahead
 from aiosd.llm.picking import Picker, Rows
 from aiosd.llm.policy import Fifo, Quantum, SchedulingPolicy
 from aiosd.llm.purse import Purses
@@ -100,6 +105,7 @@ class Engine:
         disk: int = 0,
         folder: str = "",
         cancelled: Callable[[], set[CallKey]] = set,
+        ahead: Lookahead | None = None,
     ) -> None:
         self.model = model
         self.requests = Requests(model, ctx)
@@ -118,6 +124,7 @@ class Engine:
         self.clock = clock
         self._pieces = model.pieces
         self._picker = Picker(Drawer())
+        self.guesser = Guesser(ahead or Lookahead(0, "not asked for"), self.mixed)
 
         self._calls: dict[CallKey, Sequence] = {}
         self.waiting: dict[CallKey, Sequence] = {}
@@ -129,6 +136,7 @@ class Engine:
 
         self._prompts = llama.BatchBuffer(context.ubatch)
         self._batch = llama.BatchBuffer(2 * slots + 1)
+        self._guess_batch = llama.BatchBuffer(ROWS)
         self._ready: list[Sequence] = []  # calls that can decode, ascending by slot
         self._rows: list[Sequence] = []  # the calls of the decode batch, row by row
         self._drawn = Rows([])  # the same for the sampler
@@ -254,17 +262,21 @@ class Engine:
                 self.policy.renice(sequence, now)
 
     def step(self) -> None:
-        """Compute one token for every call that decodes, and for prompts as much as the time of a step allows."""
+        """Compute a token for every call that decodes (more, where guesses are right), and for prompts as much as the
+        time of a step allows."""
         self.meter.begin()
+        brought, alone = 0, True
         for batch in schedule(self):
             self._report_started()  # first: if a call ends this process, the kernel must know which ones ran
             if batch.sizes:
                 self._prefill(batch.calls, batch.sizes)
+                alone = False
             else:
                 self._arrange(self._paid(batch.calls))
-                self._decode()
+                guesses = self._guesses() if alone else []
+                brought = self._decode_guesses(guesses) if guesses else self._decode()
         self._report()
-        self.meter.end(len(self._rows))
+        self.meter.end(brought)
         if not self._calls:
             self._count()
 
@@ -379,17 +391,21 @@ class Engine:
             return chosen
         rest = []
         for sequence in chosen:
-            account = sequence.account
-            if account is not None and not sequence.replaying:
-                sequence.short = account.pay(1, 1)
-            if sequence.short:
-                self._finish(sequence, "limit")
-            else:
+            if self._pays(sequence):
                 rest.append(sequence)
         if len(rest) == len(chosen):
             return chosen
         self._ready = [sequence for sequence in self._ready if sequence.phase is Phase.DECODE]
         return rest
+
+    def _pays(self, sequence: Sequence) -> bool:
+        """Pay for the next token of a call. False: too little is left for it, and the call has ended."""
+        account = sequence.account
+        if account is not None and not sequence.replaying:
+            sequence.short = account.pay(1, 1)
+        if sequence.short:
+            self._finish(sequence, "limit")
+        return not sequence.short
 
     def _over(self, sequence: Sequence) -> str:
         """The finish reason of a call that must not run another step, or ''."""
@@ -510,10 +526,11 @@ class Engine:
                 dummies.append((slot + 1, self._context.last_position(slot + 1) + 1))
         return dummies
 
-    def _decode(self) -> None:
+    def _decode(self) -> int:
+        """Returns how many tokens it has brought."""
         rows, batch = self._rows, self._batch
         if not rows or not self._decoded(batch, rows):
-            return
+            return 0
         n = len(rows)
         self.policy.charge(rows, 1, self.clock())
         logits = self._context.logits(n)
@@ -548,6 +565,58 @@ class Engine:
             self._close_gap()
         if not self._stale:
             batch.positions[:n] += 1
+        return n
+
+    def _guesses(self) -> list[list[int]]:
+        """The guesses for each call of this step, [] if there are none or no cells for them."""
+        guesses = self.guesser.guesses(self._rows)
+        cells = self.cache.cells
+        if cells is not None and guesses and not cells.has(len(guesses) + sum(map(len, guesses))):
+            return []
+        return guesses
+
+    def _decode_guesses(self, guesses: list[list[int]]) -> int:
+        """The next token of each call and the guesses after it. Returns how many tokens that has brought."""
+        rows, batch = self._rows, self._guess_batch
+        entries = [
+            (sequence.slot, token, sequence.length + i)
+            for sequence, guess in zip(rows, guesses, strict=True)
+            for i, token in enumerate((sequence.upcoming, *guess))
+        ]
+        batch.size = n = len(entries)
+        batch.sequences[:n], batch.tokens[:n], batch.positions[:n] = np.array(entries).T
+        batch.wanted[:n] = 1
+        self._stale = True
+        result = self._computed(batch, rows)
+        if result == llama.NO_ROOM:  # without guesses there may be
+            return self._decode()
+        if not self._decoded(batch, rows, result):
+            return 0
+        logits = self._context.logits(n)
+        at = brought = 0
+        for sequence, guess in zip(rows, guesses, strict=True):
+            brought += self._verify(sequence, guess, logits[at : at + len(guess) + 1])
+            at += len(guess) + 1
+        self.guesser.verified(len(rows), n - len(rows), brought)
+        if self._num_pieces > 1:
+            self._close_gap()
+        return brought
+
+    def _verify(self, sequence: Sequence, guess: list[int], logits: llama.Floats) -> int:
+        """Choose the token after each of a call's rows, one after another, as long as it is the one that was guessed.
+        Returns how many tokens that are."""
+        slot, held = sequence.slot, sequence.length + len(logits)
+        count = 0
+        for row, expected in zip(logits, (*guess, None), strict=True):
+            self.policy.charge([sequence], 1, self.clock())
+            sequence.length += 1
+            count += 1
+            self._next(sequence, row, self._picker.pick_one(sequence, row))
+            if sequence.phase is not Phase.DECODE or sequence.out[-1] != expected or not self._pays(sequence):
+                break
+        if sequence.length < held:
+            self._context.cut(slot, sequence.length)
+        return count
 
     def _next(self, sequence: Sequence, row: llama.Floats, token: int) -> None:
         """`token` was drawn from this row. Append it to the call, or another one where its grammar does not allow it,
@@ -610,13 +679,18 @@ class Engine:
 
     # ── llama_decode and its results ──────────────────────────────────────────────────────────────────────
 
-    def _decoded(self, batch: llama.BatchBuffer, sequences: list[Sequence]) -> bool:
-        """Compute a batch, of calls with one adapter. False: it was broken off or failed; its calls are set back or
-        ended already."""
+    def _computed(self, batch: llama.BatchBuffer, sequences: list[Sequence]) -> int:
+        """Compute a batch, of calls with one adapter. Returns llama.cpp's result."""
         self._context.use(sequences[0].lora)
         result = self._context.decode(batch)
         if self.cache.cells is not None:
             self.cache.cells.take(batch.size)
+        return result
+
+    def _decoded(self, batch: llama.BatchBuffer, sequences: list[Sequence], result: int | None = None) -> bool:
+        """Compute a batch, unless its result is there. False: it was broken off or failed; its calls are set back or
+        ended already."""
+        result = self._computed(batch, sequences) if result is None else result
         if result == llama.OK:
             return True
         self._stale = True
@@ -687,6 +761,7 @@ class Engine:
         self._streams.pop(sequence.key, None)
         self.cache.leave(sequence, now)
         self.policy.leave(sequence, now)
+        self.guesser.forget(sequence)
         if sequence.constraint is not None:
             sequence.constraint.close()
             sequence.constraint = None
@@ -803,6 +878,7 @@ class Engine:
             "running": len(self._calls) - len(self.waiting),
             "waiting": len(self.waiting),
             "policy": self.policy.name,
+            "lookahead": self.guesser.stats(),
             **self.cache.stats(),
             **self.meter.stats(),
         }

@@ -358,7 +358,9 @@ class LlamaContext:
         pooling: int | None = None,
         attention: Attention | None = None,
         rope: Mapping[str, int | float] | None = None,
+        outputs: int = 0,
     ) -> None:
+        """`outputs`: of how many tokens of a batch logits may be wanted; of one of each slot in any case."""
         params = C.llama_context_default_params()
         for name, value in (rope or {}).items():
             setattr(params, name, value)
@@ -366,7 +368,7 @@ class LlamaContext:
         params.n_ctx = padded if embeddings else cells or padded * slots
         params.n_seq_max = slots
         params.n_batch = params.n_ubatch = ubatch
-        outputs = min(slots, ubatch)
+        outputs = min(max(slots, outputs), ubatch)
         params.n_outputs_max = 0 if embeddings else outputs
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)  # -1: llama.cpp decides

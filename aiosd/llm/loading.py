@@ -9,17 +9,32 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aiosd.errors import UsageError, WorldError
-from aiosd.llm import adapters, calibrate, exact, kvlayout, llama, modelfile, placement, room, rope, threads, trial
+from aiosd.llm import (
+    adapters,
+    calibrate,
+    exact,
+    kvlayout,
+    llama,
+    lookahead,
+    modelfile,
+    placement,
+    room,
+    rope,
+    threads,
+    trial,
+)
 from aiosd.llm.attention import Attention, Unavailable
 from aiosd.llm.calibrate import PromptBatch
 from aiosd.llm.chat import ChatTemplate
 from aiosd.llm.kvlayout import KvLayout
+from aiosd.llm.lookahead import Lookahead
 from aiosd.llm.room import CacheSize
 from aiosd.llm.spec import MAX_SLOTS, ModelSpec
 from aiosd.llm.threads import Threads
@@ -56,6 +71,7 @@ class LoadedModel:
     threads: Threads
     layout: KvLayout
     prompt_batch: PromptBatch
+    ahead: Lookahead
     gpu_layers: int
     kv_bytes: int
     flash_attention: bool | None  # None: llama.cpp decides
@@ -87,13 +103,20 @@ class LoadedModel:
             "loras": list(model.adapters),
         }
 
+    @property
+    def again(self) -> bool:
+        """Was anything measured in a bad moment, so that it is to be measured again when the machine is quiet?"""
+        return self.threads.again or self.ahead.again
+
     def measure_again(self, slots: list[int]) -> None:
-        """Choose the number of threads again: the first choice was made on a busy machine. `slots` must be empty."""
-        found = threads.measure(self.context, slots, seconds=threads.MEASURE_S / 2)
-        if not found.again:
-            self.threads = found
-            logger.info("%d threads: %s", found.number, found.why)
-        self.context.set_threads(self.threads.number)
+        """Choose the number of threads and of guesses again. `slots` must be empty."""
+        if self.threads.again:
+            found = threads.measure(self.context, slots, seconds=threads.MEASURE_S / 2)
+            if not found.again:
+                self.threads = found
+                logger.info("%d threads: %s", found.number, found.why)
+            self.context.set_threads(self.threads.number)
+        self.ahead = _ahead(self.spec, self.model, self.context, slots[0])
 
     @property
     def attention(self) -> str:
@@ -148,6 +171,8 @@ def load(spec: ModelSpec, report: ReportProgress) -> LoadedModel:
         logger.info("%d slots of %d tokens: %s", chosen.slots, chosen.ctx, chosen.why)  # only if it could be loaded
         number = _threads(spec, context, chosen.slots, report)
         prompt_batch = _prompt_batch(context)
+        report("measuring guesses", 0.0)
+        ahead = _ahead(spec, model, context, 0)
     except BaseException:  # of any kind: llama.cpp's memory is not freed by Python
         model.close()
         raise
@@ -159,6 +184,7 @@ def load(spec: ModelSpec, report: ReportProgress) -> LoadedModel:
         number,
         layout,
         prompt_batch,
+        ahead,
         gpu_layers=_offloaded(spec, model),
         kv_bytes=kv_bytes,
         flash_attention=flash_attention,
@@ -278,6 +304,7 @@ def _context(
                 kv_type=spec.kv_type,
                 attention=attention,
                 rope=spec.rope,
+                outputs=0 if _no_guesses(spec, model) else lookahead.ROWS,
             )
         except WorldError as error:
             raise UsageError(f"{spec.path}: {slots} slots of {ctx} tokens: {error}") from error
@@ -321,6 +348,24 @@ def _threads(spec: ModelSpec, context: llama.LlamaContext, slots: int, report: R
     context.set_threads(found.number)
     logger.info("%d threads: %s", found.number, found.why)
     return found
+
+
+def _ahead(spec: ModelSpec, model: llama.Model, context: llama.LlamaContext, slot: int) -> Lookahead:
+    """How many guesses are computed in a step. `slot` must be empty."""
+    why = _no_guesses(spec, model)
+    cost = time.perf_counter if spec.gpu_layers and llama.supports_gpu() else time.process_time
+    found = Lookahead(0, why) if why else lookahead.measure(context, slot, spec.lookahead, cost=cost)
+    logger.info("%s", found.described)
+    return found
+
+
+def _no_guesses(spec: ModelSpec, model: llama.Model) -> str:
+    """Why no guesses are computed whatever they cost, '' if they may be."""
+    if spec.lookahead == 0:
+        return "--lookahead off"
+    if spec.exact:
+        return "--exact: several tokens of a call at once round in another way"
+    return "the model keeps a recurrent state, of which no part can be taken back" if model.recurrent else ""
 
 
 def _prompt_batch(context: llama.LlamaContext) -> PromptBatch:

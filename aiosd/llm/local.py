@@ -72,6 +72,7 @@ class Local:
             disk=spec.context_disk,
             folder=spec.folder,
             cancelled=line.cancelled,
+            ahead=loaded.ahead,
         )
         self.engine.meter.expect(loaded.prompt_batch.rate)
         self._embedder = EmbeddingEngine(loaded.model, loaded.threads.number)
@@ -140,15 +141,15 @@ class Local:
         self._library.close()
 
     def measure_again(self) -> None:
-        """If the number of threads was measured beside other busy processes, and the machine is quiet now, measure it
-        again."""
+        """What was measured beside other busy processes is measured again when the machine is quiet."""
         from aiosd.llm.loading import MEASURED_ROWS
         from aiosd.llm.threads import MOST_STEPS, machine_is_quiet
 
-        if self._loaded.threads.again and not self.engine.num_calls and machine_is_quiet():
+        if self._loaded.again and not self.engine.num_calls and machine_is_quiet():
             empty = self.engine.slots.empty()[:MEASURED_ROWS]
             if empty and self.engine.cache.make_room(len(empty) * MOST_STEPS):
                 self._loaded.measure_again(empty)
+                self.engine.guesser.set(self._loaded.ahead)
 
     def _report_places(self) -> None:
         began = time.monotonic()

@@ -50,6 +50,7 @@ class ModelSpec:
     flash_attention: str = "auto"  # on, off; auto: our own on a CPU, llama.cpp's choice on a GPU
     kv_type: str = "f16"  # or q8_0: how keys and values are kept
     kv_layout: str = "auto"  # streams: each slot has its own cells; unified: all share them; auto: that on a GPU
+    lookahead: int | None = None  # guessed tokens that a step computes at most; 0: none; None: as many as pay
     exact: bool = False  # same logits bit for bit whatever else is in the batch; CPU only
     kv_memory: int | None = None  # bytes for the KV cache; None: a quarter of the memory that is free
     context_ram: int | None = None  # bytes for contexts that have no slot; None: an eighth of the free memory
