@@ -12,12 +12,12 @@ read it (see `aiosd.ipc.letter`).
 
 from __future__ import annotations
 
-import array
-import contextlib
 import errno
 import os
 import socket
 import struct
+from array import array
+from contextlib import suppress
 
 from aiosd.ipc import letter
 
@@ -44,7 +44,7 @@ class Report:
 
     def ready(self, bell: int) -> None:
         """`bell`: the agent's. The kernel gets this at once, and the supervisor when it has time."""
-        with contextlib.suppress(OSError):  # else the supervisor answers for it
+        with suppress(OSError):  # else the supervisor answers for it
             os.write(bell, b"\0")
             os.write(self.fd, _ERRNO.pack(RUNG))
         os.close(self.fd)
@@ -58,7 +58,7 @@ class Report:
         self._send(GATES, fds)
 
     def _send(self, what: int, fds: list[int]) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
         with socket.socket(fileno=os.dup(self.fd)) as sock:
             sock.sendmsg([_ERRNO.pack(what)], rights)
         for fd in fds:
@@ -69,7 +69,7 @@ class Report:
         number = err.errno or errno.EIO
         shown = words.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         reason = letter.write_text(shown[:SHOWN])
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reason]))]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [reason]))]
         with socket.socket(fileno=self.fd) as sock:
             sock.sendmsg([_ERRNO.pack(number)], rights)
         os.close(reason)
@@ -91,4 +91,4 @@ def read(sock: socket.socket) -> tuple[int, list[int]] | None:
         return RUNG, []
     if not ancillary:  # this process has no descriptor left
         return None
-    return what, list(array.array("i", ancillary[0][2]))
+    return what, list(array("i", ancillary[0][2]))
