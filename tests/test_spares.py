@@ -13,9 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from aiosd.birth import modules
 from aiosd.birth.rehearsal import rehearse
-from aiosd.birth.spares import PID, Brooder, Spares, pair
+from aiosd.birth.spares import BATCH, PID, Brooder, Spares, pair
 from aiosd.init.supervisor import _backoff
+from aiosd.ipc import link
 from aiosd.timers import Timers
 from tests.conftest import System, descriptors, eventually, segments
 
@@ -84,6 +86,20 @@ def test_one_agent_makes_no_spares(aiosd: System) -> None:
     assert eventually(lambda: not spares(aiosd), 10)
     aiosd.run("aios-run", "--", "true", check=True)
     assert not spares(aiosd)
+
+
+def test_the_next_batch_is_ordered_when_a_quarter_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not later: a batch is forked beside the spawns that use up the one before."""
+    spares, left, ordered = Spares(Timers(lambda: 0.0)), list(range(BATCH[1])), []
+    spares._batch = BATCH[1]
+    fork = link.Fork((1, 1), 1, 0, 0, "x", 0, "g", 0, False, False, False)
+    monkeypatch.setattr(spares, "_waiting", left)
+    monkeypatch.setattr(spares, "_turn_spare", lambda payload, fds: (left.pop(), None))
+    monkeypatch.setattr(spares, "_order", lambda: ordered.append(len(left)))
+    monkeypatch.setattr(modules, "hide", lambda: None)
+    while left and not ordered:
+        spares.start(fork, 1, "/", (0, 1, 2), 3, 4, 5)
+    assert ordered == [BATCH[1] * 3 // 4]
 
 
 # ── the brooder's end ─────────────────────────────────────────────────────────────────────────────────────

@@ -9,26 +9,29 @@ tree while the agent lives, and becomes a child of the supervisor (which ends it
 every process is certain, without looking at its environment.
 
 Most of an agent's memory is pages that it shares with the supervisor; a page that is written to is copied. Several
-lines below avoid writing for that reason; their comments say so.
+lines below avoid writing for that reason; their comments say so. For the same reason functions of modules that agents
+seldom use are imported by name: to look one up in its module writes to the module, its dictionary and the name.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
-import gc
-import io
-import itertools
 import logging
-import multiprocessing.util
 import os
-import resource
 import sys
 import time
-import weakref
+from array import array
+from atexit import register
+from ctypes import memmove
 from dataclasses import dataclass
+from gc import enable
+from io import TextIOWrapper
+from itertools import accumulate
+from multiprocessing.util import _exit_function  # type: ignore[attr-defined]
+from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import Any
+from weakref import finalize
 
 import msgspec
 
@@ -95,7 +98,7 @@ def become_agent(spec: link.Fork, pid: int, home: str, fds: Descriptors, keeps_l
     _bound(spec)
     _set_environment(content, pid, home, fds)
     _reopen_streams(spec)
-    gc.enable()
+    enable()
     if not keeps_library:
         _reset_library()
         _register_exit_functions()
@@ -159,17 +162,17 @@ def _take_terminal() -> None:
 
 def _restore_nofile() -> None:
     """Python and aiosd raise the soft limit; programs that use select() need the usual one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+    _, hard = getrlimit(RLIMIT_NOFILE)
+    setrlimit(RLIMIT_NOFILE, (min(1024, hard), hard))
 
 
 def _bound(spec: link.Fork) -> None:
     """Set the limits that Linux enforces for its budgets, in each of its processes. Only root could raise them
     again."""
     for which, amount in bounds(share.limits for share in spec.shares):
-        _, hard = resource.getrlimit(which)
-        amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-        resource.setrlimit(which, (amount, amount))
+        _, hard = getrlimit(which)
+        amount = amount if hard == RLIM_INFINITY else min(amount, hard)
+        setrlimit(which, (amount, amount))
 
 
 def _lower_oom_protection() -> None:
@@ -194,11 +197,11 @@ def _reopen_streams(spec: link.Fork) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def _stdout(spec: link.Fork) -> io.TextIOWrapper:
+def _stdout(spec: link.Fork) -> TextIOWrapper:
     unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))  # as with `python -u`
     out = open(1, "wb", buffering=0 if unbuffered else -1, closefd=False)  # noqa: SIM115
     by_lines = spec.detached or os.isatty(1)
-    text = io.TextIOWrapper(
+    text = TextIOWrapper(
         out, encoding="utf-8", errors="surrogateescape", line_buffering=by_lines, write_through=unbuffered
     )
     text.mode = "w"  # type: ignore[misc] # as open() and the interpreter do
@@ -214,11 +217,21 @@ def _set_environment(content: Letter, pid: int, home: str, fds: Descriptors) -> 
 
 def environment_of(content: Letter, pid: int, home: str, memfd: int, bell: int) -> tuple[dict[bytes, bytes], bytes]:
     """An agent's environment, and its command line with a NUL after each word."""
-    environment = {wire.os_bytes(name): wire.os_bytes(value) for name, value in content.env.items()}
+    environment = _encoded(content.env)
     environment[wire.ENV_HOME.encode()] = os.fsencode(home)
     environment[wire.ENV_PID.encode()] = str(pid).encode()
     environment[wire.ENV_CHANNEL.encode()] = f"{memfd}:{bell}:{os.getpid()}".encode()
     return environment, b"".join(os.fsencode(word) + b"\0" for word in program.command_line(content))
+
+
+def _encoded(env: dict[str, str]) -> dict[bytes, bytes]:
+    """As `wire.os_bytes` makes them of names and values; all at once, where each is text."""
+    texts = [*env, *env.values()]
+    together = "\0".join(texts)
+    if together.count("\0") >= len(texts):
+        return {wire.os_bytes(name): wire.os_bytes(value) for name, value in env.items()}
+    encoded = together.encode("utf-8", "surrogateescape").split(b"\0")
+    return dict(zip(encoded[: len(env)], encoded[len(env) :], strict=False))  # of nothing, `split` makes one
 
 
 def _replace_environment(encoded: dict[bytes, bytes], command_line: bytes) -> None:
@@ -226,14 +239,13 @@ def _replace_environment(encoded: dict[bytes, bytes], command_line: bytes) -> No
     because the old strings lie on a hundred pages that all agents share. Linux shows that piece in /proc from now
     on."""
     strings = [name + b"=" + value + b"\0" for name, value in encoded.items()]
-    # Bytes in plain memory: a ctypes array would be a new type for each size.
+    # Not a ctypes array: that would be a new type for each size.
     array_bytes = (len(strings) + 1) * POINTER_BYTES
     start = malloc(array_bytes + sum(map(len, strings)) + len(command_line))
-    places = itertools.accumulate(map(len, strings), initial=start + array_bytes)
-    pointers = [place.to_bytes(POINTER_BYTES, sys.byteorder) for place in places]
-    pointers[-1] = bytes(POINTER_BYTES)  # where the next string would begin: the array's end
-    block = b"".join((*pointers, *strings, command_line))
-    ctypes.memmove(start, block, len(block))
+    pointers = array("L", accumulate(map(len, strings), initial=start + array_bytes))  # an address each
+    pointers[-1] = 0  # where the next string would begin: the array's end
+    block = b"".join((pointers, *strings, command_line))
+    memmove(start, block, len(block))
     _kept.append(os.environ._data)  # type: ignore[attr-defined]
     os.environ._data = os.environb._data = encoded  # type: ignore[attr-defined]
     _environ.value = start
@@ -253,12 +265,12 @@ def _reset_library() -> None:
     logging.root.level = logging.WARNING  # not `setLevel`: that clears the caches of all loggers
     logging.root._cache.clear()  # type: ignore[attr-defined]
     logging.raiseExceptions = True
-    _kept.append(weakref.finalize._registry)  # type: ignore[attr-defined]
-    weakref.finalize._registry = {}  # type: ignore[attr-defined]
-    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    _kept.append(finalize._registry)  # type: ignore[attr-defined]
+    finalize._registry = {}  # type: ignore[attr-defined]
+    finalize._registered_with_atexit = False  # type: ignore[attr-defined]
 
 
 def _register_exit_functions() -> None:
     """Register again what the standard library had registered, and `fork` has cleared: agents expect it."""
-    atexit.register(logging.shutdown)
-    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
+    register(logging.shutdown)
+    register(_exit_function)

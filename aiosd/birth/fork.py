@@ -13,12 +13,14 @@ import atexit
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FunctionType
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
@@ -66,22 +68,41 @@ def fork(child: Callable[[], int], *, tied: bool = True, exits: bool = False) ->
 
 
 def _fork() -> int:
-    """`os.fork` without the repair that `threading` does in the child. It repairs the records and locks of threads that
-    do not exist in the child. With only one thread there is nothing to repair, and it would write to memory that all
-    agents share (0.1 to 0.4 MB each). With more threads it is done, and also in the child's own forks."""
-    repair = getattr(threading, "_after_fork", None)
-    if repair is None or len(threading._active) > 1:  # type: ignore[attr-defined]
+    """`os.fork` without the repairs that `threading` and `logging` do in the child. They repair the records and locks
+    of threads that do not exist in the child. With only one thread there is nothing to repair, and it would write to
+    memory that all agents share (0.1 to 0.4 MB each). With more threads it is done, and also in the child's own
+    forks."""
+    if len(threading._active) > 1:  # type: ignore[attr-defined]
         return os.fork()
-    code = repair.__code__
-    repair.__code__ = _nothing.__code__
+    for hook, _, instead in _REPAIRS:
+        hook.__code__ = instead.__code__
     try:
         return os.fork()
     finally:
-        repair.__code__ = code
+        for hook, code, _ in _REPAIRS:
+            hook.__code__ = code
 
 
 def _nothing() -> None:
     pass
+
+
+def _release() -> None:
+    """Runs among the names of `logging`, which has taken its lock before the fork. (The locks of handlers are free.)"""
+    _lock.release()  # type: ignore[name-defined] # noqa: F821
+
+
+def _repairs() -> Iterator[tuple[FunctionType, CodeType, Callable[[], None]]]:
+    """Functions that repair, their code, and the function whose code runs in its place."""
+    repair = getattr(threading, "_after_fork", None)
+    if repair is not None:
+        yield repair, repair.__code__, _nothing
+    repair = getattr(logging, "_after_at_fork_child_reinit_locks", None)
+    if repair is not None and hasattr(logging, "_lock"):
+        yield repair, repair.__code__, _release
+
+
+_REPAIRS = tuple(_repairs())
 
 
 def fork_again(child: Callable[[], int]) -> int:

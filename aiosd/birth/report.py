@@ -12,12 +12,12 @@ which may name the agent's files: the supervisor passes it on to the kernel and 
 
 from __future__ import annotations
 
-import array
-import contextlib
 import errno
 import os
 import socket
 import struct
+from array import array
+from contextlib import suppress
 
 from aiosd.ipc import letter
 
@@ -45,7 +45,7 @@ class Report:
     def ready(self, bell: int) -> None:
         """Report that the agent runs. `bell`: the agent's. The kernel gets this at once, and the supervisor when it has
         time."""
-        with contextlib.suppress(OSError):  # if that fails the supervisor answers the spawn
+        with suppress(OSError):  # if that fails the supervisor answers the spawn
             os.write(bell, b"\0")
             os.write(self.fd, _ERRNO.pack(RUNG))
         os.close(self.fd)
@@ -59,7 +59,7 @@ class Report:
         self._send(GATES, fds)
 
     def _send(self, what: int, fds: list[int]) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
         with socket.socket(fileno=os.dup(self.fd)) as sock:
             sock.sendmsg([_ERRNO.pack(what)], rights)
         for fd in fds:
@@ -71,7 +71,7 @@ class Report:
         number = err.errno or errno.EIO
         shown = words.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         reason = letter.write_text(shown[:SHOWN])
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reason]))]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [reason]))]
         with socket.socket(fileno=self.fd) as sock:
             sock.sendmsg([_ERRNO.pack(number)], rights)
         os.close(reason)
@@ -93,4 +93,4 @@ def read(sock: socket.socket) -> tuple[int, list[int]] | None:
         return RUNG, []
     if not ancillary:  # this process has no descriptor left
         return None
-    return what, list(array.array("i", ancillary[0][2]))
+    return what, list(array("i", ancillary[0][2]))

@@ -1,0 +1,80 @@
+"""What a forked child finds of `threading` and `logging`, whose repairs are left out (`birth/fork.py`).
+
+In a process of its own with one thread, as the supervisor is."""
+
+import subprocess
+import sys
+
+import pytest
+
+COMMON = """
+import logging, os, threading
+from aiosd.birth.fork import fork, fork_again
+logging.basicConfig()
+handler = logging.root.handlers[0]
+hooks = threading._after_fork, logging._after_at_fork_child_reinit_locks
+codes = [hook.__code__ for hook in hooks]
+
+def exit_code(ospid):
+    return os.waitstatus_to_exitcode(os.waitpid(ospid, 0)[1])
+
+def free_for_others():
+    found = []
+    def take():
+        for lock in (logging._lock, handler.lock):
+            found.append(lock.acquire(timeout=10))
+            lock.release()
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return found == [True, True]
+"""
+
+CHILD = """
+assert exit_code(fork(lambda: 0 if free_for_others() else 1)) == 0, "a lock is held in the child"
+assert exit_code(fork(lambda: exit_code(fork_again(lambda: 0 if free_for_others() else 1)))) == 0, "in its child"
+assert free_for_others(), "in the parent"
+"""
+
+OWN_FORKS = """
+def with_held_locks():
+    assert [hook.__code__ for hook in hooks] == codes
+    held, done = threading.Event(), threading.Event()
+    def hold():
+        with handler.lock:
+            held.set()
+            done.wait()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if free_for_others() and threading.active_count() == 1 else 1)
+    done.set()
+    thread.join()
+    return exit_code(child)
+
+assert exit_code(fork(with_held_locks)) == 0
+assert [hook.__code__ for hook in hooks] == codes
+"""
+
+BESIDE_A_THREAD = """
+held, done = threading.Event(), threading.Event()
+def hold():
+    with handler.lock:
+        held.set()
+        done.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+assert exit_code(fork(lambda: 0 if free_for_others() else 1)) == 0
+done.set()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("script", [CHILD, OWN_FORKS, BESIDE_A_THREAD], ids=["child", "own forks", "beside a thread"])
+def test_no_lock_is_held_in_a_child(script: str) -> None:
+    argv = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", COMMON + script]  # forks beside threads are meant
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
