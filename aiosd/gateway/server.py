@@ -22,6 +22,7 @@ from aiosd.gateway.routes import ROUTES
 from aiosd.gateway.spec import GatewaySpec
 from aiosd.gateway.strangers import Strangers
 from aiosd.gateway.web import App, Counters
+from aiosd.gateway.whose import identify
 from aiosd.ipc import passage
 from aiosd.ipc.endpoint import BACKLOG
 from aiosd.ipc.heartbeat import BEAT_S, Rounds
@@ -77,7 +78,7 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
     _beat(loop, rounds, accounts)
     for name in ("uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.ERROR)  # uvicorn would write a line for each broken request
-    app = App(accounts, counters, spec.door, ROUTES)
+    app = App(accounts, counters, spec.door, ROUTES, lambda request: identify(request, accounts))
     config = Config(
         app,
         lifespan="off",
