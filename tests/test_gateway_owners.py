@@ -443,7 +443,8 @@ def test_looks_take_a_part_of_the_time(looks: list[int], monkeypatch: pytest.Mon
 def test_strangers_without_a_token_keep_no_agent_out(aiosd: System, agent: Agent) -> None:
     agent.post("/v1/models", method="GET")
     request = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    strangers = [socket.create_connection(url(aiosd), 5) for _ in range(300)]
+    address = url(aiosd)
+    strangers = [socket.create_connection(address, 5) for _ in range(300)]
     try:
         for one in strangers:
             one.sendall(request)

@@ -15,11 +15,11 @@ a token that the kernel made for one agent, sent by a process that is, or descen
     strangers.py  connections whose agent is not known yet
     web.py        a request and its reply; errors
     places.py     which field an error is about, in each API's words
-    whose.py      whose request it is
+    whose.py      which agent sent a request
     identity.py   which process is at the other end of a connection
     holders.py    … and all that have it, for many connections at once
-    owners.py     whose a connection is on which no token was shown
-    greetings.py  how the kernel is asked for an agent
+    owners.py     the agent of a connection without a token
+    greetings.py  connections to the kernel in the name of an agent
     accounts.py   the agents that are served, with a connection to the kernel for each
     pacer.py      when pieces of streams from the kernel are passed on
     calls.py      system calls for coroutines, and streams that end when their reader leaves

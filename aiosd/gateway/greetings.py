@@ -1,4 +1,4 @@
-"""The gateway greets the kernel, in the name of an agent."""
+"""How the gateway connects to the kernel in the name of an agent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from libaios.greeting import Greeting
 from libaios.home import Home
 from libaios.stream import FrameSocket
 
-AT_A_TIME = 64  # of a crowd that begins at once each gets its answer in time
+AT_A_TIME = 64  # when many agents begin at once, each gets its answer in time
 
 
 class Greetings:

@@ -1,16 +1,16 @@
-"""Which processes have the other end of a connection open? All that can be seen, for all connections that ask.
+"""Finds all processes that have the other end of a TCP connection open, for many connections in one scan of /proc.
 
-To find one holder is enough where a program has shown a token. Where the connection alone is to tell whose it is, all
-of them count: a socket that processes of two agents have is nobody's.
+If a program has sent a token, one process that has the connection is enough. If the connection alone has to prove its
+agent, all of them count: a socket that processes of two agents have belongs to neither.
 
-One look through /proc costs milliseconds, and anybody on this machine can have one made: it takes a connection and a
-request without a token. So there is one look at a time, it answers all that have asked until it began, and of all time
-looks take no more than the COST-th part, apart from what BURST_S allows at once. A thousand connections cost no more
-than one, and keep no other waiting for longer than two looks and a pause.
+A scan takes milliseconds, and every local program can cause one: with a connection, and a request without a token. So
+there is one scan at a time, it serves all connections that wait when it begins, and scans take one part in COST of the
+time, apart from what BURST_S allows at once. A thousand connections cost no more than one, and none waits for longer
+than two scans and a pause.
 
-What hides is not seen: a process that does not let its descriptors be looked at, a descriptor that lies in a queue, in
-io_uring or in the table of a single thread, and what a process has beyond its first MOST_DESCRIPTORS. To hide so an
-accomplice needs a connection in common with an agent, and no agent gets a descriptor that it did not take (`whose`).
+Some processes are not found: those whose descriptors aiosd may not read, and those that have the socket in a queue, in
+io_uring, in the descriptor table of a single thread, or after their first MOST_DESCRIPTORS descriptors. To misuse that,
+a process needs a connection in common with an agent; `owners` shows which ways there are to that.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from aiosd.gateway.identity import SocketAddress, other_end
 
 logger = logging.getLogger("gateway")
 
-COST = 4  # seconds for each second of looking
-BURST_S = 4.0  # that may be owed before there is a pause
+COST = 4  # seconds that must pass for each second of scanning; without a pause up to
+BURST_S = 4.0  # … this much of it
 MOST_DESCRIPTORS = 4096  # of one process; those in a sandbox have no more
 
 Ends = tuple[SocketAddress, SocketAddress]  # theirs and ours
@@ -45,16 +45,16 @@ class Holder(NamedTuple):
 
 
 class Holders:
-    """Answers whoever asks, in an event loop."""
+    """The scans, in a thread, for the event loop."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "holders")
         self._asked: dict[Ends, asyncio.Future[list[Holder]]] = {}
         self._looking: asyncio.Task[None] | None = None
-        self._even_at = 0.0  # when the looks until now will be paid for
+        self._even_at = 0.0  # when enough time has passed for all scans until now
 
     async def of(self, theirs: SocketAddress, ours: SocketAddress) -> list[Holder]:
-        """None, where the other end is not connected any more, or is another user's."""
+        """Empty if the other end is no longer connected, or belongs to another user."""
         loop = asyncio.get_running_loop()
         answer = self._asked.setdefault((theirs, ours), loop.create_future())
         if self._looking is None:
@@ -62,15 +62,15 @@ class Holders:
         return await asyncio.shield(answer)
 
     async def _look(self) -> None:
-        """As long as anybody asks."""
+        """Scan as long as connections wait."""
         while self._asked:
             await asyncio.sleep(self._even_at - time.monotonic() - BURST_S)
             asked, self._asked = self._asked, {}
             began = time.monotonic()
             try:
                 found = await asyncio.get_running_loop().run_in_executor(self._thread, look, list(asked))
-            except Exception:  # out of descriptors, say: nothing is shown
-                logger.exception("who has connected was not found out")
+            except Exception:  # no descriptors left, for example: nothing is proved then
+                logger.exception("/proc could not be scanned for the processes of a connection")
                 found = {}
             self._even_at = max(self._even_at, began) + COST * (time.monotonic() - began)
             for ends, answer in asked.items():
@@ -79,7 +79,7 @@ class Holders:
 
 
 def look(asked: Iterable[Ends]) -> dict[Ends, list[Holder]]:
-    """Those that have the other end of each connection; only of connections that a process of our own user has made."""
+    """The processes that have the other end of each connection, for connections that aiosd's own user has made."""
     wanted = {}
     for ends in asked:
         inode, uid = other_end(*ends)
@@ -95,14 +95,15 @@ def look(asked: Iterable[Ends]) -> dict[Ends, list[Holder]]:
 
 
 def roots(holders: list[Holder]) -> list[Holder]:
-    """Without those whose parent is a holder, too: they are of the same agent, since no agent is below another. This
-    must be known of the parents."""
+    """Without processes whose parent is one of them, too: they belong to the same agent as their parent, since no
+    agent's process is below another agent's."""
     pids = {one.pid for one in holders}
     return [one for one in holders if one.parent not in pids]
 
 
 def _held(pid: int, wanted: Container[str]) -> tuple[set[str], procfs.Stat | None]:
-    """Which of these a process has open, and what it is. All is read through one folder, so all is of one process."""
+    """Which of these sockets a process has open, and its stat. Both are read through one folder of /proc, and so from
+    one and the same process."""
     with contextlib.suppress(OSError):  # it has ended, or does not let us
         folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -1,17 +1,19 @@
-"""Whose is a connection on which no token was shown? That of the agent whose processes have its other end.
+"""Finds the agent of a connection on which no valid token was sent: the agent whose processes have its other end.
 
-Programs have keys in them that mean nothing here, or none at all, and a fixed address; the connection proves whose they
-are all the same. It is the only proof then, so it must be certain:
+Many programs send a fixed key that means nothing here, or no key, and use a fixed address. The connection is the only
+proof of their agent then, so whatever is not certain is refused:
 
-- All processes that have the other end are looked for (`holders`). The kernel proves from which agent each descends, as
-  it does for its own clients (`kernel.ancestry`): by number and start time, with a pidfd, twice. If they are not all of
-  one agent the connection is nobody's: each of them may have sent the request.
-- A process that has ended has no ancestors. One that has lost its agent, or is a tool's or an MCP server's, descends
-  from the supervisor alone, and belongs to no agent.
-- An agent may begin with a socket as its stdin, stdout or stderr. Who started it chose that, has it, too, and may have
-  sent the request. So what an agent was handed is never its own: the supervisor notes the inodes (`Agent.handed`).
-- A program that takes a connection from another process, over a Unix socket, takes over what was sent on it.
-- A page in a browser is not the browser: its requests need a token wherever the browser runs (`whose`).
+- All processes that have the other end are found (`holders`). The kernel proves the agent of each as for its own
+  clients (`kernel.ancestry`): by pid and start time, with a pidfd, twice. If they do not all belong to one agent the
+  connection belongs to none: each of the processes may have sent the request.
+- A process that has ended has no ancestors. An orphan of a dead agent, a tool's process and an MCP server have the
+  supervisor as their only ancestor, and belong to no agent.
+- An agent may begin with a socket as its stdin, stdout or stderr. Its parent chose that socket, and may have sent the
+  request. So such a socket never proves anything: the supervisor records its inode (`records.Agent.handed`), which the
+  kernel compares.
+- A program that receives a connection from another process, over a Unix socket, takes over what was sent on it: the
+  other process may be gone, or not be found.
+- Pages in a browser are not the browser's own requests: they need a token wherever the browser runs (`whose`).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class HasEnds(Protocol):
 
 
 class UnknownOwner(Exception):
-    """It is not certain whose it is; the message gives the reason."""
+    """The connection does not prove its agent; the message gives the reason."""
 
 
 class Owners:
@@ -52,8 +54,8 @@ class Owners:
         self._unsettled = 0
 
     async def token_of(self, connection: HasEnds) -> str:
-        """What stands for the agent that has this connection, in place of a token, as long as the agent lives. Raises
-        UnknownOwner, NoKernel."""
+        """The Hello's token for the agent of this connection: its first process, so it is valid as long as the agent
+        lives. Raises UnknownOwner, NoKernel."""
         held = await self._holders.of(*connection.ends)
         if not held:
             raise UnknownOwner(_NOBODY)
@@ -64,7 +66,7 @@ class Owners:
         return f"{wire.PROCESSES}0/{agent.ospid}:{first.started}"
 
     async def _proved(self, held: list[Holder]) -> wire.Welcome:
-        """What the kernel answers in the name of these processes' agent. Raises UnknownOwner, NoKernel."""
+        """The kernel's Welcome for the agent of these processes. Raises UnknownOwner, NoKernel."""
         if len(held) > wire.MOST_PROCESSES:
             raise UnknownOwner(_MANY)
         names = ",".join(f"{one.pid}:{one.started}" for one in held)

@@ -1,4 +1,4 @@
-"""Whose request is it? That is known before its body is read."""
+"""Finds the agent that sent a request, before its body is read: by its gate, its token, or its connection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aiosd.gateway.owners import UnknownOwner
 from aiosd.gateway.web import SOON, HttpRequest, Problem
 from libaios.greeting import NoKernel, Refused
 
-#: Of tokens that aiosd makes. What has another form was meant for another server.
+#: The form of tokens that aiosd makes. A key of another form was meant for another server.
 OURS = re.compile(r"aios-[A-Za-z0-9_-]{43}")
 HOW = "programs that are no agent's get a token by: aiosd token NAME"
 
@@ -27,7 +27,7 @@ async def identify(request: HttpRequest, accounts: Accounts) -> Account:
 
 
 async def _of_gate(request: HttpRequest, accounts: Accounts) -> Account:
-    """The gate tells whose request it is, whatever token a program sends."""
+    """The gate determines the agent, whatever token a program sends."""
     connection = request.connection
     try:
         account = await accounts.of_gate(connection.agent)
@@ -41,7 +41,7 @@ async def _of_gate(request: HttpRequest, accounts: Accounts) -> Account:
 
 
 async def _of_token(request: HttpRequest, accounts: Accounts) -> Account | None:
-    """None: there is no token, or none that an agent has."""
+    """None: no token was sent, or no agent has it."""
     token, connection = request.token(), request.connection
     if not OURS.fullmatch(token) or token == connection.unknown:
         return None
@@ -53,13 +53,14 @@ async def _of_token(request: HttpRequest, accounts: Accounts) -> Account | None:
     if connection.account is not account:
         if connection.account is not None or not await accounts.is_of(account, *connection.ends):
             raise Problem(403, "this token belongs to another agent", "permission_error", code="wrong_agent")
-        if connection.account is None:  # it was not shown meanwhile, by a request in front of this one
+        if connection.account is None:  # no earlier request of this connection identified it meanwhile
             connection.known(account)
     return account
 
 
 async def _of_connection(request: HttpRequest, accounts: Accounts) -> Account:
-    """It is looked up once. (A person's program shows its token each time: others may stand behind it.)"""
+    """Looked up once for each connection. A person's program must send its token with each request: it may be a proxy,
+    which sends requests of others on the same connection."""
     connection = request.connection
     if _is_of_page(request):
         raise _no_token(request, "requests of a page need a token")
@@ -71,7 +72,7 @@ async def _of_connection(request: HttpRequest, accounts: Accounts) -> Account:
         except UnknownOwner as err:
             connection.unproven = str(err)
         else:
-            if connection.account is None:  # see above
+            if connection.account is None:  # as above
                 connection.known(account)
     if connection.account is None:
         raise _no_token(request, connection.unproven)
@@ -79,7 +80,7 @@ async def _of_connection(request: HttpRequest, accounts: Accounts) -> Account:
 
 
 def _is_of_page(request: HttpRequest) -> bool:
-    """A browser may run as an agent; what it loads does not. (It says `none` where its user has typed the address.)"""
+    """A browser may be an agent, but pages that it loads are not. (`none`: its user has typed the address.)"""
     origin, site = request.headers.get(b"origin"), request.headers.get(b"sec-fetch-site", b"none")
     return origin is not None or site != b"none"
 
