@@ -1,4 +1,4 @@
-"""The loop of the gateway: HTTP on the socket that the guardian has made, and on connections that the proxy has
+"""The loop of the gateway: HTTP on the sockets that the guardian has made, and on connections that the proxy has
 accepted."""
 
 from __future__ import annotations
@@ -91,10 +91,14 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
     config.load()
     kind = type("Connection", (Guarded,), {"strangers": strangers})
     state = ServerState()
-    door = socket.socket(fileno=spec.door.fd)
-    server = await loop.create_server(
-        lambda: kind(config=config, server_state=state, app_state={}), sock=door, backlog=BACKLOG
-    )
+    servers = [
+        await loop.create_server(
+            lambda: kind(config=config, server_state=state, app_state={}),
+            sock=socket.socket(fileno=door.fd),
+            backlog=BACKLOG,
+        )
+        for door in spec.door.all
+    ]
     if spec.guests >= 0:
         guests = socket.socket(fileno=spec.guests)
 
@@ -105,7 +109,8 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
 
         passage.watch(loop, guests, functools.partial(_take_guest, connection_of))
     await ended.wait()
-    server.close()
+    for server in servers:
+        server.close()
     return 0
 
 

@@ -315,7 +315,7 @@ class App:
         self.models: list[ModelInfo] = []  # as last reported by the kernel
         self._routes = routes
         self._identify = identify
-        self._hosts = {door.host, "localhost", "127.0.0.1", "::1"}
+        self._hosts = {*(one.host for one in door.all), "localhost", "127.0.0.1", "::1"}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         request = HttpRequest(self, scope, receive, send)
