@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from aiosd.gateway import holders, identity
-from aiosd.gateway.holders import Holder, Holders
+from aiosd.gateway.holders import Holders, SocketHolder
 from aiosd.gateway.identity import SocketAddress
 from aiosd.ipc import endpoint
 from tests.conftest import System, eventually
@@ -233,10 +233,10 @@ os.rename(sys.argv[1] + "~", sys.argv[1])
 
 
 def test_what_has_lost_its_agent_is_refused(fresh_aiosd: Any, tmp_path: Path) -> None:
-    system = fresh_aiosd("--threads", "1", "--orphans", "term")
+    system = fresh_aiosd("--threads", "1", "--orphans", "term", "--stop-timeout", "60")
     found = tmp_path / "found"
     system.run("aios-run", program(tmp_path, ORPHAN), found)
-    assert eventually(found.exists)
+    assert eventually(found.exists, timeout=50)
     assert found.read_text().startswith("401 a token is needed: ")
 
 
@@ -394,16 +394,16 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many connections each look was for."""
     made: list[int] = []
 
-    def look(asked: list[holders.Ends]) -> dict[holders.Ends, list[Holder]]:
+    def look(asked: list[holders.Ends]) -> dict[holders.Ends, list[SocketHolder]]:
         made.append(len(asked))
-        return {ends: [Holder(ends[0].port, 1, 1, 3)] for ends in asked}
+        return {ends: [SocketHolder(ends[0].port, 1, 1, 3)] for ends in asked}
 
     monkeypatch.setattr(holders, "look", look)
     return made
 
 
 def test_a_crowd_costs_one_look(looks: list[int]) -> None:
-    async def crowd() -> list[list[Holder]]:
+    async def crowd() -> list[list[SocketHolder]]:
         asks = Holders()
         return await asyncio.gather(
             *(asks.of(SocketAddress("::1", port), SocketAddress("::1", 1)) for port in range(1000))
@@ -418,7 +418,7 @@ def test_looks_take_a_part_of_the_time(looks: list[int], monkeypatch: pytest.Mon
     clock, slept = [100.0], 0.0
     plain = holders.look
 
-    def one_s(asked: list[holders.Ends]) -> dict[holders.Ends, list[Holder]]:
+    def one_s(asked: list[holders.Ends]) -> dict[holders.Ends, list[SocketHolder]]:
         clock[0] += 1
         return plain(asked)
 

@@ -37,7 +37,7 @@ MOST_DESCRIPTORS = 4096  # of one process; those in a sandbox have no more
 Ends = tuple[SocketAddress, SocketAddress]  # theirs and ours
 
 
-class Holder(NamedTuple):
+class SocketHolder(NamedTuple):
     pid: int
     started: int  # see `procfs.Stat`
     parent: int
@@ -49,11 +49,11 @@ class Holders:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "holders")
-        self._asked: dict[Ends, asyncio.Future[list[Holder]]] = {}
+        self._asked: dict[Ends, asyncio.Future[list[SocketHolder]]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._even_at = 0.0  # when enough time has passed for all scans until now
 
-    async def of(self, theirs: SocketAddress, ours: SocketAddress) -> list[Holder]:
+    async def of(self, theirs: SocketAddress, ours: SocketAddress) -> list[SocketHolder]:
         """Empty if the other end is no longer connected, or belongs to another user."""
         loop = asyncio.get_running_loop()
         answer = self._asked.setdefault((theirs, ours), loop.create_future())
@@ -78,23 +78,23 @@ class Holders:
         self._looking = None
 
 
-def look(asked: Iterable[Ends]) -> dict[Ends, list[Holder]]:
+def look(asked: Iterable[Ends]) -> dict[Ends, list[SocketHolder]]:
     """The processes that have the other end of each connection, for connections that aiosd's own user has made."""
     wanted = {}
     for ends in asked:
         inode, uid = other_end(*ends)
         if inode and uid == os.getuid():
             wanted[f"socket:[{inode}]"] = ends, inode
-    found: dict[Ends, list[Holder]] = {ends: [] for ends, _ in wanted.values()}
+    found: dict[Ends, list[SocketHolder]] = {ends: [] for ends, _ in wanted.values()}
     for pid in [int(name) for name in os.listdir("/proc") if name.isdecimal()] if wanted else []:
         has, stat = _held(pid, wanted)
         for ends, inode in map(wanted.__getitem__, has):
             if stat is not None:
-                found[ends].append(Holder(pid, stat.started, stat.ppid, inode))
+                found[ends].append(SocketHolder(pid, stat.started, stat.ppid, inode))
     return found
 
 
-def roots(holders: list[Holder]) -> list[Holder]:
+def roots(holders: list[SocketHolder]) -> list[SocketHolder]:
     """Without processes whose parent is one of them, too: they belong to the same agent as their parent, since no
     agent's process is below another agent's."""
     pids = {one.pid for one in holders}

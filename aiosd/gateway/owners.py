@@ -23,7 +23,7 @@ from typing import Protocol
 
 from aiosd import procfs
 from aiosd.gateway.greetings import Greetings
-from aiosd.gateway.holders import Holder, Holders, roots
+from aiosd.gateway.holders import Holders, SocketHolder, roots
 from aiosd.gateway.identity import SocketAddress
 from libaios import wire
 from libaios.greeting import NotYet, Refused
@@ -65,7 +65,7 @@ class Owners:
             raise UnknownOwner(_NOBODY)
         return f"{wire.PROCESSES}0/{agent.ospid}:{first.started}"
 
-    async def _proved(self, held: list[Holder]) -> wire.Welcome:
+    async def _proved(self, held: list[SocketHolder]) -> wire.Welcome:
         """The kernel's Welcome for the agent of these processes. Raises UnknownOwner, NoKernel."""
         if len(held) > wire.MOST_PROCESSES:
             raise UnknownOwner(_MANY)
