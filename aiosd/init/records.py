@@ -83,6 +83,7 @@ class Agent:
     forked_at: float = 0.0  # when its process was forked, on the monotonic clock
     letter: int = -1  # a descriptor of its letter, kept for its next start and for the next kernel
     door: int = -1  # of a confined agent: a descriptor, see `sandbox.doors`
+    handed: tuple[int, ...] = ()  # sockets among its stdin, stdout and stderr: inodes
     gates: tuple[int, ...] = ()  # of an agent with a network of its own: descriptors, see `birth.gates`
     last_status: int = 0
     again: Cancellable | None = None  # its next start; None while it waits: STOP holds it
