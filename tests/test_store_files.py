@@ -21,13 +21,12 @@ from aiosd.commands import sto
 from aiosd.ipc import link
 from aiosd.ipc.service import Lasting
 from aiosd.store import archive, contents, fsck, owners, rebuild, roots
-from aiosd.store.contents import hash_of
 from aiosd.store.database import Database
 from aiosd.store.meaning import Meaning
 from aiosd.store.remake import remake
 from aiosd.store.room import DiskReserve
 from aiosd.store.storage import SYNC_AT_ONCE, Storage
-from aiosd.store.tables import CONTENTS
+from aiosd.store.tables import CONTENTS, content_hash
 from libaios import wire
 from libaios.wire import PIECE, TABLE, Sys
 from tests.test_store_commit import flip, leaf_of
@@ -315,7 +314,7 @@ def test_others_files_are_as_if_not_there(store: Store) -> None:
     store.write("secret/plan", b"word")
     for caller in (OTHER, STRANGER, SCRIPT):
         of = "agent:default/me"
-        for path in ("secret/plan", "not/there", contents.hash_of(b"word").hex()):
+        for path in ("secret/plan", "not/there", content_hash(b"word").hex()):
             for sys, args in [*reading(path, of), *changing(path, of), (Sys.STO_SHARE, wire.StoShare(path, "group"))]:
                 refused(errno.ENOENT, lambda sys=sys, args=args, caller=caller: store(sys, args, caller))
         assert store.paths(caller, of=of) == store.paths(caller, of="agent:default/nobody") == []
@@ -570,7 +569,7 @@ def test_pieces_wait_for_the_disk_when_the_file_is_finished(
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: synced.add(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or fsync(fd))
     pieces = [os.urandom(PIECE) for _ in range(SYNC_AT_ONCE + 2)]
-    names = [hash_of(piece).hex() for piece in pieces]
+    names = [content_hash(piece).hex() for piece in pieces]
     number = store(Sys.STO_UPLOAD, wire.StoUpload("large"))
     for place, piece in enumerate(pieces):
         store(Sys.STO_PIECE, wire.StoPiece(number, place * PIECE, piece))
@@ -648,7 +647,7 @@ def test_a_file_that_no_commit_has_named_goes(tmp_path: Path) -> None:
     store.close()  # before anything was cleaned
     (store.folder / "contents" / ("0" * 64)).touch()  # not ours: it may be all that is left of something
     again = Store(tmp_path)
-    assert again.files() == {contents.hash_of(b"k" * PIECE).hex(), "0" * 64}
+    assert again.files() == {content_hash(b"k" * PIECE).hex(), "0" * 64}
     assert again.write("lost", b"l" * PIECE).version == 1
     assert again.read("lost") == b"l" * PIECE
     again.close()
@@ -667,7 +666,7 @@ def test_a_content_that_is_dropped_and_written_again_stays(store: Store) -> None
 def test_what_the_disk_has_changed_is_an_error_for_that_file_only(store: Store, damage: str) -> None:
     upload(store, "hit", LARGE)
     store.write("whole", b"w" * PIECE)
-    path = store.folder / "contents" / contents.hash_of(LARGE[:PIECE]).hex()
+    path = store.folder / "contents" / content_hash(LARGE[:PIECE]).hex()
     raw = bytearray(path.read_bytes())
     path.unlink()
     raw[1000] ^= 1
@@ -750,7 +749,7 @@ def test_a_repair_makes_what_is_counted_anew(tmp_path: Path) -> None:
 
 def test_fsck_names_a_content_that_is_missing(tmp_path: Path) -> None:
     folder = filled(tmp_path)
-    name = contents.hash_of(LARGE[:PIECE]).hex()
+    name = content_hash(LARGE[:PIECE]).hex()
     (folder / "contents" / name).unlink()
     assert fsck.check(folder / "store.db") == [f"contents 2: content {name} is missing"]
 
