@@ -299,7 +299,7 @@ class Theirs:
 def dry_of(model: llama.Model, breakers: list[str], **changes: Any) -> tuple[Dry, Any]:
     """Ours and llama.cpp's."""
     sampling = Sampling(**{"dry_multiplier": 0.8, "dry_breakers": breakers, **changes})
-    edits = SamplerFactory(model).choice(sampling, constrained=False).edits
+    edits = SamplerFactory(model).chain(sampling, constrained=False).edits
     assert edits is not None
     assert edits.dry is not None
     texts = (ctypes.c_char_p * len(breakers))(*[text.encode() for text in breakers])

@@ -545,7 +545,7 @@ class Engine:
                 if sequence.phase is Phase.DECODE:
                     tokens[i] = sequence.upcoming
                 continue
-            if token in sequence.choice.stops:
+            if token in sequence.chain.stops:
                 self._finish(sequence, "stop")
                 continue
             out = sequence.out
@@ -635,15 +635,15 @@ class Engine:
             except OSError as error:
                 self._fail(sequence, error.errno or errno.EIO, error.strerror or str(error))
                 return
-        if token == END or token in sequence.choice.stops:
+        if token == END or token in sequence.chain.stops:
             self._finish(sequence, "stop")
             return
         self._append(sequence, token)
 
     def _append(self, sequence: Sequence, token: int) -> None:
         sequence.out.append(token)
-        if sequence.choice.mirostat is not None:
-            sequence.choice.mirostat.learn()
+        if sequence.chain.mirostat is not None:
+            sequence.chain.mirostat.learn()
         if sequence.logprobs is not None and sequence.raw is not None:
             sequence.logprobs.append(sequence.raw.of(token, self._pieces))
         if sequence.watched:
@@ -830,7 +830,7 @@ class Engine:
         self._feed(sequence)
         offset, sequence.sent = sequence.sent, len(sequence.out)
         logprobs = sequence.logprobs[offset:] if sequence.logprobs is not None else None
-        mirostat = sequence.choice.mirostat
+        mirostat = sequence.chain.mirostat
         mu = mirostat.mu if mirostat is not None else None
         return Delta(sequence.key, offset, sequence.out[offset:], sequence.text.take(), logprobs, mu=mu)
 

@@ -35,7 +35,7 @@ class SamplerFactory:
         self._model = model
         self._breakers: OrderedDict[tuple[str, ...], Breakers] = OrderedDict()
 
-    def choice(self, sampling: Sampling, constrained: bool) -> SamplerChain:
+    def chain(self, sampling: Sampling, constrained: bool) -> SamplerChain:
         ends = frozenset() if sampling.ignore_eos and not constrained else self._model.end_tokens
         stops = ends | frozenset(sampling.stop_tokens)
         edits = self._edits(sampling, stops)

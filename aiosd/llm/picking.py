@@ -23,7 +23,7 @@ class Rows:
     def __init__(self, calls: list[Sequence]) -> None:
         for sequence in calls:
             sequence.plain = sequence.simple and not sequence.replaying
-        self.wanted: Draws = draws([(s.choice.sampler, len(s.out), row) for row, s in enumerate(calls)])
+        self.wanted: Draws = draws([(s.chain.sampler, len(s.out), row) for row, s in enumerate(calls)])
         self.special = [(row, s) for row, s in enumerate(calls) if not s.plain]
 
     def next_step(self) -> None:
@@ -42,27 +42,27 @@ class Picker:
             rows.wanted["index"][row] = len(sequence.out)
         tokens = self._drawer.draw(logits, rows.wanted)
         for row, sequence in special:
-            if sequence.choice.mirostat is not None:
-                tokens[row] = sequence.choice.mirostat.draw(logits[row], len(sequence.out))
+            if sequence.chain.mirostat is not None:
+                tokens[row] = sequence.chain.mirostat.draw(logits[row], len(sequence.out))
         return tokens
 
     def pick_one(self, sequence: Sequence, row: LogitRow) -> int:
         """The token that `pick` would give for this row of this call."""
         self._prepare(sequence, row)
-        if sequence.choice.mirostat is not None:
-            return sequence.choice.mirostat.draw(row, len(sequence.out))
-        return self._drawer.one(row, sequence.choice.sampler, len(sequence.out))
+        if sequence.chain.mirostat is not None:
+            return sequence.chain.mirostat.draw(row, len(sequence.out))
+        return self._drawer.one(row, sequence.chain.sampler, len(sequence.out))
 
     def _prepare(self, sequence: Sequence, row: LogitRow) -> None:
-        choice = sequence.choice
-        if choice.top_logprobs is not None:
-            sequence.raw = Raw(row, choice.top_logprobs)
-        if choice.edits is not None:
-            choice.edits.apply(row, sequence.prompt, sequence.out)
+        chain = sequence.chain
+        if chain.top_logprobs is not None:
+            sequence.raw = Raw(row, chain.top_logprobs)
+        if chain.edits is not None:
+            chain.edits.apply(row, sequence.prompt, sequence.out)
 
     def again(self, sequence: Sequence, row: LogitRow) -> int:
         """Draw again for the same place, from a changed row or a part of it (then the result is a place in that)."""
         index = len(sequence.out)
-        if sequence.choice.mirostat is not None:
-            return max(sequence.choice.mirostat.draw(row, index), 0)
-        return max(self._drawer.one(row, sequence.choice.sampler, index), 0)  # if all are -inf, the first one
+        if sequence.chain.mirostat is not None:
+            return max(sequence.chain.mirostat.draw(row, index), 0)
+        return max(self._drawer.one(row, sequence.chain.sampler, index), 0)  # if all are -inf, the first one

@@ -71,7 +71,7 @@ class Requests:
         self._quick = False
         self._grammars: dict[bytes, str] = {}  # those of recent tools and schemas, the oldest first
         self._grammar_bytes = 0
-        self._options = SamplerFactory(model)
+        self._samplers = SamplerFactory(model)
         template, for_tools = model.chat_templates
         self.template = ChatTemplate(
             template, model.token_text(model.bos), model.token_text(model.eos), self._tokenizer.controls, for_tools
@@ -175,7 +175,7 @@ class Requests:
             arrived=now,
             prompt=np.asarray(prepared.prompt, np.int32),
             max_tokens=_UNLIMITED if sampling.max_tokens is None else sampling.max_tokens,
-            choice=self._options.choice(sampling, constrained=constraint is not None),
+            chain=self._samplers.chain(sampling, constrained=constraint is not None),
             stream=request.stream,
             new_text=lambda: self._text(submit, prepared, reader),
             constraint=constraint,
@@ -185,8 +185,8 @@ class Requests:
             price=submit.price or FREE,
             watched=request.stream or bool(prepared.stops) or reader is not None,
         )
-        if sequence.choice.mirostat is not None and submit.mu is not None:
-            sequence.choice.mirostat.mu = submit.mu
+        if sequence.chain.mirostat is not None and submit.mu is not None:
+            sequence.chain.mirostat.mu = submit.mu
         try:
             self._force(sequence, request.given)
         except BaseException:  # the constraint's memory is llama.cpp's: it must be freed whatever was raised
@@ -356,7 +356,7 @@ class Requests:
                 sequence.constraint.replay(sequence.text, token)
             sequence.text.feed(self._model.pieces[token])
         sequence.out = list(given)
-        if sequence.choice.top_logprobs is not None:
+        if sequence.chain.top_logprobs is not None:
             sequence.logprobs = [None] * len(given)
         sequence.forced = sequence.sent = sequence.fed = len(given)
         sequence.text.take()

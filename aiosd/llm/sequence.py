@@ -52,7 +52,7 @@ class Sequence:
     arrived: float
     prompt: npt.NDArray[np.int32]
     max_tokens: int  # of the whole generation; tokens that came with the call (`given`) count
-    choice: SamplerChain  # how its tokens are chosen
+    chain: SamplerChain  # how its tokens are chosen
     stream: bool
     new_text: Callable[[], TextStream]  # makes the text as it is before the first token
     constraint: Constraint | None = None
@@ -145,8 +145,8 @@ class Sequence:
     @property
     def simple(self) -> bool:
         """Is a token drawn from its rows as they are, and nothing else done with them?"""
-        choice = self.choice
-        return choice.edits is None and choice.mirostat is None and self.logprobs is None and self.constraint is None
+        chain = self.chain
+        return chain.edits is None and chain.mirostat is None and self.logprobs is None and self.constraint is None
 
     def tokens(self) -> npt.NDArray[np.int32]:
         """The tokens of the prompt and of the output so far."""
