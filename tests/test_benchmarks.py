@@ -252,13 +252,13 @@ def test_busy_neighbours_leave_a_fair_share(tmp_path):
 def test_guesses_are_measured_against_none_through_the_whole_system(tmp_path):
     chance = random.Random(1)
     assert all(text(chance, chat) != text(chance, chat) for text in lookup.TEXTS.values() for chat in (False, True))
-    prompt = lookup.copy(chance, False).prompt
+    prompt = lookup.TEXTS["json"](chance, False).prompt
     assert prompt.count(prompt.rpartition("\n\n")[2]) == 2  # what is to be copied, and its beginning
     options = lookup.parse([*ONE, "--agents", "1", "--tokens", "8", "--rounds", "1"])
     path = write(tmp_path / "m.gguf", vocab=512)
     default, off = lookup.LookaheadSide(path, options), lookup.LookaheadSide(path, options, "--lookahead", "off")
     try:
-        row = lookup.cell(default, off, "m", "copy", 1, options)
+        row = lookup.cell(default, off, "m", "listing", 1, options)
         assert off.guesses() == {"why": "does not look ahead: --lookahead off", "guessed": 0, "right": 0}
         assert row["why"] != off.guesses()["why"]
     finally:

@@ -74,6 +74,8 @@ def test_status_tells_where_what_runs(aiosd: System) -> None:
     assert model["info"]["gpu_layers"] == 0
     assert model["info"]["n_ctx"] >= 2048
     assert model["stats"]["kv_layout"] == "streams (all layers run on the CPU)"
+    assert re.match(r"(looks up to \d+ tokens?|does not look) ahead: a step of ", model["stats"]["lookahead"]["why"])
+    assert "guessed" in aiosd.run("aiosd", "status", "-v", check=True).stdout
     text = aiosd.run("aiosd", "status", check=True).stdout
     assert model["name"] in text
     assert str(aiosd.home) in text

@@ -66,6 +66,16 @@ def test_the_head_has_what_the_system_tells() -> None:
     ]
 
 
+def test_how_many_guesses_were_right_is_shown_once_there_were_some() -> None:
+    def speed(guessed: int) -> str:
+        (model,) = STATUS["models"]
+        stats = model["stats"] | {"lookahead": {"why": "", "guessed": guessed, "right": 7}}
+        return picture.head(STATUS | {"models": [model | {"stats": stats}]}, 100, 0.0)[3]
+
+    assert speed(8).endswith("prefix hits 67%  guesses 88%")
+    assert speed(0).endswith("prefix hits 67%")
+
+
 keys = st.sampled_from(["slots", "running", "waiting", "preemptions", "tokens_per_s", "step_s", "prefix", "tiers"])
 
 

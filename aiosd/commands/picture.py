@@ -151,6 +151,9 @@ def _speed(stats: dict[str, Any]) -> list[str]:
     prefix = stats.get("prefix")
     if isinstance(prefix, dict) and "hit_rate" in prefix:
         parts.append(f"prefix hits {prefix['hit_rate'] * 100:.0f}%")
+    ahead = stats.get("lookahead")
+    if isinstance(ahead, dict) and ahead.get("guessed"):
+        parts.append(f"guesses {ahead.get('right', 0) / ahead['guessed'] * 100:.0f}%")
     return parts
 
 

@@ -615,7 +615,7 @@ class Engine:
             if sequence.phase is not Phase.DECODE or sequence.out[-1] != expected or not self._pays(sequence):
                 break
         if sequence.length < held:
-            self._context.cut(slot, sequence.length)
+            self._context.take_back(slot, sequence.length)
         return count
 
     def _next(self, sequence: Sequence, row: llama.Floats, token: int) -> None:

@@ -454,6 +454,12 @@ class LlamaContext:
                 return False
         return bool(C.llama_memory_seq_rm(self._memory, sequence, length, -1))
 
+    def take_back(self, sequence: int, length: int) -> None:
+        """Forget the tokens from position `length` on, which were computed just now: unlike after `cut`, the next ones
+        find all that they look at. Not for models with a recurrent state."""
+        if not C.llama_memory_seq_rm(self._memory, sequence, length, -1):
+            raise Bug(f"llama.cpp does not take back tokens of sequence {sequence}")
+
     def last_position(self, sequence: int) -> int:
         """The position of the last token, -1 when the sequence is empty."""
         return int(C.llama_memory_seq_pos_max(self._memory, sequence))
