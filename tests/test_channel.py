@@ -312,7 +312,7 @@ def test_a_long_wait_sleeps_longer_each_time(ends: Ends, monkeypatch: pytest.Mon
 def test_wait_ends_after_its_time(ends: Ends) -> None:
     before = time.monotonic()
     assert not ends.agent.wait(0.02)
-    assert 0.02 <= time.monotonic() - before < 1
+    assert 0.02 <= time.monotonic() - before < 10
 
 
 def test_a_frame_that_comes_while_sleep_is_announced_is_received(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
