@@ -40,6 +40,10 @@ class Refused(NoKernel):
     """The kernel answers, and refuses this client: another attempt is useless."""
 
 
+class NotYet(NoKernel):
+    """It answers that it does not know yet who this client is: another attempt, soon, may help."""
+
+
 def _no_kernel(message: str, kind: type[NoKernel] = NoKernel) -> NoKernel:
     return kind(errno.ECONNREFUSED, message)
 
@@ -155,7 +159,7 @@ def _refusal(payload: bytes, home: Home) -> NoKernel:
         message = msgspec.msgpack.decode(reply.body, type=wire.Failure).message
     except msgspec.MsgspecError:
         return _no_kernel(f"{home.texts['socket']}: something that is no aiosd answers")
-    return _no_kernel(message, Refused if reply.errno == errno.EACCES else NoKernel)
+    return _no_kernel(message, {errno.EACCES: Refused, errno.EAGAIN: NotYet}.get(reply.errno, NoKernel))
 
 
 def greet(home: Home, token: str = "") -> tuple[FrameSocket, wire.Welcome]:

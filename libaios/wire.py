@@ -161,10 +161,16 @@ class Failure(Struct, array_like=True, frozen=True):
 #: A token that is GATE and the pid of an agent: a program has connected through that agent's own gate.
 GATE = "gate:"
 
+#: Before SOCKET/PID:STARTED,… in place of a token: these processes (`procfs.Stat.started`) have the other end of a
+#: program's connection, which is the socket of this inode, and the agent is meant that all of them descend from.
+PROCESSES = "processes:"
+MOST_PROCESSES = 8
+
 
 class Hello(Struct, array_like=True, frozen=True):
     """First frame of a client on the control socket. `client` 0 asks for a new identity. `token`: the secret of the
-    agent that the client acts for, or GATE and its pid, which only aiosd's own gateway may."""
+    agent that the client acts for, or GATE and its pid, or PROCESSES and processes of it; only aiosd's own
+    gateway may send one."""
 
     version: int
     client: Uint = 0

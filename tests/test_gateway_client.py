@@ -59,10 +59,7 @@ for wrong in ({"messages": []}, {"messages": say, "temperature": -5}, {"messages
         client.chat.completions.create(model="x", **wrong)
     except openai.BadRequestError as err:
         print("refused", err.code, err.param)
-try:
-    OpenAI(api_key="aios-wrong").models.list()
-except openai.AuthenticationError as err:
-    print("stranger", err.code)
+print("any key", OpenAI(api_key="sk-none").models.list().data[0].id)
 
 async def cancelled():
     async with AsyncOpenAI() as client:
@@ -94,7 +91,7 @@ def test_the_official_client_finds_what_it_expects(aiosd: System, tmp_path: Path
         refused None messages
         refused None temperature
         refused context_length_exceeded messages
-        stranger invalid_api_key
+        any key nano
         cancelled True
         budget insufficient_quota false
     """), done.stderr

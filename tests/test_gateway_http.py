@@ -111,7 +111,7 @@ async def _house(keep_alive_s: float = 30) -> AsyncIterator[House]:
         web.route("POST", "/break/{kind}", breaks, open=True),
         web.route("GET", "/models/{model:path}", show, open=True, before="(?:/v1)?"),
     ]
-    app = web.App(None, web.Counters(), Endpoint("127.0.0.1", 1), routes)  # type: ignore[arg-type]
+    app = web.App(None, web.Counters(), Endpoint("127.0.0.1", 1), routes, None)  # type: ignore[arg-type]
     config = Config(app, lifespan="off", ws="none", access_log=False, log_config=None, timeout_keep_alive=keep_alive_s)  # type: ignore[arg-type]
     config.load()
     kind = type("Connection", (Guarded,), {"strangers": Strangers()})

@@ -295,6 +295,29 @@ def test_a_process_that_has_ended_is_refused_whatever_its_number_is_now(proc: Pr
         os.close(pidfd)
 
 
+def test_processes_of_one_agent_have_one_agent(proc: Processes) -> None:
+    """By number and start time; a number alone may be another process's by now."""
+    me, started = os.getpid(), 7
+    other = 201
+    proc.parents |= {me: (300, started), other: (SUPERVISOR, 8)}
+    agents = {AGENT: "the agent", other: "another"}
+    with subprocess.Popen(["sleep", "60"]) as child:
+        proc.parents[child.pid] = (AGENT, 9)
+        named = [(me, started), (child.pid, 9)]
+        assert ancestry.agent_above_all(named, agents, SUPERVISOR) == "the agent"
+        for parent in (other, 50):
+            proc.parents[child.pid] = (parent, 9)
+            with pytest.raises(Unproven, match="not of one agent"):
+                ancestry.agent_above_all(named, agents, SUPERVISOR)
+        proc.parents[child.pid] = (SUPERVISOR, 9)
+        with pytest.raises(Unsettled):
+            ancestry.agent_above_all(named, agents, SUPERVISOR)
+        child.kill()
+    for wrong in ([(me, started + 1)], [(child.pid, 9)], [(0, 1)], []):
+        with pytest.raises(Unproven):
+            ancestry.agent_above_all(wrong, agents, SUPERVISOR)
+
+
 def whose(sock: socket.socket) -> str | None:
     origin = peer_of(sock)
     try:

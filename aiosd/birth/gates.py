@@ -29,7 +29,7 @@ def of(gateway: Endpoint | None) -> list[HostPort]:
     """The addresses of the gates."""
     found: list[HostPort] = [(hosts.PROXY_HOST, hosts.PROXY_PORT)]
     if gateway is not None:
-        found += [(gateway.host, gateway.port), *(("127.0.0.1", port) for port in FIXED)]
+        found += [*((one.host, one.port) for one in gateway.all), *(("127.0.0.1", port) for port in FIXED)]
     return list(dict.fromkeys(found))
 
 

@@ -172,7 +172,8 @@ def _complete_net(context: click.Context, parameter: click.Parameter, incomplete
     metavar="none|all|gateway|HOST,...",
     help="Its network in a sandbox; else as the settings say. HOST: example.org, *.example.org (all below it), "
     "example.org:8443 (else ports 80 and 443). HOST, and the gateway alone: in the cage only; there the gateway is at "
-    "127.0.0.1:8000, 8080, 11434 and 1234, too. With all, these ports are the machine's.",
+    "127.0.0.1:8000, 8080, 11434 and 1234, too. With all, these ports are the machine's: the gateway is there if aiosd "
+    "was started so (--gateway 0,11434).",
     shell_complete=_complete_net,
 )
 @click.option(

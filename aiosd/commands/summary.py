@@ -15,7 +15,7 @@ LABEL = 16  # width of the column of names at most; a longer name has a line of 
 def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     """The most important figures. One that the system does not report is left out."""
     rows = {"home": str(found.get("home", "")), "policy": _policy(found), "agents": _agents(found)}
-    rows["gateway"] = f"{found['gateway']}/v1" if found.get("gateway") else found.get("gateway_why", "")
+    rows["gateway"] = _gateway(found)
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
     rows |= {f"route {route.get('name', '?')}": _route_in_a_line(route) for route in found.get("routes", [])}
     rows["notes"] = _notes(found)
@@ -36,6 +36,16 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
         head = [f"  {name:{width}}  {first}"] if len(name) <= width else [f"  {name}", " " * (width + 4) + first]
         lines += [*head, *(" " * (width + 4) + line for line in more)]
     return lines + _checked(found.get("check"))
+
+
+def _gateway(found: dict[str, Any]) -> str:
+    """Its address, and where it is, too: the ports alone, where they are of the same host."""
+    url = found.get("gateway", "")
+    if not url:
+        return str(found.get("gateway_why", ""))
+    host = url[: url.rindex(":") + 1]
+    more = [one.removeprefix(host).removeprefix("http://") for one in found.get("gateway_more", [])]
+    return f"{url}/v1" + (f", also at {', '.join(more)}" if more else "")
 
 
 def _wrapped(text: str, width: int) -> list[str]:

@@ -184,8 +184,8 @@ KEYS = (
     Key(
         "gateway",
         endpoint.read,
-        "auto|off|[HOST:]PORT",
-        "Where programs find the OpenAI API (auto: any free port).",
+        "auto|off|[HOST:]PORT,…",
+        "Where programs find the OpenAI API, and further ports where it is, too: 0,11434 (auto: any free port).",
         Endpoint(),
     ),
     Key(

@@ -5,12 +5,12 @@ agent's own gate (`birth.gates`) needs no token: only this agent's processes can
 may use the account of an agent if the process at its other end is that agent or descends from it. That is looked up
 once for each connection, in a thread, because there may be many processes to check. So a token that another agent has
 read somewhere is of no use to it; nor is the token of a person's own programs, which no process of the system may use.
+Without a token the connection alone may prove its agent (`owners`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +18,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from aiosd.gateway.greetings import Greetings
 from aiosd.gateway.identity import SocketAddress, belongs, holder, is_outside
+from aiosd.gateway.owners import Owners, UnknownOwner
 from libaios import wire
 from libaios.client import ControlSocket
 from libaios.connection import Connection
-from libaios.greeting import Greeting
+from libaios.greeting import Refused
 from libaios.home import Home
 from libaios.pace import Pace
 
@@ -30,7 +32,6 @@ CONNECTIONS = 256  # of one agent
 BODY_BYTES = 64 << 20  # in requests of one agent that are being received,
 BODY_BYTES_ALL = 512 << 20  # … and in those of all agents
 SLOW_S = 10.0  # the most time for one request, when these limits are reached
-GREETINGS = 64  # with the kernel at a time: when many agents begin at once, each gets its answer in time
 
 
 class User(Protocol):
@@ -38,6 +39,8 @@ class User(Protocol):
 
     account: Account | None
     agent: int  # the agent at whose own gate it was accepted; 0: none
+    unknown: str  # a token that it has sent, and that no agent has
+    unproven: str  # why it is no agent's without a token; "": that was not asked, or it is one's
 
     @property
     def ends(self) -> tuple[SocketAddress, SocketAddress]:
@@ -105,13 +108,13 @@ class Accounts:
     """All accounts. `pace`: when pieces of streams from the kernel are read."""
 
     def __init__(self, home: Home, pace: Pace) -> None:
-        self._home = home
+        self._greetings = Greetings(home)
+        self._owners = Owners(self._greetings)
         self._pace = pace
         self._by_token: dict[str, asyncio.Task[Account]] = {}
         self.body_bytes = 0  # of all agents
         self.receiving: dict[User, float] = {}  # connections with an incomplete request: since when
         self._threads = ThreadPoolExecutor(2, "identity")
-        self._greetings = asyncio.Semaphore(GREETINGS)
 
     async def of_gate(self, agent: int) -> Account:
         """The account of the agent at whose gate a connection was accepted. Raises NoKernel."""
@@ -133,18 +136,26 @@ class Accounts:
             del self._by_token[token]
 
     async def _connect(self, token: str) -> Account:
-        async with self._greetings:
-            greeting = Greeting(self._home, token=token)
-            try:
-                while (welcome := greeting.step()) is None:
-                    await _readable(greeting)
-            except BaseException:  # of any kind, an interrupt too: undo, and raise it again
-                greeting.close()
-                raise
-        assert greeting.frames is not None
-        connection = Connection(ControlSocket(self._home, token, (greeting.frames, welcome)))
+        frames, welcome = await self._greetings.greet(token)
+        for known in self._connected():  # by another token, its gate, or the other end of a connection
+            if (known.pid, known.ospid) == (welcome.pid, welcome.ospid) and not known.over:
+                frames.close()
+                return known
+        connection = Connection(ControlSocket(self._greetings.home, token, (frames, welcome)))
         connection.attach_loop(asyncio.get_running_loop(), self._pace)
         return Account(welcome.pid, welcome.ospid, connection, self)
+
+    def _connected(self) -> list[Account]:
+        done = [task for task in self._by_token.values() if task.done() and not task.cancelled()]
+        return list(dict.fromkeys(task.result() for task in done if task.exception() is None))
+
+    async def at_other_end(self, user: User) -> Account:
+        """The account of the agent that has the other end of this connection. Raises UnknownOwner, NoKernel."""
+        token = await self._owners.token_of(user)
+        try:
+            return await self.of(token)
+        except Refused:
+            raise UnknownOwner("its agent has ended") from None
 
     async def is_of(self, account: Account, theirs: SocketAddress, ours: SocketAddress) -> bool:
         """Whether the TCP connection is one of this agent."""
@@ -183,20 +194,4 @@ class Accounts:
                 task.result().close()
 
     def __len__(self) -> int:
-        return len(self._by_token)
-
-
-async def _readable(greeting: Greeting) -> None:
-    """Wait until the greeting has a step to take, or its time is over."""
-    frames, loop = greeting.frames, asyncio.get_running_loop()
-    if frames is None:
-        await asyncio.sleep(greeting.wait_s())
-        return
-    readable = asyncio.Event()
-    loop.add_reader(frames.fileno(), readable.set)
-    try:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(greeting.wait_s()):
-                await readable.wait()
-    finally:
-        loop.remove_reader(frames.fileno())
+        return len(self._connected())

@@ -23,8 +23,8 @@ PIPELINED = 8  # requests that wait behind another one of their connection; then
 
 
 class Guarded(HttpToolsProtocol):
-    """One TCP connection. `account`: the agent that it was shown to belong to; `agent`: the one at whose own gate it
-    was accepted (`birth.gates`), 0: it was accepted at the public address."""
+    """One TCP connection, an `accounts.User`. `account`: the agent that it was shown to belong to; `agent`: the one at
+    whose own gate it was accepted (`birth.gates`), 0: it was accepted at the public address."""
 
     strangers: Strangers  # of the server; set on a subclass
 
@@ -32,6 +32,7 @@ class Guarded(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.account: Account | None = None
         self.agent = 0
+        self.unknown = self.unproven = ""
         self._head_bytes = 0
         self._served: RequestResponseCycle | None = None  # the one being answered; `cycle` is the last one
         self._discards = False  # what comes is no longer parsed

@@ -4,6 +4,9 @@ A Unix socket has its peer's pid, a TCP socket does not. But Linux reports the n
 end, by NETLINK_SOCK_DIAG, and lists each process's sockets by inode in /proc. So the gateway can show that a connection
 belongs to an agent or one of its descendants: one of these processes has the socket. In the same way it can show that a
 connection comes from outside: a process of aiosd's own user has the socket, and no process of the system has it.
+
+Only a socket that is connected to ours is the other end. If that one is closed already, Linux may report another
+socket: one that listens at its port, or one that begins to connect from there. It may belong to anybody.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ _PORTS = struct.Struct(">HH")
 _INTERFACE = struct.Struct("=III")  # interface, and a cookie: any
 _ANY_COOKIE = (0, 0xFFFFFFFF, 0xFFFFFFFF)
 _UID_AT = 16 + 64  # in the answer, after its header: the last but one field of inet_diag_msg; the last is the inode
+_STATE_AT, _PORTS_AT = 16 + 1, 16 + 4
+_CONNECTED = (1, 4, 5)  # TCP_ESTABLISHED, and TCP_FIN_WAIT1 and 2: it sends no more, but still reads
 
 
 class SocketAddress(NamedTuple):
@@ -50,7 +55,9 @@ def other_end(theirs: SocketAddress, ours: SocketAddress) -> Socket:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
         netlink.sendto(frame, (0, 0))
         answer = netlink.recv(4096)
-    if _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR:
+    if _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR or answer[_STATE_AT] not in _CONNECTED:
+        return Socket(0, 0)
+    if _PORTS.unpack_from(answer, _PORTS_AT) != (theirs.port, ours.port):
         return Socket(0, 0)
     uid, inode = struct.unpack_from("=II", answer, _UID_AT)
     return Socket(inode, uid)

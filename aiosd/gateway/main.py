@@ -15,7 +15,7 @@ def main(channel: Channel, spec: GatewaySpec, rounds: Rounds) -> int:
     superior = Superior(channel)
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
-    ways_in = {spec.door.fd, spec.guests} - {-1}
+    ways_in = {*(door.fd for door in spec.door.all), spec.guests} - {-1}
     for fd in ways_in:
         poll.register(fd, select.POLLIN)
     while not superior.over:

@@ -1,4 +1,4 @@
-"""The loop of the gateway: HTTP on the socket that the guardian has made, and on connections that the proxy has
+"""The loop of the gateway: HTTP on the sockets that the guardian has made, and on connections that the proxy has
 accepted."""
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from aiosd.gateway.routes import ROUTES
 from aiosd.gateway.spec import GatewaySpec
 from aiosd.gateway.strangers import Strangers
 from aiosd.gateway.web import App, Counters
+from aiosd.gateway.whose import identify
 from aiosd.ipc import passage
 from aiosd.ipc.endpoint import BACKLOG
 from aiosd.ipc.heartbeat import BEAT_S, Rounds
@@ -77,7 +78,7 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
     _beat(loop, rounds, accounts)
     for name in ("uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.ERROR)  # uvicorn would write a line for each broken request
-    app = App(accounts, counters, spec.door, ROUTES)
+    app = App(accounts, counters, spec.door, ROUTES, lambda request: identify(request, accounts))
     config = Config(
         app,
         lifespan="off",
@@ -90,10 +91,14 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
     config.load()
     kind = type("Connection", (Guarded,), {"strangers": strangers})
     state = ServerState()
-    door = socket.socket(fileno=spec.door.fd)
-    server = await loop.create_server(
-        lambda: kind(config=config, server_state=state, app_state={}), sock=door, backlog=BACKLOG
-    )
+    servers = [
+        await loop.create_server(
+            lambda: kind(config=config, server_state=state, app_state={}),
+            sock=socket.socket(fileno=door.fd),
+            backlog=BACKLOG,
+        )
+        for door in spec.door.all
+    ]
     if spec.guests >= 0:
         guests = socket.socket(fileno=spec.guests)
 
@@ -104,7 +109,8 @@ async def _serve(superior: Superior, spec: GatewaySpec, rounds: Rounds, counters
 
         passage.watch(loop, guests, functools.partial(_take_guest, connection_of))
     await ended.wait()
-    server.close()
+    for server in servers:
+        server.close()
     return 0
 
 

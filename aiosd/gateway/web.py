@@ -25,8 +25,6 @@ import msgspec
 from aiosd.gateway import places
 from aiosd.gateway.accounts import Account, Accounts, Full, User
 from aiosd.ipc.endpoint import Endpoint
-from libaios import wire
-from libaios.greeting import NoKernel, Refused
 from libaios.wire import ModelInfo
 
 logger = logging.getLogger("gateway")
@@ -35,7 +33,6 @@ BODY_BYTES = 16 << 20  # of one request
 COMMENT_S = 5.0  # between two signs of life in a stream in which nothing else is sent
 
 BOM = b"\xef\xbb\xbf"  # some editors put it before a text
-TOKEN_CHARS = 128  # the kernel refuses longer ones
 
 encode = msgspec.json.Encoder().encode
 
@@ -78,7 +75,7 @@ class Left(Exception):
 
 
 NO_RETRY = {"x-should-retry": "false"}
-_SOON = {"retry-after": "1"}
+SOON = {"retry-after": "1"}
 
 
 def problem_of(err: OSError, names: places.PlaceNames = places.same) -> Problem:
@@ -91,7 +88,7 @@ def problem_of(err: OSError, names: places.PlaceNames = places.same) -> Problem:
         case errno.EDQUOT:
             return Problem(429, message, "insufficient_quota", code="insufficient_quota", headers=NO_RETRY)
         case errno.EAGAIN:
-            return Problem(429, message, "rate_limit_error", code="rate_limit_exceeded", headers=_SOON)
+            return Problem(429, message, "rate_limit_error", code="rate_limit_exceeded", headers=SOON)
         case errno.EPERM | errno.EACCES:
             return Problem(403, message, "permission_error")
         case errno.ENOENT:
@@ -101,7 +98,7 @@ def problem_of(err: OSError, names: places.PlaceNames = places.same) -> Problem:
         case errno.ETIMEDOUT:
             return Problem(504, message, "timeout_error", headers=NO_RETRY)
         case errno.ENOTCONN | errno.ECONNREFUSED | errno.ECANCELED:
-            return Problem(503, message, "server_error", headers=_SOON)
+            return Problem(503, message, "server_error", headers=SOON)
     return Problem(500, message, "server_error")
 
 
@@ -303,15 +300,22 @@ def route(
     return Route(method, path.replace(":path", ""), re.compile(pattern), handler, open, error_form)
 
 
+#: Whose request is it? Raises Problem, Full.
+Identify = Callable[[HttpRequest], Awaitable[Account]]
+
+
 class App:
     """The ASGI application."""
 
-    def __init__(self, accounts: Accounts, counters: Counters, door: Endpoint, routes: list[Route]) -> None:
+    def __init__(
+        self, accounts: Accounts, counters: Counters, door: Endpoint, routes: list[Route], identify: Identify
+    ) -> None:
         self.accounts = accounts
         self.counters = counters
         self.models: list[ModelInfo] = []  # as last reported by the kernel
         self._routes = routes
-        self._hosts = {door.host, "localhost", "127.0.0.1", "::1"}
+        self._identify = identify
+        self._hosts = {*(one.host for one in door.all), "localhost", "127.0.0.1", "::1"}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         request = HttpRequest(self, scope, receive, send)
@@ -322,7 +326,7 @@ class App:
         except Problem as problem:
             await request.fail(problem)
         except Full as full:
-            await request.fail(Problem(429, str(full), "rate_limit_error", headers=_SOON))
+            await request.fail(Problem(429, str(full), "rate_limit_error", headers=SOON))
         except OSError as err:
             await request.fail(problem_of(err, request.names))
         except asyncio.CancelledError:
@@ -339,7 +343,7 @@ class App:
         chosen = self._route(request)
         if not chosen.open:
             with request.connection.identifying():
-                await self._identify(request)
+                request.account = await self._identify(request)
         await chosen.handler(request)
 
     def _check_origin(self, request: HttpRequest) -> None:
@@ -352,7 +356,7 @@ class App:
             return
         if _host(origin) not in self._hosts:
             raise Problem(403, f"origin: requests from pages of {origin[:80]!r} are refused")
-        # A page of this machine may read the replies; it needs a token as any other program.
+        # A page of this machine may read the replies; it needs a token, see `whose`.
         request.extra += [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin")]
 
     async def _reply_methods(self, request: HttpRequest) -> None:
@@ -390,45 +394,6 @@ class App:
         there = ", ".join(dict.fromkeys(f"{one.method} {one.name}" for one in self._routes))
         path = request.path[:200]
         return Problem(404, f"there is nothing at {request.method} {path}; there are: {there}", code="unknown_url")
-
-    async def _identify(self, request: HttpRequest) -> None:
-        """Find the agent that sent the request. Raises Problem: 401, 403, 503."""
-        token, connection = request.token(), request.connection
-        if connection.agent:
-            await self._identify_guest(request)
-            return
-        if not token:
-            message = "a token is needed: agents have theirs in OPENAI_API_KEY, others get one by aiosd token NAME"
-            raise Problem(401, message, code="no_api_key")
-        try:
-            if len(token) > TOKEN_CHARS or token.startswith(wire.GATE):
-                raise Refused
-            account = await self.accounts.of(token)
-        except Refused:
-            raise Problem(401, "no agent that lives has this token", code="invalid_api_key") from None
-        except NoKernel as err:
-            raise Problem(503, err.strerror or str(err), "server_error", headers=_SOON) from None
-        if connection.account is not account:
-            if connection.account is not None or not await self.accounts.is_of(account, *connection.ends):
-                raise Problem(403, "this token belongs to another agent", "permission_error", code="wrong_agent")
-            if connection.account is None:  # no earlier request of this connection identified it meanwhile
-                connection.known(account)
-        request.account = account
-
-    async def _identify_guest(self, request: HttpRequest) -> None:
-        """The gate determines the agent, whatever token a program sends. Raises Problem: 403, 503."""
-        connection = request.connection
-        try:
-            account = await self.accounts.of_gate(connection.agent)
-        except Refused:
-            raise Problem(403, "this agent has ended", "permission_error") from None
-        except NoKernel as err:
-            raise Problem(503, err.strerror or str(err), "server_error", headers=_SOON) from None
-        if connection.account is not account:
-            if connection.account is not None:
-                raise Problem(403, "this agent was started again", "permission_error")
-            connection.known(account)
-        request.account = account
 
 
 def _matched(one: Route, path: str) -> re.Match[str] | None:

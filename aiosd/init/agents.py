@@ -13,8 +13,9 @@ import os
 import select
 import signal
 import socket
+import stat
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 from aiosd.birth import fork, spares
@@ -184,7 +185,7 @@ class AgentSupervisor:
         kept = again or spec.sandbox != "none"  # else its letter is not needed any more
         letter = os.dup(fds[0]) if kept else -1
         try:
-            ospid, report, memfd, bell = self._start(spec, pid, fds, log_path, spare)
+            ospid, report, memfd, bell, handed = self._start(spec, pid, fds, log_path, spare)
         except OSError:
             if kept:
                 os.close(letter)
@@ -204,6 +205,7 @@ class AgentSupervisor:
             ppid=spec.ppid,
             nice=spec.nice,
             forked_at=time.monotonic(),
+            handed=handed,
         )
         self.records[pid] = self._children[ospid] = agent
         self._spawned.put(spec.key, pid)
@@ -233,12 +235,13 @@ class AgentSupervisor:
 
     def _start(
         self, spec: link.Fork, pid: int, fds: list[int], log_path: str, spare: Spare | None = None
-    ) -> tuple[int, socket.socket, int, int]:
+    ) -> tuple[int, socket.socket, int, int, tuple[int, ...]]:
         """Start an agent's process. `fds`: its letter, and its stdin, stdout and stderr, if given. Returns its Linux
-        pid, the socket of its report, and its channel: memfd and the kernel's end of the bell."""
+        pid, the socket of its report, its channel (memfd and the kernel's end of the bell), and `Agent.handed`."""
         letter, *given = fds
         stdio, opened = self._stdio(spec, given, log_path)
         try:
+            handed = _sockets(stdio)
             memfd, bell, agent_bell = make_channel(RING_BYTES, RING_BYTES)
             opened.append(agent_bell)
             try:
@@ -254,7 +257,7 @@ class AgentSupervisor:
         finally:
             for fd in opened:
                 os.close(fd)
-        return ospid, report, memfd, bell
+        return ospid, report, memfd, bell, handed
 
     def _start_again(self, agent: Agent) -> None:
         """Start an agent again, as its restart policy requires, with the same pid and log."""
@@ -281,7 +284,8 @@ class AgentSupervisor:
         return self._templates.order(template, done, lambda number, words: self._not_again(agent, words))
 
     def _restart(self, agent: Agent, spare: Spare | None = None) -> None:
-        ospid, report, agent.memfd, agent.bell = self._start(agent.spec, agent.pid, [agent.letter], agent.log, spare)
+        started = self._start(agent.spec, agent.pid, [agent.letter], agent.log, spare)
+        ospid, report, agent.memfd, agent.bell, agent.handed = started
         agent.ospid, agent.forked_at, agent.got_term = ospid, time.monotonic(), False
         self._children[ospid] = agent
         self._births.expect(Birth(agent, report, self._link.epoch))
@@ -446,7 +450,14 @@ class AgentSupervisor:
 
 
 def _forked(key: CallKey, agent: Agent) -> link.Forked:
-    return link.Forked(key, agent.pid, agent.ospid, agent.pgid, agent.started, agent.since, agent.log)
+    known = (agent.pid, agent.ospid, agent.pgid, agent.started, agent.since, agent.log, agent.handed)
+    return link.Forked(key, *known)
+
+
+def _sockets(fds: Iterable[int]) -> tuple[int, ...]:
+    """The inodes of those that are sockets."""
+    stats = [os.fstat(fd) for fd in fds]
+    return tuple(one.st_ino for one in stats if stat.S_ISSOCK(one.st_mode))
 
 
 def _drop(agent: Agent) -> None:

@@ -108,6 +108,6 @@ def _gateway(settings: Settings) -> list[ServiceSpec]:
             argument=GatewaySpec(settings.home, door, guests),
             awaited=False,
             stopped=Stopped.FIRST,
-            keep=(door.fd, *([guests] if guests >= 0 else [])),
+            keep=(*(one.fd for one in door.all), *([guests] if guests >= 0 else [])),
         )
     ]

@@ -1,13 +1,14 @@
 """The address at which the gateway listens, and the variables from which programs learn it.
 
-The guardian makes the socket, before anything else runs, and it lives as long as the system. So a port that is taken is
-an error at the start, agents know the address from their birth on, and while the gateway is dead and forked again
-connections wait in the socket's queue.
+The guardian makes the sockets, before anything else runs, and they live as long as the system. So a port that is taken
+is an error at the start, agents know the address from their birth on, and while the gateway is dead and forked again
+connections wait in the sockets' queues.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,19 +17,26 @@ from typing import Any
 from aiosd.errors import UsageError
 
 BACKLOG = 1024
+MOST = 16  # addresses
 NEEDS = ("uvicorn", "httptools")
 INSTALL = "pip install 'aiosd[gateway]'"
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An address on this machine. `port` 0: any that is free. `asked`: a person has named it, so it must come up."""
+    """An address on this machine. `port` 0: any that is free. `asked`: a person has named it, so it must come up.
+    `more`: where the gateway listens, too, for programs that know only these addresses."""
 
     host: str = "127.0.0.1"
     port: int = 0
     on: bool = True
     asked: bool = False
     fd: int = -1  # of the socket that listens there
+    more: tuple[Endpoint, ...] = ()
+
+    @property
+    def all(self) -> tuple[Endpoint, ...]:
+        return (self, *self.more)
 
     @property
     def address(self) -> str:
@@ -40,16 +48,30 @@ class Endpoint:
 
 
 def read(value: Any) -> Endpoint:
-    """auto · off · 8000 · 127.0.0.1:8000 · [::1]:8000. Raises ValueError with a sentence."""
+    """auto · off · 8000 · 127.0.0.1:8000 · [::1]:8000 · 0,11434,1234 · [0, 11434, 1234] (0 at the first place is auto).
+    Raises ValueError with a sentence."""
     if isinstance(value, Endpoint):
         return value
-    text = {True: "auto", False: "off"}[value] if isinstance(value, bool) else str(value).strip()
-    if text in ("auto", "on"):
-        return Endpoint()
-    if text == "off":
+    if isinstance(value, bool):
+        value = "auto" if value else "off"
+    texts = [str(word).strip() for word in (value if isinstance(value, list) else str(value).split(","))]
+    if texts == ["off"]:
         return Endpoint(on=False)
+    if len(texts) > MOST:
+        raise ValueError(f"more than {MOST} addresses")
+    automatic = texts[:1] in (["auto"], ["on"], ["0"])
+    first = Endpoint() if automatic else _address(texts[0] if texts else "", "127.0.0.1")
+    more = tuple(_address(text, first.host) for text in texts[1:])
+    found = [one.address for one in (first, *more)]
+    if len(set(found)) < len(found):
+        raise ValueError(f"{','.join(texts)} names an address twice")
+    return replace(first, more=more)
+
+
+def _address(text: str, usual: str) -> Endpoint:
+    """`usual`: the host where none is named."""
     host, _, port = text.rpartition(":")
-    host = host.strip("[]") or "127.0.0.1"
+    host = host.strip("[]") or usual
     if not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise ValueError(f"{text!r} is neither auto nor off nor [HOST:]PORT")
     return Endpoint("127.0.0.1" if host == "localhost" else _loopback(host), int(port), asked=True)
@@ -77,13 +99,25 @@ def installed() -> bool:
 
 
 def listen(wanted: Endpoint) -> Endpoint | None:
-    """Open the socket. None: the gateway is switched off, or its packages are not installed. Raises UsageError."""
+    """Open the sockets. None: the gateway is switched off, or its packages are not installed. Raises UsageError."""
     if not wanted.on:
         return None
     if not installed():
-        if wanted.asked:
+        if any(one.asked for one in wanted.all):
             raise UsageError(f"the gateway needs more packages: {INSTALL}")
         return None
+    opened: list[Endpoint] = []
+    try:
+        for one in wanted.all:
+            opened.append(_opened(one))
+    except UsageError:
+        for one in opened:
+            os.close(one.fd)
+        raise
+    return replace(opened[0], more=tuple(opened[1:]))
+
+
+def _opened(wanted: Endpoint) -> Endpoint:
     sock = socket.socket(socket.AF_INET6 if ":" in wanted.host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -94,7 +128,7 @@ def listen(wanted: Endpoint) -> Endpoint | None:
         sock.close()
         raise UsageError(f"the gateway cannot listen on {wanted.address}: {err.strerror}") from None
     port = sock.getsockname()[1]
-    return replace(wanted, port=port, fd=sock.detach())
+    return replace(wanted, port=port, fd=sock.detach(), more=())
 
 
 # ── the environment of an agent ───────────────────────────────────────────────────────────────────────────

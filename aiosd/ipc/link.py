@@ -538,6 +538,7 @@ class Forked(Struct, array_like=True, frozen=True, tag=True):
     started: float  # Unix time, for people
     since: float  # monotonic, for deadlines; the same clock in all processes of one machine
     log: str
+    handed: tuple[int, ...] = ()  # sockets among its stdin, stdout and stderr: inodes
 
 
 class Forking(Struct, array_like=True, frozen=True, tag=True):

@@ -135,6 +135,7 @@ class Lifecycle:
                 proc.box = letter.read(agent.letter).box
                 os.close(agent.letter)
             proc.ppid, proc.nice, proc.budget, proc.reason = agent.ppid, agent.nice, agent.budget, agent.reason
+            proc.handed = agent.handed
             self.table.add(proc)
             self.listed.started(agent.spec.key, agent.pid)
             self._adopted.add(agent.spec.key)
@@ -269,7 +270,7 @@ class Lifecycle:
         proc = self._make(
             under_way.spec, under_way.command, message.pid, message.ospid, message.pgid, started, message.log
         )
-        proc.box = under_way.box
+        proc.box, proc.handed = under_way.box, message.handed
         self.ledger.keep_command(proc.pid, under_way.command)
         parent = self.table.get(proc.ppid)
         if proc.ppid != INIT and (parent is None or not parent.alive):  # it died while we forked

@@ -16,7 +16,7 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 from aiosd import procfs
@@ -77,6 +77,29 @@ def agent_above(origin: Origin, agents: Mapping[int, A], supervisor: int) -> A |
                 raise Unsettled("an orphan of an agent")
             return agents.get(top)
     raise Unproven("its ancestors change too fast to be followed")
+
+
+def agent_above_all(processes: Iterable[tuple[int, int]], agents: Mapping[int, A], supervisor: int) -> A:
+    """The one agent that all of these processes (Linux pid, start time) are or descend from. Raises Unproven, also
+    where it is not one agent, or a process comes from outside.
+
+    When a process loses its parent, another ancestor takes its place. So what descends from an agent now has done so
+    as long as it has lived.
+    """
+    found = [_agent_above_named(ospid, started, agents, supervisor) for ospid, started in processes]
+    if not found or found[0] is None or any(one is not found[0] for one in found):
+        raise Unproven("not of one agent")
+    return found[0]
+
+
+def _agent_above_named(ospid: int, started: int, agents: Mapping[int, A], supervisor: int) -> A | None:
+    origin = Origin(ospid, os.getuid(), _open_pidfd(ospid))
+    try:
+        if not procfs.is_there(ospid, started):
+            raise Unproven("the process that connected has ended")
+        return agent_above(origin, agents, supervisor)
+    finally:
+        os.close(origin.pidfd)
 
 
 def is_child(origin: Origin, supervisor: int) -> bool:

@@ -6,8 +6,9 @@ be shown where it comes from (`ancestry`). It must send Hello before it may call
 sends when it has lost its kernel and connects to the next.
 
 The gateway serves programs that speak HTTP. For each agent whose programs send it requests it makes a connection, whose
-Hello has that agent's token. The connection is the agent's then, as if a descendant had made it. Only the very process
-that the supervisor has forked as the gateway may do so, and it may do nothing else.
+Hello has that agent's token, or names processes that the kernel then proves to be the agent's. The connection is the
+agent's then, as if a descendant had made it. Only the very process that the supervisor has forked as the gateway may do
+so, and it may do nothing else.
 
 A client that has connected and sent nothing yet is a *stranger*: one small frame without descriptors is read from it,
 soon, and the oldest makes room when there are too many. So a thousand silent connections keep no other client out.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import select
 import socket
 from collections.abc import Callable, Mapping
@@ -25,7 +27,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from aiosd import __version__
-from aiosd.kernel.ancestry import Unproven, Unsettled, agent_above, is_child, peer_of
+from aiosd.kernel.ancestry import Unproven, Unsettled, agent_above, agent_above_all, is_child, peer_of
 from aiosd.kernel.calls import CallTable
 from aiosd.kernel.dispatch import Dispatcher
 from aiosd.kernel.events import Events, EventSource, Turn
@@ -310,11 +312,27 @@ class Control:
         if not peer.of_gateway:
             peer.send(failure(0, errno.EPERM, "only aiosd's own gateway acts for others"))
             raise ProtocolError("a token, from another process than the gateway")
-        peer.proc = self._bearer(token)
+        why, code = "no agent that lives has this token", errno.EACCES
+        try:
+            peer.proc = self._descended(token) if token.startswith(wire.PROCESSES) else self._bearer(token)
+        except Unproven as err:
+            why, code = str(err), errno.EAGAIN if isinstance(err, Unsettled) else errno.EACCES
         if peer.proc is None:
-            peer.send(failure(0, errno.EACCES, "no agent that lives has this token"))
+            peer.send(failure(0, code, why))
             self._calls.drop(peer)
         return peer.proc is not None
+
+    def _descended(self, token: str) -> Proc:
+        """The agent of the processes that the gateway has found at the other end of a connection. Raises Unproven."""
+        inode, _, names = token.removeprefix(wire.PROCESSES).partition("/")
+        named = [re.fullmatch(r"([0-9]{1,9}):([0-9]{1,18})", name) for name in names.split(",")]
+        processes = [(int(one[1]), int(one[2])) for one in named if one is not None]
+        if len(processes) < len(named) or len(named) > wire.MOST_PROCESSES:
+            raise Unproven("no processes")
+        proc = agent_above_all(processes, self._agents, os.getppid())
+        if inode in map(str, proc.handed):
+            raise Unproven("it was handed to its agent when that was started")
+        return proc
 
 
 def _new_client_id() -> int:

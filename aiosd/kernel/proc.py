@@ -104,6 +104,7 @@ class Proc:
     outside: bool = False  # programs from outside act as this agent: it has no process here, and its state is WAITING
     box: Box | None = None  # how it is confined
     network: int = 0  # the inode of its own network; 0: it has none
+    handed: tuple[int, ...] = ()  # sockets that it has begun with: inodes. What was sent there may be its parent's
     template: wire.Template | None = None  # from which its process is forked
     program: bytes = b""  # the program that a person has started, see `access.deed.Subject`,
     sha256: bytes = b""  # … and with which content

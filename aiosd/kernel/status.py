@@ -140,6 +140,7 @@ class StatusRequests:
             "home": str(settings.home.root),
             "logs": str(settings.home.logs),
             "gateway": settings.door.url if settings.door is not None else "",
+            "gateway_more": [one.url for one in settings.door.more] if settings.door is not None else [],
             "gateway_why": "" if settings.door is not None else endpoint.why_none(settings.gateway),
             "policy": settings.policy,
             "quantum": dict(zip(("tokens", "seconds"), settings.quantum, strict=True)),
