@@ -8,8 +8,10 @@ import http.client
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +132,15 @@ def test_what_descends_from_an_agent_needs_no_token(aiosd: System, tmp_path: Pat
     assert done.stdout.splitlines() == 2 * ["200 nano"], done.stderr
 
 
+def test_a_child_in_another_pid_namespace_is_the_agent(aiosd: System, tmp_path: Path) -> None:
+    unshare = ("unshare", "--user", "--map-root-user", "--pid", "--fork")
+    if shutil.which("unshare") is None or aiosd.run(*unshare, "true").returncode != 0:
+        pytest.skip("no namespaces here")
+    script = program(tmp_path, "print(os.getpid(), *ask())")
+    done = aiosd.run("aios-run", "--sandbox", "none", "--", *unshare, sys.executable, script, timeout=60)
+    assert done.stdout == "1 200 nano\n", done.stderr
+
+
 def test_as_ollamas_clients_ask(aiosd: System, agent: Agent) -> None:
     body = {"model": "llama3", "prompt": "Once", "stream": False, "options": {"num_predict": 3}}
     status, found = agent.post("/api/generate", body, headers=NO_TOKEN)
@@ -218,12 +229,12 @@ def test_pages_need_a_token(agent: Agent) -> None:
 
 
 ORPHAN = """
-parent = os.getpid()
-if os.fork():
-    os._exit(0)
 import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+parent = os.getpid()
 sock = connected()
+if os.fork():
+    os._exit(0)
 while os.getppid() == parent:
     pass
 with open(sys.argv[1] + "~", "w") as file:
@@ -235,8 +246,8 @@ os.rename(sys.argv[1] + "~", sys.argv[1])
 def test_what_has_lost_its_agent_is_refused(fresh_aiosd: Any, tmp_path: Path) -> None:
     system = fresh_aiosd("--threads", "1", "--orphans", "term", "--stop-timeout", "60")
     found = tmp_path / "found"
-    system.run("aios-run", program(tmp_path, ORPHAN), found)
-    assert eventually(found.exists, timeout=50)
+    done = system.run("aios-run", program(tmp_path, ORPHAN), found)
+    assert eventually(found.exists), (done.returncode, done.stdout, done.stderr)
     assert found.read_text().startswith("401 a token is needed: ")
 
 
@@ -433,7 +444,8 @@ def test_looks_take_a_part_of_the_time(looks: list[int], monkeypatch: pytest.Mon
             await asks.of(SocketAddress("::1", port), SocketAddress("::1", 1))
 
     monkeypatch.setattr(holders, "look", one_s)
-    monkeypatch.setattr(holders.time, "monotonic", lambda: clock[0])
+    for name in ("monotonic", "thread_time"):
+        monkeypatch.setattr(holders.time, name, lambda: clock[0])
     monkeypatch.setattr(holders.asyncio, "sleep", sleep)
     asyncio.run(ask())
     assert looks == 10 * [1]

@@ -4,9 +4,9 @@ If a program has sent a token, one process that has the connection is enough. If
 agent, all of them count: a socket that processes of two agents have belongs to neither.
 
 A scan takes milliseconds, and every local program can cause one: with a connection, and a request without a token. So
-there is one scan at a time, it serves all connections that wait when it begins, and scans take one part in COST of the
-time, apart from what BURST_S allows at once. A thousand connections cost no more than one, and none waits for longer
-than two scans and a pause.
+there is one scan at a time, it serves all connections that wait when it begins, and scans take one part in COST of one
+processor, apart from what BURST_S allows at once. A thousand connections cost no more than one, and none waits for
+longer than two scans and a pause.
 
 Some processes are not found: those whose descriptors aiosd may not read, and those that have the socket in a queue, in
 io_uring, in the descriptor table of a single thread, or after their first MOST_DESCRIPTORS descriptors. To misuse that,
@@ -30,7 +30,7 @@ from aiosd.gateway.identity import SocketAddress, other_end
 
 logger = logging.getLogger("gateway")
 
-COST = 4  # seconds that must pass for each second of scanning; without a pause up to
+COST = 4  # seconds that must pass for each second of a processor; without a pause up to
 BURST_S = 4.0  # … this much of it
 MOST_DESCRIPTORS = 4096  # of one process; those in a sandbox have no more
 
@@ -67,15 +67,22 @@ class Holders:
             await asyncio.sleep(self._even_at - time.monotonic() - BURST_S)
             asked, self._asked = self._asked, {}
             began = time.monotonic()
-            try:
-                found = await asyncio.get_running_loop().run_in_executor(self._thread, look, list(asked))
-            except Exception:  # no descriptors left, for example: nothing is proved then
-                logger.exception("/proc could not be scanned for the processes of a connection")
-                found = {}
-            self._even_at = max(self._even_at, began) + COST * (time.monotonic() - began)
+            found, cpu_s = await asyncio.get_running_loop().run_in_executor(self._thread, _timed, list(asked))
+            self._even_at = max(self._even_at, began) + COST * cpu_s
             for ends, answer in asked.items():
                 answer.set_result(found.get(ends, []))
         self._looking = None
+
+
+def _timed(asked: list[Ends]) -> tuple[dict[Ends, list[SocketHolder]], float]:
+    """What a scan found, and the seconds of processor time that it took."""
+    began = time.thread_time()
+    found = {}
+    try:
+        found = look(asked)
+    except Exception:  # no descriptors left, for example: nothing is proved then
+        logger.exception("/proc could not be scanned for the processes of a connection")
+    return found, time.thread_time() - began
 
 
 def look(asked: Iterable[Ends]) -> dict[Ends, list[SocketHolder]]:

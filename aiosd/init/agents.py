@@ -237,7 +237,7 @@ class AgentSupervisor:
         self, spec: link.Fork, pid: int, fds: list[int], log_path: str, spare: Spare | None = None
     ) -> tuple[int, socket.socket, int, int, tuple[int, ...]]:
         """Start an agent's process. `fds`: its letter, and its stdin, stdout and stderr, if given. Returns its Linux
-        pid, the socket of its report, its channel: memfd and the kernel's end of the bell, and `Agent.handed`."""
+        pid, the socket of its report, its channel (memfd and the kernel's end of the bell), and `Agent.handed`."""
         letter, *given = fds
         stdio, opened = self._stdio(spec, given, log_path)
         try:

@@ -6,7 +6,7 @@ be shown where it comes from (`ancestry`). It must send Hello before it may call
 sends when it has lost its kernel and connects to the next.
 
 The gateway serves programs that speak HTTP. For each agent whose programs send it requests it makes a connection, whose
-Hello has that agent's token, or names processes that this kernel then proves to be the agent's. The connection is the
+Hello has that agent's token, or names processes that the kernel then proves to be the agent's. The connection is the
 agent's then, as if a descendant had made it. Only the very process that the supervisor has forked as the gateway may do
 so, and it may do nothing else.
 
