@@ -1,5 +1,6 @@
 """Our attention gives the same results as llama.cpp's, whatever the shape of heads and batches, and the state
-that it reads outside of the cache counts as if it lay in the cache. Which slot stands on which base is counted right."""
+that it reads outside of the cache counts as if it lay in the cache. Which slot stands on which base
+is counted right."""
 
 from __future__ import annotations
 
