@@ -8,8 +8,8 @@ room. So two busy sides exchange frames without a system call.
 
 `receive` never blocks, either; it returns whole frames. After that the channel has announced sleep, unless `more` is
 true: the bell (`fileno`) becomes readable with the next frame, and when there is room for the outbox. `more` is true,
-too, when the
-bell that `receive` has read may have rung for room. So an owner pumps, receives, looks at `more`, and sleeps.
+too, when the bell that `receive` has read may have rung for room. So an owner pumps, receives, looks at `more`, and
+sleeps.
 
 `wait` sleeps on the bell, for no longer than the back-stop (BACKSTOP_S): the other side may have died just before it
 rang. At the back-stop it also rings again, if what it has sent still lies in the ring: its own ring may not have taken

@@ -5,9 +5,8 @@ is closed at its other end. The client then connects again, under the identity t
 when the new kernel has answered; the connection submits its open calls again under their ids.
 
 Of these methods only `wait` blocks. Connecting again is a series of steps (`greeting`), and each `receive` takes the
-next one. The
-descriptor (`fileno`) is an epoll over the socket and an alarm: it becomes readable when there is a step to take. So an
-event loop goes on with its other work while there is no kernel, and threads sleep in `wait`.
+next step. The descriptor (`fileno`) is an epoll over the socket and an alarm: it becomes readable when there is a step
+to take. So an event loop goes on with its other work while there is no kernel, and threads sleep in `wait`.
 """
 
 from __future__ import annotations

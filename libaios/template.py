@@ -37,7 +37,7 @@ def folders(template: wire.Template | None) -> list[str]:
 
 def _interpreter(named: str) -> str:
     """The absolute path of an interpreter. The last link of it is kept: in a virtual environment `python` is a link,
-    and its place tells which environment it is. Links above are resolved, since a sandbox has none."""
+    and its place shows which environment it is. Links above are resolved, since a sandbox has none."""
     path = os.path.abspath(os.path.expanduser(named))
     if os.path.isdir(path):
         path = os.path.join(path, "bin", "python")

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint that does what a test tells it: one deed for each request, the last
+"""An OpenAI-compatible endpoint whose behaviour a test sets: one deed for each request, the last
 one again and again."""
 
 from __future__ import annotations

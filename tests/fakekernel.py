@@ -1,4 +1,4 @@
-"""Kernels that do what a test tells them: one on a channel, one on a control socket. Neither has a thread; a test takes
+"""Kernels whose behaviour a test sets: one on a channel, one on a control socket. Neither has a thread; a test takes
 requests and gives replies from its own, and makes the SDK's calls in others (`aside`)."""
 
 from __future__ import annotations

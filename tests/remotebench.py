@@ -1,4 +1,4 @@
-"""A backend of a model that is elsewhere, without a kernel, against an endpoint that does what the test says."""
+"""A backend of a model that is elsewhere, without a kernel, against an endpoint whose behaviour the test sets."""
 
 from __future__ import annotations
 

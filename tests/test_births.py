@@ -1,6 +1,6 @@
 """What an agent names is looked up by its own process: one that never comes to an end holds up no other.
 
-A file system that hangs is played by a FIFO: who opens it waits for a writer.
+A FIFO stands for a file system that hangs: a process that opens it waits for a writer.
 """
 
 from __future__ import annotations

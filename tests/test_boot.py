@@ -1,4 +1,4 @@
-"""aiosd from outside: how it comes up, how it says that it cannot, how it goes, and that it leaves nothing."""
+"""aiosd from outside: how it starts, how it reports that it cannot start, how it ends, and that it leaves nothing."""
 
 from __future__ import annotations
 

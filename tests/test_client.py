@@ -1,4 +1,4 @@
-"""The control socket: found or not, said in one sentence; and one identity over the death of a kernel."""
+"""The control socket: found, or reported as missing in one sentence; and one identity over the death of a kernel."""
 
 from __future__ import annotations
 

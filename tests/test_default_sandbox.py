@@ -1,5 +1,5 @@
-"""What somebody meets who has set nothing: agents run in the strongest sandbox that the machine offers, and what README
-shows works in it.
+"""The defaults, for a person who has set nothing: agents run in the strongest sandbox that the machine offers, and the
+examples of README work in it.
 """
 
 from __future__ import annotations

@@ -320,7 +320,7 @@ def test_cerebrums_model_works_on_files(agent: Agent, monkeypatch: pytest.Monkey
     assert asked_for[0].messages[1:] == HELLO
     assert {tool["function"]["name"] for tool in asked_for[0].tools} <= set(filing._OPERATIONS)
     wanted.clear()
-    with pytest.raises(Problem, match="has not said"):
+    with pytest.raises(Problem, match="has not chosen"):
         asyncio.run(cerebrum._operate(cast("Any", None), query))
 
 

@@ -1,5 +1,6 @@
-"""Our attention says what llama.cpp's says, whatever the shape of heads and batches, and the state that it reads
-outside of the cache counts as if it lay in it. Which slot stands on what is counted right."""
+"""Our attention gives the same results as llama.cpp's, whatever the shape of heads and batches, and the state
+that it reads outside of the cache counts as if it lay in the cache. Which slot stands on which base
+is counted right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls for vectors take turns as the policy says: a large one does not keep others waiting until its end."""
+"""Calls for vectors take turns as the policy decides: a large one does not keep others waiting until its end."""
 
 from __future__ import annotations
 

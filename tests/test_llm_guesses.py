@@ -94,7 +94,7 @@ class Lesson:
             self.loaded.context,
             ctx=self.loaded.ctx,
             slots=SLOTS,
-            emit=bench.said.append,
+            emit=bench.sent.append,
             clock=bench.clock,
             **self.options,
         )
@@ -136,7 +136,7 @@ def tidy(bench: Bench) -> None:
 
 def logprobs(bench: Bench, key: Any) -> Logprobs:
     found: Logprobs = []
-    for message in bench.said:
+    for message in bench.sent:
         for part in (
             message.deltas if isinstance(message, Step) else [message] if isinstance(message, GenerationDone) else []
         ):
@@ -319,7 +319,7 @@ def test_after_a_death_a_call_goes_on_from_any_place(loaded: loading.Loaded, way
     plain, ahead, _ = one.twice(lambda bench: [bench.submit([20, 30, 40], max_tokens=40, stream=True, **WAYS[way])])
     key = (1, 1)
     tokens, text = plain.whole(key)
-    deltas = [delta for message in ahead.said if isinstance(message, Step) for delta in message.deltas]
+    deltas = [delta for message in ahead.sent if isinstance(message, Step) for delta in message.deltas]
     assert max(len(delta.tokens) for delta in deltas) > 1
     for delta in deltas[::5]:
         given = tokens[: delta.offset + len(delta.tokens)]
@@ -358,7 +358,7 @@ def test_what_happens_between_two_steps_with_guesses(loaded: loading.Loaded, wha
             bench.run(5)
             bench.engine.park(1, False)
         else:
-            bench.said.clear()
+            bench.sent.clear()
             for key in keys:
                 request = Generate(
                     prompt=[19 + key[0], 30, 40], sampling=Sampling(max_tokens=60, ignore_eos=True, **SEEDED)

@@ -1,5 +1,5 @@
 """Models that are no plain transformer: sliding windows (Gemma 2 and 3) and recurrent state (Mamba). They serve a crowd
-like any other, with the same texts; what they cannot do is switched off, and said."""
+like any other, with the same texts; what they cannot do is switched off, and reported."""
 
 from __future__ import annotations
 

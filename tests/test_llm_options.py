@@ -1,4 +1,4 @@
-"""What a call may ask of sampling, through the engine: each option does what it says, to its call alone."""
+"""What a call may ask of sampling, through the engine: each option has its effect, on its own call alone."""
 
 from __future__ import annotations
 

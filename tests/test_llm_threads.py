@@ -1,4 +1,4 @@
-"""The choice of threads is right beside busy neighbours, takes bounded time, and says what it is worth."""
+"""The choice of threads is right beside busy neighbours, takes bounded time, and reports how reliable it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models are found where they are: by name, by a shorter name, by path; what is damaged is skipped or told."""
+"""Models are found where they are: by name, by a shorter name, by path; damaged files are skipped or reported."""
 
 from __future__ import annotations
 

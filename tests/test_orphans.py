@@ -1,4 +1,4 @@
-"""What agents leave behind: killed at once, or after an orderly end where its agent was told to end."""
+"""What agents leave behind: killed at once, or after an orderly end if the agent got a signal to end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passages: messages with descriptors, and the end of the supervisor, who keeps both ends."""
+"""Passages: messages with descriptors, and the death of the supervisor, which keeps both ends."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_a_note_of_an_unknown_author_asks(store: Store) -> None:
     store("add", wire.MemAdd("old", key="k", shared=True))
     store.database.do("DELETE FROM note_authors")
     store("update", wire.MemUpdate("k", "new"))
-    assert ("there is version 1, by nobody knows whom", "old") in asked[0].details
+    assert ("there is version 1, by an unknown owner", "old") in asked[0].details
 
 
 def test_notes_without_an_explicit_name_end_with_the_agent(store: Store) -> None:

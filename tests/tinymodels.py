@@ -5,7 +5,7 @@ grammars, stop strings) can be checked token by token.
 
 `write` makes a Llama with a ChatML vocabulary; `write_family` one with the special tokens, the kind of tokenizer and
 the chat template of a family of models; `write_like` one of another architecture (sliding window, recurrent). The
-templates are written anew after what the families' own produce; they say the same with fewer words.
+templates are written anew after what the families' own produce; they give the same text, but are shorter.
 """
 
 from __future__ import annotations

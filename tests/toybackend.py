@@ -1,7 +1,7 @@
 """A backend without a model: it writes words, one of each call in a step, and has no tokens. `boot` runs a system whose
 one core has it.
 
-What it writes is told by the last message: "count 5" gives "0 1 2 3 4 "; "count 5 die 3" ends the process when it comes
+The last message decides what it writes: "count 5" gives "0 1 2 3 4 "; "count 5 die 3" ends the process when it comes
 to word 3 for the first time; "modules" gives the heavy modules that its process has loaded.
 """
 

@@ -74,8 +74,7 @@ def _report(line: str) -> None:
 def models(as_json: bool) -> int:
     """List the models on this machine that --model takes by name: the embedded one, those in AIOSD_MODELS (or in
     ~/.cache/aiosd/models), and what huggingface_hub, Ollama and LM Studio have downloaded; then those that aiosd.toml
-    has at a URL. A name may be shortened as
-    long as it fits one model only.
+    has at a URL. A name may be shortened as long as it fits one model only.
 
     \b
     SIZE   of the file, or of all its parts

@@ -115,7 +115,7 @@ async def _operate(request: HttpRequest, asked: LlmQuery) -> dict[str, Any]:
     messages = [{"role": "system", "content": filing.PARSER}, *asked.messages]
     result = await _generate(request, replace(asked, messages=messages, tools=filing.TOOLS, action_type="call_tool"))
     if not result.tool_calls:
-        raise Problem(422, "operate_file: the model has not said what is to be done within max_new_tokens")
+        raise Problem(422, "operate_file: the model has not chosen an operation within max_new_tokens")
     done = [await filing.do(request, call.name, call.arguments) for call in result.tool_calls]
     message = "\n".join(done)
     return {"response_message": message, "tool_calls": None, "finished": True, "error": None, "status_code": 200}

@@ -1,8 +1,8 @@
 """LoRA adapters: small changes to a model's weights, chosen by each call.
 
-llama.cpp applies one adapter to a whole batch. So calls with different adapters are never in one batch: in decode steps
-take turns in decode steps (`AdapterTurns`). What the model computes for a prompt depends on the adapter, so computed
-state is not shared between adapters (`scope`)."""
+llama.cpp applies one adapter to a whole batch. So calls with different adapters are never in one batch: adapters take
+turns in decode steps (`AdapterTurns`). What the model computes for a prompt depends on the adapter, so computed state
+is not shared between adapters (`scope`)."""
 
 from __future__ import annotations
 

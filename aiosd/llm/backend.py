@@ -7,11 +7,11 @@ of the interface imports llama.cpp, so only the backend decides what is loaded i
 
 How a backend must handle each message of the kernel (`link` has their fields):
 
-    Submit      one `Step` that has it among `started`, deltas in any number, then one `GenerationDone`; or one
-    `Failed`,
-                with `elsewhere` where another model may be able to serve it. With `others` it fails rather than wait. A
-                key that it has already: it goes on, and sends again what comes after `request.given`. When `budget`
-                tokens have been charged the generation ends, with the reason "limit".
+    Submit      one `Step` that has the call among `started`, deltas in any number, then one `GenerationDone`; or one
+                `Failed`, with `elsewhere` if another model may be able to serve the call. With `others` the call fails
+                rather than wait. If the backend has the key already, the generation goes on, and the backend sends
+                again what comes after `request.given`. When `budget` tokens have been charged the generation ends,
+                with the reason "limit".
     Ask         one `Answered` or `Failed` (`Line.answer`, `Line.refuse`)
     CancelCall  nothing more about this call, and whatever it holds is free
     Park        while it is in force nothing is generated for this peer; answered with `Parked` if it has a number

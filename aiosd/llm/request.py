@@ -270,8 +270,8 @@ class Requests:
         thinking: bool = True,
         args: dict[str, Any] | None = None,
     ) -> str:
-        """The prompt as text. What must not become a control token in it has a mark (see `_disarmed`). `thinking`: what
-        the template is told about it; False for a schema, unless the call asks for thoughts."""
+        """The prompt as text. What must not become a control token in it has a mark (see `_disarmed`). `thinking`: the
+        value that the template gets for it; False for a schema, unless the call asks for thoughts."""
         return template.render(
             [self._disarmed(message) for message in normal_messages(messages)],
             [self._disarmed(tool) for tool in tools],

@@ -134,7 +134,7 @@ class TextStream:
 
     @property
     def can_think(self) -> bool:
-        """Are there thoughts to be told from the answer? Then `feed` wants tokens one by one, to count them."""
+        """Must thoughts be separated from the answer? Then `feed` wants tokens one by one, to count them."""
         return self.inside or any(switch.to == REASONING for switch in self._switches)
 
     @property

@@ -114,11 +114,11 @@ def _body(headers: list[tuple[bytes, bytes]], version: bytes) -> int:
     lengths = {value for name, value in headers if name == b"content-length"}
     if encodings:
         if encodings != [b"chunked"] or lengths or version == b"HTTP/1.0":
-            raise Bad("how long the body is cannot be told")
+            raise Bad("the length of the body is ambiguous")
         return CHUNKED
     if not lengths:
         return 0
     (length, *others) = lengths
     if others or not _LENGTH.fullmatch(length):
-        raise Bad("how long the body is cannot be told")
+        raise Bad("the length of the body is ambiguous")
     return int(length)

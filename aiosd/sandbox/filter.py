@@ -161,9 +161,9 @@ def _own_priority(user: int) -> list[Instruction]:
 
 
 def _own_scheduling() -> list[Instruction]:
-    """Scheduling of the caller: number 0. C libraries name threads by numbers, which cannot be told from processes
-    here. libzmq (Jupyter) ends the program if it may not set the ordinary policy for its own threads, which they
-    already have: that call is answered with success, and nothing is done."""
+    """Scheduling of the caller: number 0. C libraries name threads by numbers, which cannot be distinguished from
+    those of processes here. libzmq (Jupyter) ends the program if it may not set the ordinary policy for its own
+    threads, which they already have: that call is answered with success, and nothing is done."""
     return [
         _argument(0),
         (_IF_EQUAL, 4, 0, 0),

@@ -1,4 +1,4 @@
-"""Networks of agents: their forms, which covers which, and the variables that tell an agent's programs about its proxy.
+"""Networks of agents: their forms, which covers which, and the variables that name its proxy to an agent's programs.
 Pure.
 
 - `all`: the machine's network.

@@ -95,7 +95,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE VIRTUAL TABLE note_words USING fts5(owner, text, content='', contentless_delete=1, tokenize='unicode61');
     CREATE TABLE note_sums(owner INTEGER, sum INTEGER, note INTEGER, PRIMARY KEY(owner, sum, note)) WITHOUT ROWID;
     """,
-    # Which owner wrote a group's note last. An agent's own notes have no row: nobody else writes them.
+    # Which owner wrote a group's note last. An agent's own notes have no row: only their owner writes them.
     "CREATE TABLE note_authors(note INTEGER PRIMARY KEY, author TEXT NOT NULL);",
 )
 

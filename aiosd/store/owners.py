@@ -31,7 +31,7 @@ def shown(name: str) -> str:
     kind, _, rest = name.partition("/")
     if kind == "name":
         return rest.split("/", 2)[2]
-    return f"agent {rest}" if kind == "agent" else "a person" if kind == "person" else "nobody knows whom"
+    return f"agent {rest}" if kind == "agent" else "a person" if kind == "person" else "an unknown owner"
 
 
 def group(caller: Caller) -> str:
