@@ -85,7 +85,6 @@ class Agent:
     door: int = -1  # of a confined agent: a descriptor, see `sandbox.doors`
     handed: tuple[int, ...] = ()  # sockets among its stdin, stdout and stderr: inodes
     gates: tuple[int, ...] = ()  # of an agent with a network of its own: descriptors, see `birth.gates`
-    handed: tuple[int, ...] = ()  # sockets among its stdin, stdout and stderr: inodes
     last_status: int = 0
     again: Cancellable | None = None  # its next start; None while it waits: STOP holds it
     # changed by signals sent to it
