@@ -9,7 +9,7 @@ tree while the agent lives, and becomes a child of the supervisor (which ends it
 every process is certain, without looking at its environment.
 
 Most of an agent's memory is pages that it shares with the supervisor; a page that is written to is copied. Several
-lines below avoid writing for that reason; their comments say so.
+lines below avoid writing for that reason; their comments mark that.
 """
 
 from __future__ import annotations
