@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from libaios.pace import Pace, PacedReader
 
 _RECV = int(wire.Sys.RECV)
-SLACK_S = 5.0  # a call with a time limit waits this much longer than the kernel, whose answer says more
+SLACK_S = 5.0  # a call with a time limit waits this much longer than the kernel, whose answer has more details
 
 
 class Transport(Protocol):
@@ -208,7 +208,7 @@ class Connection:
     ) -> Any:
         """Make a call and wait for its result, decoded as `result` and converted. Raises OSError as the kernel
         answered, or TimeoutError when no reply came within `timeout` seconds plus SLACK_S (so that the kernel's own
-        error, which says more, comes first)."""
+        error, which has more details, comes first)."""
         call = self.prepare(sys, args, fds) if fds else Pending(sys, args)
         try:
             self.send(call)

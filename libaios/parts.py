@@ -1,6 +1,6 @@
 """The parts of what a model writes: its answer, its thoughts, its tool calls.
 
-They come in one stream of characters (`wire.Piece.text`, `wire.Generated.text`). A mark says which part follows;
+They come in one stream of characters (`wire.Piece.text`, `wire.Generated.text`). A mark shows which part follows;
 without one it is the answer. The marks are no characters (Unicode keeps these code points free of any), and where a
 model writes one it is replaced, so no text can pretend to be another part.
 

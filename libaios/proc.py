@@ -60,8 +60,8 @@ def spawn(
     prices, so 2_500_000_000_000 is 2.50. `restart` ("on-failure", "on-failure:3", "always") has a detached one started
     again when it ends.
 
-    `sandbox` ("none", "flat", "cage") says how it is confined. Without it, an agent's child is confined as its parent,
-    and an agent that is started from outside as the settings say. A confined agent can start no agent with more rights,
+    `sandbox` ("none", "flat", "cage") sets how it is confined. Without it, an agent's child is confined as its parent,
+    and an agent that is started from outside by the settings. A confined agent can start no agent with more rights,
     and its children have its files and its workspace. `net` is the network of a confined agent: "none", "all", or in
     the cage "gateway" alone or single hosts, such as ["example.org", "*.example.net:8443"]. `preload` has it forked
     from a warm process (a template) that has imported these modules, in the interpreter or virtual environment

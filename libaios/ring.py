@@ -85,7 +85,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class ProtocolError(Exception):
-    """The other side broke the protocol; the message says how."""
+    """The other side broke the protocol; the message has the details."""
 
 
 def fence() -> None:

@@ -1,8 +1,8 @@
 """Storage: files that an agent keeps, with all their versions. What a call has written is on the disk when it returns.
 
 An agent that was started under a name of its own (`aios-run --name`) finds its files again under that name, in the
-same group; without such a name they end with it. A path is names with a slash between them, `notes/plan.txt`. `of` says
-whose file is meant: "" the caller's own; "group" those of its group; "agent:NAME", "agent:GROUP/NAME" or "group:NAME"
+same group; without such a name they end with it. A path is names with a slash between them, `notes/plan.txt`. `of`
+names the owner: "" the caller's own; "group" those of its group; "agent:NAME", "agent:GROUP/NAME" or "group:NAME"
 those of another owner, if they are shared with the caller.
 
 Each write makes a new version. A removed file lies in the trash until a person empties that. A file of a mounted folder

@@ -217,7 +217,7 @@ Paths = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)]], Met
 
 
 class Sandbox(Struct, array_like=True, frozen=True):
-    """How an agent is to be confined; "": as the settings say for its group. Paths are `os_text`, absolute, without
+    """How an agent is to be confined; "": as set for its group. Paths are `os_text`, absolute, without
     symbolic links: the kernel looks up none (`libaios.sandbox` makes this). A confined agent's child gets its parent's
     files, and never more."""
 
@@ -493,7 +493,7 @@ Logprobs = list[Logprob | None]
 
 class Piece(Struct, array_like=True, frozen=True):
     """Body of a partial reply of a stream: whole characters only, and the tokens they came from. `text` contains marks
-    that say which part of the answer follows (`libaios.parts`). `model`: in the first piece of a call that named a
+    that show which part of the answer follows (`libaios.parts`). `model`: in the first piece of a call that named a
     route, the model that writes it; no other model can go on from there."""
 
     text: str

@@ -1,4 +1,4 @@
-"""From a forked child to an MCP server: confined as its settings say, then the program that they name is executed.
+"""From a forked child to an MCP server: confined by its settings, then the program that they name is executed.
 
 Its settings (there may be keys in its environment) come in a memfd, which the supervisor passes on and does not read.
 The reason why it cannot start is written to a pipe, which Linux closes when the program begins.

@@ -26,7 +26,7 @@ DISK_S = 0.2  # the same for files
 DATA_BYTES = 256 << 20
 
 
-#: Processes and threads that an agent in a sandbox may have, if no budget says otherwise.
+#: Processes and threads that an agent in a sandbox may have, if no budget sets another number.
 PROCESSES, PROCESSES_PER_CPU = 256, 128
 
 

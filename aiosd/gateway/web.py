@@ -1,7 +1,7 @@
 """One request and its reply, whatever the API.
 
 The agent of a request is identified before its body is read. An exception of a handler becomes the reply: a `Problem`
-as it is, an OSError as the kernel's errno says, any other as 500. After the first part of a stream it becomes a part of
+as it is, an OSError by the kernel's errno, any other as 500. After the first part of a stream it becomes a part of
 that stream.
 """
 

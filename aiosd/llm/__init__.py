@@ -58,7 +58,7 @@ Files, from the bottom up:
     calibrate.py   how many tokens of prompts one batch computes, measured
     exact.py       does a row depend on the others in its batch?
     trial.py       is aiosd's own attention right for this model?
-    loading.py     from a ModelSpec to a calibrated engine, or one line that says why not
+    loading.py     from a ModelSpec to a calibrated engine, or one line with the reason why not
     local.py       the backend that uses all of the above: handles each message of the kernel
 
     remote/        the backend of a remote model

@@ -56,7 +56,7 @@ class _Choices:
 
 
 def check(text: str) -> None:
-    """Raises OSError EINVAL with a sentence that says what is wrong and at which place."""
+    """Raises OSError EINVAL with a sentence that names the error and its place."""
     rules = _GrammarParser(text).rules()
     if "root" not in rules:
         raise refuse("grammar: it has no rule named root")

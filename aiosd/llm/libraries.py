@@ -15,6 +15,6 @@ _NUMPY = {"OPENBLAS_NUM_THREADS": "1"}
 
 
 def prepare() -> None:
-    """Called before numpy and llama.cpp are imported. What the environment says already, counts."""
+    """Called before numpy and llama.cpp are imported. Variables that the environment sets already are kept."""
     for name, value in (_OPENMP | _NUMPY).items():
         os.environ.setdefault(name, value)

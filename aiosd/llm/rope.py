@@ -1,4 +1,4 @@
-"""RoPE: options that change how positions are encoded from what the model's file says. The options are llama.cpp's,
+"""RoPE: options that change how positions are encoded from the values in the model's file. The options are llama.cpp's,
 value by value. `--rope-scaling yarn --rope-freq-scale 0.25` is for four times as many tokens as the model was trained
 for.
 """

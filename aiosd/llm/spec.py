@@ -63,7 +63,7 @@ class ModelSpec:
     override_tensor: tuple[tuple[str, str], ...] = ()  # where tensors lie: pattern of their names, kind of buffer
     cpu_moe: bool = False  # the weights of all experts stay in main memory
     n_cpu_moe: int = 0  # … or those of this number of layers, the first
-    # RoPE, as in llama.cpp; None: as the model's file says
+    # RoPE, as in llama.cpp; None: as in the model's file
     rope_scaling: str | None = None
     rope_freq_base: float | None = None
     rope_freq_scale: float | None = None

@@ -48,7 +48,7 @@ class FoundModel:
 
 
 class NotHere(UsageError):
-    """A model of a hub that is not on this machine; `repo` and `quant` say which, so that it can be fetched."""
+    """A model of a hub that is not on this machine; `repo` and `quant` name it, so that it can be fetched."""
 
     def __init__(self, repo: str, quant: str) -> None:
         super().__init__(f"{hub_name(repo, quant)}: not on this machine; aiosd pull {hub_name(repo, quant)[3:]}")

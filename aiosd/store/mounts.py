@@ -1,7 +1,7 @@
 """Real folders in the spaces of owners: their files are read, listed and found with the others.
 
 A person may mount any folder, an agent only folders that a person has named for that (`--store-folders`), and for
-writing only if that setting says so. Writing and appending replace a whole file; a removed file is gone for good. A
+writing only if that setting allows it. Writing and appending replace a whole file; a removed file is gone for good. A
 call whose store dies is submitted again: it writes the same again, finds that it has already appended (see
 `realfolder`), or finds that the file is gone, which is what it wanted.
 

@@ -5,8 +5,8 @@ worker of `Pool`. It has begun when a worker gets it; before that it survives th
 never made again.
 
 A built-in tool of a confined agent runs in a worker that is confined like that agent. Tools of a person's files run
-with the person's rights: by adding such a tool the person grants these to agents. An MCP server is confined as its
-settings say.
+with the person's rights: by adding such a tool the person grants these to agents. An MCP server is confined by its
+settings.
 
 Calls of a confined agent work in the agent's workspace, as the agent itself does. Callers without a sandbox have a
 folder each in `data/tools`. Agents with a name of their own find it again; the folder of an agent without one is

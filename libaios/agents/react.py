@@ -37,7 +37,7 @@ ChatMessage = dict[str, Any]
 
 
 class AgentError(Exception):
-    """The agent cannot answer; the text says why, for a person."""
+    """The agent cannot answer; the text is the reason, for a person."""
 
 
 class ToolError(Exception):
