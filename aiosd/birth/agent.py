@@ -9,8 +9,8 @@ tree while the agent lives, and becomes a child of the supervisor (which ends it
 every process is certain, without looking at its environment.
 
 Most of an agent's memory is pages that it shares with the supervisor; a page that is written to is copied. Several
-lines below avoid writing for that reason; their comments say so. For the same reason functions of modules that agents
-seldom use are imported by name: to look one up in its module writes to the module, its dictionary and the name.
+lines below avoid writing for that reason; their comments mark that. For the same reason functions of modules that
+agents seldom use are imported by name: a lookup in a module writes to the module, its dictionary and the name.
 """
 
 from __future__ import annotations
