@@ -193,23 +193,24 @@ def linear(each: float, most: int = 15) -> Lookahead:
 
 def test_a_call_that_copies_has_as_many_guesses_as_pay() -> None:
     call = FakeGuessedCall(1, 0, COPIED)
-    assert Guesser(linear(0.01), False).guesses([call]) == [list(range(20, 35))]
-    assert Guesser(linear(0.01, 3), False).guesses([call]) == [[20, 21, 22]]
+    assert Guesser(linear(0.0), False).guesses([call]) == [list(range(20, 35))]
+    assert Guesser(linear(0.0, 3), False).guesses([call]) == [[20, 21, 22]]
     assert Guesser(linear(2.0), False).guesses([call]) == []
     assert Guesser(Lookahead(0, "off"), False).guesses([call]) == []
 
 
 def test_no_guesses_beyond_the_end_of_a_call() -> None:
-    guesser = Guesser(linear(0.01), False)
+    guesser = Guesser(linear(0.0), False)
     assert guesser.guesses([FakeGuessedCall(1, 0, COPIED, limit=5)]) == [[20, 21, 22]]
     assert guesser.guesses([FakeGuessedCall(2, 0, COPIED, limit=1)]) == []
 
 
 def test_no_guesses_in_a_crowd_and_none_without_a_match() -> None:
-    guesser = Guesser(linear(0.01), False)
+    guesser = Guesser(linear(0.0), False)
     assert guesser.guesses([FakeGuessedCall(i, i, COPIED) for i in range(5)]) == []
     assert guesser.guesses([FakeGuessedCall(9, 0, PLAIN)]) == []
     assert guesser.guesses([]) == []
+    guesser = Guesser(linear(0.0), True)
     found = guesser.guesses([FakeGuessedCall(10, 0, PLAIN), FakeGuessedCall(11, 1, COPIED)])
     assert (found[0], len(found[1])) == ([], 7)  # a step has at most 16 rows
     assert [len(guess) for guess in guesser.guesses([FakeGuessedCall(12 + i, i, COPIED) for i in range(4)])] == [
@@ -231,17 +232,37 @@ def test_what_wrong_guesses_cost_is_bounded() -> None:
             guesser.verified(1, len(guesses[0]), 1)
         lost, steps = lost + cost - 1, steps + cost
         call.out += [900, *range(turn % 100, turn % 100 + 17)]  # again a long match: it is believed
-    most = lookahead.PURSE * guesser.ahead.seconds[16]
+    most = guesser.ahead.seconds[4] - 1
     assert 0 < lost <= most + lookahead.LOSS * steps
 
 
+def test_guesses_of_a_call_do_not_depend_on_calls_before_it() -> None:
+    """Nor, with them, the rounding of its rows."""
+    guesser = Guesser(linear(0.3), False)
+
+    def sizes(order: int) -> list[int]:
+        call, found = FakeGuessedCall(order, 0, COPIED), []
+        for at in range(20, 160):
+            guesses = guesser.guesses([call])
+            found.append(len(guesses[0]) if guesses else 0)
+            if guesses:
+                guesser.verified(1, found[-1], 1 + found[-1] * (at % 7 > 0))
+            call.out += [900] if at % 7 == 0 else [call.out[-1] + 1 if call.out and call.out[-1] < 190 else 20]
+        return found
+
+    first = sizes(1)
+    assert max(first) > 3
+    assert 0 in first
+    assert sizes(2) == first
+
+
 def test_calls_that_are_over_are_forgotten() -> None:
-    guesser = Guesser(linear(0.01), False)
+    guesser = Guesser(linear(0.0), False)
     for order in range(50):
         guesser.guesses([FakeGuessedCall(order, 0, PLAIN)])
-    assert len(guesser._lookups) == lookahead.REMEMBERED
+    assert len(guesser._records) == lookahead.REMEMBERED
     guesser.forget(FakeGuessedCall(49, 0, PLAIN))
-    assert 49 not in guesser._lookups
+    assert 49 not in guesser._records
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ A step that computes the next token of a call and some guesses after it (the *ro
 step with one row. How much longer depends on the model's file and the machine, between hardly and in proportion. So it
 is measured when the model is loaded; where even guesses that are always right would bring little, there are none.
 
-In each step the `Guesser` chooses the number of guesses with which the most tokens a second are expected. What is lost
-with wrong guesses is bounded whatever the texts are: it is paid out of a purse, into which steps pay a small part of
-their time and right guesses what they save. In a crowd there are no guesses: the rows of others fill a step better.
+In each step the `Guesser` chooses the number of guesses with which the most tokens a second are expected. What a call
+loses with wrong guesses is bounded whatever its text is: it is paid out of the call's purse, into which steps pay a
+small part of their time and right guesses what they save. (Each call has its own, so that its guesses, and with them
+the rounding of its rows, do not depend on calls before it.) In a crowd there are no guesses: the rows of others fill a
+step better.
 """
 
 from __future__ import annotations
@@ -46,10 +48,11 @@ WORTH = 1.2
 #: A step with guesses must promise so many times the tokens a second of one without.
 GAIN = 1.05
 
-#: Of the time of the steps without guesses this part may be lost with wrong guesses.
-LOSS = 0.02
+#: Of the time of a call's steps without guesses this part may be lost with wrong guesses, and at its beginning what so
+#: many wrong guesses in one step cost.
+LOSS, FIRST = 0.01, 3
 
-#: The purse holds the time of so many of the longest steps.
+#: A purse holds the time of so many of the longest steps.
 PURSE = 1.2
 
 #: Calls of which the tokens are remembered: those of the last steps.
@@ -168,10 +171,19 @@ class GuessedCall(Protocol):
 
 
 @dataclass(slots=True)
+class _Record:
+    """What is known of a call."""
+
+    lookup: Lookup
+    purse: float  # seconds that may be lost
+
+
+@dataclass(slots=True)
 class _Plan:
     sizes: list[int]  # guesses of each call
     seconds: float  # that the step will take,
     plain: float  # … and one without guesses
+    payers: list[_Record]  # the calls with guesses
 
 
 class Guesser:
@@ -181,58 +193,61 @@ class Guesser:
     def __init__(self, ahead: Lookahead, mixed: bool) -> None:
         self.guessed = self.right = 0  # tokens
         self._mixed = mixed
-        self._lookups: OrderedDict[int, Lookup] = OrderedDict()
         self.set(ahead)
 
     def set(self, ahead: Lookahead) -> None:
         """Use other measurements from now on."""
         self.ahead = ahead
+        self._records: OrderedDict[int, _Record] = OrderedDict()
         self._sizes = (*(size for size in SIZES if size < ahead.most), ahead.most) if ahead.most else ()
         self._rows = len(ahead.seconds) - 1
         self._most_purse = PURSE * ahead.seconds[-1] if ahead.most else 0.0
-        self._purse = self._most_purse
         self._plan: _Plan | None = None
 
     def guesses(self, calls: Sequence[GuessedCall]) -> list[list[int]]:
         """The guesses of each of these calls (in ascending order of slots), [] if there are none in this step."""
-        if not self._sizes or not 0 < len(calls) <= CALLS:
+        if not self._sizes or not 0 < len(calls) <= min(CALLS, self._rows):
             return []
-        lookups = [self._lookup(call) for call in calls]
-        self._plan = self._planned(calls, lookups)
+        records = [self._record(call) for call in calls]
+        self._plan = self._planned(calls, records)
         if self._plan is None:
-            if len(calls) <= self._rows:
-                self._pay(LOSS * self.ahead.seconds[len(calls)])
+            self._pay(records, LOSS * self.ahead.seconds[len(calls)])
             return []
-        return [lookup.guess(size) if size else [] for lookup, size in zip(lookups, self._plan.sizes, strict=True)]
+        return [one.lookup.guess(size) if size else [] for one, size in zip(records, self._plan.sizes, strict=True)]
 
     def verified(self, calls: int, guessed: int, tokens: int) -> None:
         """The step has brought so many tokens, with so many guesses for this number of calls."""
         assert self._plan is not None
         self.guessed += guessed
         self.right += tokens - calls
-        self._pay(tokens / calls * self._plan.plain - self._plan.seconds)
+        payers = self._plan.payers
+        self._pay(payers, (tokens / calls * self._plan.plain - self._plan.seconds) / len(payers))
 
     def forget(self, call: GuessedCall) -> None:
-        self._lookups.pop(call.order, None)
+        self._records.pop(call.order, None)
 
     def stats(self) -> dict[str, object]:
         return {"why": self.ahead.described, "guessed": self.guessed, "right": self.right}
 
-    def _pay(self, seconds: float) -> None:
-        self._purse = min(self._purse + seconds, self._most_purse)
+    def _pay(self, records: Sequence[_Record], seconds: float) -> None:
+        for record in records:
+            record.purse = min(record.purse + seconds, self._most_purse)
 
-    def _lookup(self, call: GuessedCall) -> Lookup:
-        lookup = self._lookups.pop(call.order, None) or Lookup(call.prompt)
-        self._lookups[call.order] = lookup
-        if len(self._lookups) > REMEMBERED:
-            self._lookups.popitem(last=False)
-        lookup.follow(call.out)
-        return lookup
+    def _record(self, call: GuessedCall) -> _Record:
+        record = self._records.pop(call.order, None)
+        if record is None:
+            seconds = self.ahead.seconds
+            record = _Record(Lookup(call.prompt), seconds[min(FIRST + 1, self._rows)] - seconds[1])
+        self._records[call.order] = record
+        if len(self._records) > REMEMBERED:
+            self._records.popitem(last=False)
+        record.lookup.follow(call.out)
+        return record
 
-    def _planned(self, calls: Sequence[GuessedCall], lookups: Sequence[Lookup]) -> _Plan | None:
+    def _planned(self, calls: Sequence[GuessedCall], records: Sequence[_Record]) -> _Plan | None:
         """The best plan: the calls with the most promising matches, 1 to all of them, have guesses of the same number.
-        None: no guesses are better, or a plan could cost more than the purse has."""
-        hopes = [(lookup.expected(self._sizes), i) for i, lookup in enumerate(lookups) if lookup.matched]
+        None: no guesses are better, or could cost more than the purses have."""
+        hopes = [(one.lookup.expected(self._sizes), i) for i, one in enumerate(records) if one.lookup.matched]
         if not hopes:
             return None
         hopes.sort(reverse=True, key=lambda hope: hope[0][-1])
@@ -251,8 +266,9 @@ class Guesser:
                 if sum(sizes) + len(calls) > self._rows or not any(sizes):
                     break
                 seconds = self._seconds(slots, [one + 1 for one in sizes])
-                if tokens > rate * seconds and seconds - plain <= self._purse:
-                    best, rate = _Plan(sizes, seconds, plain), tokens / seconds
+                payers = [one for one, count in zip(records, sizes, strict=True) if count]
+                if tokens > rate * seconds and seconds - plain <= sum(one.purse for one in payers):
+                    best, rate = _Plan(sizes, seconds, plain, payers), tokens / seconds
         return best
 
     def _seconds(self, slots: list[int], rows: list[int]) -> float:
