@@ -2,10 +2,13 @@
 
     llama.cpp    the tests of its own server, from the source package of llama-cpp-python, against an external server
     openai       tests/api_resources of the openai package, from its source package, in its strict mode
+    cerebrum     the tests of AIOS's SDK for llm and memory, from its repository (its package has none); another place
+                 with that commit, as git takes it: CEREBRUM_SOURCE
 
-Sources and an environment of their own lie in build/conformance. A system is started for the run, and its gateway lets
-the tests in by a token (`conformance_auth`); nothing else of them is changed. Each test that does not pass must have a
-reason in `REASONS`, which docs/conformance.md explains; the exit code is 1 when one has none.
+Sources and an environment of their own lie in build/conformance. A system is started for the run. All that is changed
+of the tests is that their requests have a token of its gateway, and go there if they are meant for AIOS's usual address
+(`conformance_auth`). Each test that does not pass must have a reason in `REASONS`, which docs/conformance.md explains;
+the exit code is 1 when one has none.
 """
 
 import json
@@ -25,7 +28,7 @@ FOLDER = os.path.join(ROOT, "build", "conformance")
 #: What the tests import, besides the openai package.
 PACKAGES = [
     *("aiohttp", "filelock", "inline-snapshot", "numpy", "prometheus-client", "pytest", "pytest-asyncio", "requests"),
-    *("rich", "respx", "websockets", "wget"),
+    *("rich", "respx", "websockets", "wget", "platformdirs", "python-dotenv", "pyyaml"),
 ]
 #: Those that ask a server for what the API is about. The others start llama-server with options of its own (router,
 #: LoRA, slots on disk, speculation, sleep, proxy, MCP), or test another API (Anthropic, GCP, infill, vision).
@@ -33,6 +36,7 @@ LLAMA = [
     *("basic", "chat_completion", "compat_oai_responses", "completion", "ctx_shift", "embedding", "ignore_eos"),
     *("metrics", "security", "template", "tokenize", "tool_call"),
 ]
+CEREBRUM = "https://github.com/agiresearch/Cerebrum", "534c6c4"
 OPENAI = ["chat", "responses", "test_completions.py", "test_embeddings.py", "test_models.py", "test_responses.py"]
 
 #: Why a test cannot pass: (suite, pattern in its name and its message, reason). The first that fits counts.
@@ -62,6 +66,7 @@ REASONS = [
      "all parameters at once, among them one that cannot be honoured: 400 with its name"),
     ("openai", r"test_embeddings.*APIResponseValidationError",
      "the client asks for base64, and checks that it got floats"),
+    ("cerebrum", r"has no attribute 'create_basic_memory'", "the test calls a method that its class does not have"),
 ]  # fmt: skip
 
 
@@ -73,11 +78,13 @@ def main():
     python = environment(sys.argv[1], log)
     llama = os.path.join(peers.sources(os.path.join(sys.argv[1], "bin", "python"), log), "tools", "server", "tests")
     openai = source_of("openai", python, log)
+    cerebrum = commit_of(*CEREBRUM, log)
     with Gateway(sys.argv[1], model) as gateway:
         files = [f"unit/test_{name}.py" for name in LLAMA]
         found = {"llama.cpp": run("llama.cpp", python, llama, files, gateway, log)}
         files = [f"tests/api_resources/{name}" for name in OPENAI]
         found["openai"] = run("openai", python, openai, files, gateway, log)
+        found["cerebrum"] = run("cerebrum", python, cerebrum, ["tests/apis"], gateway, log)
     sys.exit(report(found, model))
 
 
@@ -85,7 +92,7 @@ def environment(venv, log):
     """The Python of an environment with the packages."""
     folder = os.path.join(FOLDER, "venv")
     python = os.path.join(folder, "bin", "python")
-    if not works(python, "-c", "import openai, wget, pytest_asyncio, respx, aiohttp, inline_snapshot"):
+    if not works(python, "-c", "import openai, wget, pytest_asyncio, respx, aiohttp, inline_snapshot, dotenv"):
         watch([os.path.join(venv, "bin", "python"), "-m", "venv", folder], log, "making build/conformance/venv")
         wanted = [f"openai[aiohttp]=={pinned('openai')}", *PACKAGES]
         watch([python, "-m", "pip", "install", "-q", *wanted], log, "installing what the tests import")
@@ -106,6 +113,17 @@ def source_of(package, python, log):
             tar.extractall(FOLDER, filter="data")
     if not os.path.exists(os.path.join(folder, "tests", "api_resources")):
         stop(f"{folder} has no tests")
+    return folder
+
+
+def commit_of(place, commit, log):
+    """The folder of a repository as it was at that commit."""
+    name = place.rsplit("/", 1)[1]
+    folder = os.path.join(FOLDER, f"{name}-{commit}")
+    place = os.environ.get(f"{name.upper()}_SOURCE", place)
+    if not works("git", "-C", folder, "rev-parse", "--verify", f"{commit}^{{commit}}"):
+        watch(["git", "clone", "-q", "--no-checkout", place, folder], log, f"fetching {name}")
+    watch(["git", "-C", folder, "checkout", "-q", "-f", commit], log, f"{name} {commit}")
     return folder
 
 
@@ -133,6 +151,7 @@ class Gateway:
             raise
         found = dict(line.removeprefix("export ").split("=", 1) for line in lines)
         self.url, self.token = found["OPENAI_BASE_URL"], found["OPENAI_API_KEY"]
+        self.kernel = found["CEREBRUM_KERNEL_URL"]
         return self
 
     def __exit__(self, *exc):
@@ -146,6 +165,7 @@ def run(suite, python, folder, files, gateway, log):
     env = os.environ | {
         "CONFORMANCE_TOKEN": gateway.token,
         "TEST_API_BASE_URL": gateway.url,
+        "CEREBRUM_KERNEL_URL": gateway.kernel,
         "PORT": re.search(r":(\d+)", gateway.url)[1],
         "DEBUG_EXTERNAL": "1",
         "PYTHONPATH": os.path.join(ROOT, "tools"),
@@ -154,6 +174,8 @@ def run(suite, python, folder, files, gateway, log):
     options = ["-p", "conformance_auth", "-p", "no:cacheprovider", "-q", "--tb=short", "-o", "addopts="]
     if suite == "openai":
         options += ["-k", "strict"]  # "loose" is the same with less checking, "aiohttp" another client
+    if suite == "cerebrum":
+        options += ["-c", os.devnull, "--rootdir", folder]  # else pytest finds our own settings above it
     with open(log, "ab") as out:
         command = [python, "-m", "pytest", *options, f"--junitxml={results}", *files]
         code = subprocess.run(command, cwd=folder, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL).returncode

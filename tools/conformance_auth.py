@@ -1,11 +1,14 @@
-"""A plugin of pytest for other people's tests (`conformance`): each of their requests shows the token of this run.
+"""A plugin of pytest for other people's tests (`conformance`): each of their requests has the token of this run.
 
-They know nothing of tokens, or test with one that is none. What goes out is else as they make it.
+They know nothing of tokens, or test with one that is none. Requests to the usual address of AIOS go to the gateway. All
+else is as they make it.
 """
 
 import os
 
 TOKEN = os.environ["CONFORMANCE_TOKEN"]
+#: Where AIOS listens, and where it is now.
+AIOS, KERNEL = "http://localhost:8000", os.environ["CEREBRUM_KERNEL_URL"]
 HEADER = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -34,6 +37,7 @@ def _requests():
     original = requests.Session.request
 
     def request(self, method, url, **kwargs):
+        url = KERNEL + url.removeprefix(AIOS) if url.startswith(AIOS) else url
         kwargs["headers"] = HEADER | (kwargs.get("headers") or {})
         return original(self, method, url, **kwargs)
 
