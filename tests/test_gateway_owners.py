@@ -381,6 +381,12 @@ def test_all_that_have_a_connection_are_found(pair: Pair) -> None:
     assert [one.pid for one in holders.roots(found)] == [os.getpid()]
 
 
+def test_an_address_that_cannot_be_looked_up_costs_no_other_connection(pair: Pair) -> None:
+    _, *ends = pair
+    odd = SocketAddress("fe80::1%lo", 1), SocketAddress("::1", 2)
+    assert [one.pid for one in holders.look([odd, (ends[0], ends[1])])[ends[0], ends[1]]] == [os.getpid()]
+
+
 def test_half_closed_is_still_connected(pair: Pair) -> None:
     client, theirs, ours = pair
     client.shutdown(socket.SHUT_WR)

@@ -89,9 +89,10 @@ def look(asked: Iterable[Ends]) -> dict[Ends, list[SocketHolder]]:
     """The processes that have the other end of each connection, for connections that aiosd's own user has made."""
     wanted = {}
     for ends in asked:
-        inode, uid = other_end(*ends)
-        if inode and uid == os.getuid():
-            wanted[f"socket:[{inode}]"] = ends, inode
+        with contextlib.suppress(OSError):  # an address that Linux cannot look up: that costs this connection alone
+            inode, uid = other_end(*ends)
+            if inode and uid == os.getuid():
+                wanted[f"socket:[{inode}]"] = ends, inode
     found: dict[Ends, list[SocketHolder]] = {ends: [] for ends, _ in wanted.values()}
     for pid in [int(name) for name in os.listdir("/proc") if name.isdecimal()] if wanted else []:
         has, stat = _held(pid, wanted)
