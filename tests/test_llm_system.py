@@ -297,6 +297,32 @@ def test_models_are_listed(aiosd: System, ask: Ask) -> None:
     assert model == ["nano", True, 2048, True, True]
 
 
+def test_guesses_change_neither_a_text_nor_its_bill(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+    """A text that repeats itself, as nano's does: whole, in pieces, and cut off by a budget in the middle of guesses."""
+    whole, short = tmp_path / "whole.py", tmp_path / "short.py"
+    ask = 'llm.complete("Once upon a time there was", max_tokens=100, temperature=0.0, ignore_eos=True'
+    whole.write_text(
+        HEADER
+        + f"r, pieces = {ask}), list({ask}, stream=True))\n"
+        + "assert ''.join(piece.text for piece in pieces) == r.text, pieces\n"
+        + "print(json.dumps([r.tokens, r.text, r.usage.completion_tokens]))\n"
+    )
+    short.write_text(HEADER + f"{ask})\n")
+    found = []
+    for how in ("off", "15"):
+        system = fresh_aiosd("--threads", "1", "--lookahead", how)
+        done = system.run("aios-run", whole, check=True)
+        used = []
+        for tokens in (40, 47):
+            assert system.run("aios-run", "--tokens", str(tokens), short).returncode == 124
+            agent = max(system.ps("--dead"), key=lambda one: one["pid"])
+            used.append((agent["prompt_tokens"], agent["completion_tokens"]))
+        found.append((json.loads(done.stdout), used))
+        guessed = system.status()["models"][0]["stats"]["lookahead"]["guessed"]
+        assert (guessed > 50) == (how != "off")
+    assert found[0] == found[1]
+
+
 def test_two_models_side_by_side(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
     tiny = tinymodels.write(tmp_path / "tiny.gguf")
     system = fresh_aiosd("--model", "nano", "--model", f"second={tiny}", "--threads", "1", "--slots", "2")
