@@ -298,7 +298,7 @@ def test_models_are_listed(aiosd: System, ask: Ask) -> None:
 
 
 def test_guesses_change_neither_a_text_nor_its_bill(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
-    """A text that repeats itself, as nano's does: whole, in pieces, and cut off by a budget in the middle of guesses."""
+    """A text that repeats itself, as nano's does: whole, in pieces, and cut off by a budget within guesses."""
     whole, short = tmp_path / "whole.py", tmp_path / "short.py"
     ask = 'llm.complete("Once upon a time there was", max_tokens=100, temperature=0.0, ignore_eos=True'
     whole.write_text(
