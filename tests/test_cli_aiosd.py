@@ -573,6 +573,18 @@ def test_status_shows_what_it_does_not_know() -> None:
         assert words in text
 
 
+def test_status_in_full_has_its_values_below_each_other_and_no_empty_ones() -> None:
+    figures = {
+        "a_figure_with_a_long_name": 1,
+        "cells": None,
+        "rope": "",
+        "tiers": {"ram": {"buffers": 2048, "why": None}},
+    }
+    lines = summary.full({"models": [{"name": "m", "state": "ready", "pid": 2, "stats": figures}]})
+    figures_of_m = lines[lines.index("model m, ready, pid 2") + 1 :]
+    assert figures_of_m == ["  a figure with a long name 1", "  tiers                     ram buffers 2.0K"]
+
+
 def _help(fresh_aiosd: Fresh, *words: str) -> str:
     return fresh_aiosd(start=False).run(*words, "--help", env={"COLUMNS": "80"}, check=True).stdout
 

@@ -90,6 +90,20 @@ def test_what_is_missing_is_left_out_and_nothing_is_too_wide(missing: set[str], 
     assert ("contexts" in text) == (not empty and "tiers" not in missing)
 
 
+def test_a_line_that_is_too_long_is_broken_between_figures() -> None:
+    (model,) = STATUS["models"]
+    stats = model["stats"] | {"lookahead": {"guessed": 8, "right": 7}, "tokens_per_s": 12345.6}
+    machine = "12 CPUs 99% busy, load 14.64 16.08 19.23, memory 17.4G of 123.5G, disk 161.9G free"
+    status = STATUS | {"models": [model | {"stats": stats}]}
+    lines = picture.head(status, 80, 0.0, machine)
+    assert lines[3:5] == [
+        "      12,345.6 tokens/s  prefill 4,100/s  step 6.4 ms  prefix hits 67%",
+        "      guesses 88%",
+    ]
+    assert lines[-2:] == [machine.removesuffix(" disk 161.9G free"), "      disk 161.9G free"]
+    assert len(picture.head(status, 40, 0.0, machine)) == 6, "a narrow window keeps its lines for agents"
+
+
 def test_the_store_is_shown_when_it_is_used() -> None:
     store = {"kind": "store", "stats": {"bytes": 2048, "hits": 5, "faults": 2, "evictions": 1, "vectors": 3,
                                         "index_bytes": 1024, "pending": 3, "wordless": 1}}  # fmt: skip

@@ -104,7 +104,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("text", [*REFUSED, ",".join(map(str, range(1, 18)))])
 def test_other_addresses_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"loopback|neither auto nor off|twice|more than 16"):
+    with pytest.raises(ValueError, match=r"loopback|neither auto nor off|twice|more than 16|stands alone|be the first"):
+        endpoint.read(text)
+
+
+@pytest.mark.parametrize("text", ["off,80", "80,off", "80,0", "0,0", "80,auto"])
+def test_a_word_at_the_wrong_place_is_not_called_an_unknown_one(text: str) -> None:
+    with pytest.raises(ValueError, match=r"stands alone|be the first"):
         endpoint.read(text)
 
 

@@ -285,7 +285,7 @@ def test_what_two_agents_have_is_nobodys(aiosd: System, tmp_path: Path, keeps: b
     out, err = taking.communicate(timeout=30)
     assert out, err
     status, words = json.loads(out)[0]
-    assert (status, "not from one alone" in words) == ((401, True) if keeps else (200, False)), err
+    assert (status, "one agent's own programs" in words) == ((401, True) if keeps else (200, False)), err
 
 
 def test_what_an_agent_has_in_common_with_a_person_is_nobodys(aiosd: System, tmp_path: Path) -> None:

@@ -479,7 +479,7 @@ def test_the_person_stops_it_and_the_log_names_the_sender(fresh_aiosd: Fresh) ->
     system = fresh_aiosd("--threads", "1")
     assert system.stop() == 0
     assert f"SIGTERM from pid {os.getpid()} (" in system.log()
-    assert "stopping (SIGTERM" in system.log()
+    assert "stopping (SIGTERM)" in system.log(), "not that it comes from aiosd itself, which passes it on"
 
 
 def sent_by(sender: int, supervisor: int) -> bool:

@@ -36,9 +36,9 @@ PROMPT_ONCE = "[y]es · [n]o · [s]kip: "  # for an ask that cannot be allowed f
 
 @edge.new(
     click.Command,
-    "Answer what agents ask for: deeds that a rule of aiosd.toml, or a default, leaves to a person. An agent whose ask "
-    "nobody answers waits; where nobody listens (-f, or the terminal that the agent is attached to) it is denied at "
-    "once, unless ask_timeout says otherwise.\n\n"
+    "Answer what agents ask for: actions that a rule of aiosd.toml, or a default, leaves to a person. An agent whose "
+    "ask nobody answers waits; where nobody listens (-f, or the terminal that the agent is attached to) it is denied "
+    "at once, unless ask_timeout says otherwise.\n\n"
     "What is allowed is what was shown: if it changes, it is asked for anew. Agents cannot use this command. An ID may "
     "be shortened.",
     "[-f] [--allow|--always|--deny]",

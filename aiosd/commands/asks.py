@@ -27,7 +27,7 @@ def title(asked: Asked) -> str:
 def lines(asked: Asked, full: bool = False) -> list[str]:
     """All details of an ask, which a person must see before allowing it."""
     ago = format_duration(max(0.0, time.time() - asked.since))
-    found = [escaped(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}) has asked for {ago}")]
+    found = [escaped(f"{asked.id}  agent {asked.name} (pid {asked.pid}, group {asked.group}) has waited for {ago}")]
     rows = [("tool" if asked.tool else "call", _deed(asked)), ("because of", asked.rule), *asked.details]
     rows += [("in", asked.folder)] if asked.folder else []
     rows += [("always means", asked.always or NEVER_ALWAYS)]

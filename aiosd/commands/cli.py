@@ -267,7 +267,7 @@ def _be_daemon(settings: Settings, log: Path) -> NoReturn:
 # ── status ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@command.command("status", context_settings=edge.SETTINGS, short_help="Say how the system stands.")
+@command.command("status", context_settings=edge.SETTINGS, short_help="Show the state of the system.")
 @click.option("-v", "--verbose", is_flag=True, help="Everything.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 @click.option("--check", is_flag=True, help="Check the books as well; exits with 1 when they do not balance.")
@@ -314,7 +314,7 @@ def change(name: str, value: str) -> int:
       aiosd set log_level debug
       aiosd set stop_timeout 30
 
-    It holds until aiosd ends or reads its settings again (SIGHUP); what is to last belongs into aiosd.toml.
+    It holds until aiosd ends or reads its settings again (SIGHUP); what is to last belongs in aiosd.toml.
     """
     with edge.connect() as client:
         old, new = client.call(Sys.SET, Set(name, value), tuple[str, str])

@@ -5,6 +5,7 @@ A figure that the system does not report is left out together with its label. No
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,9 @@ from aiosd.units import format_duration, format_size
 from libaios.wire import ProcInfo
 
 BAR = 20  # characters for the slots of a model
+FOLDED_FROM = 72  # columns of a window in which long lines go on below
+INDENT = " " * 6
+BETWEEN = re.compile(r"[,;] |  +(?=\S)")  # what stands between two figures
 
 
 class Sample(NamedTuple):
@@ -78,7 +82,20 @@ def head(status: dict[str, Any], width: int, clock: float, machine: str = "") ->
         lines += _model(model, min(indent, 12))
     lines += _notes(status)
     lines += [machine] * bool(machine)
-    return [table.cut(line, width) for line in lines]
+    return [table.cut(part, width) for line in lines for part in _folded(line, width)]
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """A line that is too long, broken between its figures. Not in a narrow window: agents need its lines more."""
+    lines: list[str] = []
+    while FOLDED_FROM <= width < table.cells(line):
+        breaks = [found for found in BETWEEN.finditer(line) if found.start() > len(INDENT)]
+        fitting = [found.end() for found in breaks if table.cells(line[: found.end()].rstrip()) <= width]
+        if not fitting:
+            break
+        lines.append(line[: fitting[-1]].rstrip())
+        line = INDENT + line[fitting[-1] :]
+    return [*lines, line]
 
 
 def _quantum(quantum: Any) -> str:

@@ -208,7 +208,7 @@ def full(found: dict[str, Any], machine: str = "") -> list[str]:
     rest |= _granted(rest)
     known = ("version", "state", "uptime_s", "pid", "agents", "max_agents")
     rows |= {name: value for name, value in rest.items() if name not in known and value != ""}
-    lines += [f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items()]
+    lines += _full_rows(rows)
     for model in models:
         lines += _full_model(dict(model))
     for service in services:
@@ -216,7 +216,7 @@ def full(found: dict[str, Any], machine: str = "") -> list[str]:
     for template in templates:
         name = template.get("name", "?")
         rows = {key: value for key, value in template.items() if key != "name"}
-        lines += [str(name), *(f"  {key:18} {_value(key, value)}" for key, value in rows.items())]
+        lines += [str(name), *_full_rows(rows)]
     return lines + _checked(checked)
 
 
@@ -224,7 +224,7 @@ def _full_service(service: dict[str, Any]) -> list[str]:
     lines = [f"service {service.pop('name', '?')}, {service.pop('state', '?')}, pid {service.pop('pid', '?')}"]
     service.pop("kind", None)
     rows = {**(service.pop("stats", None) or {}), **{name: value for name, value in service.items() if value}}
-    return [*lines, *(f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items())]
+    return [*lines, *_full_rows(rows)]
 
 
 def _full_model(model: dict[str, Any]) -> list[str]:
@@ -243,19 +243,27 @@ def _full_model(model: dict[str, Any]) -> list[str]:
         )
         for known in ("name", "path", "default"):
             info.pop(known, None)
-    rows |= {name: value for name, value in (model | info).items() if value not in ("", None)} | stats
-    return [*lines, *(f"  {name.replace('_', ' '):18} {_value(name, value)}" for name, value in rows.items())]
+    rows |= model | info | (stats or {})
+    return [*lines, *_full_rows(rows)]
+
+
+def _full_rows(rows: dict[str, Any]) -> list[str]:
+    """A line for each figure, the values below each other; figures that are not there have none."""
+    shown = {name.replace("_", " "): (name, value) for name, value in rows.items() if value not in ("", None)}
+    width = max(map(len, shown), default=0)
+    return [f"  {title:{width}} {_value(name, value)}" for title, (name, value) in shown.items()]
 
 
 def _value(name: str, value: Any) -> str:
     if isinstance(value, dict):
         inherited = "bytes" if name.endswith("bytes") else ""
-        parts = (f"{key.replace('_', ' ')} {_value(inherited or key, part)}" for key, part in value.items())
+        present = ((key, part) for key, part in value.items() if part not in ("", None))
+        parts = (f"{key.replace('_', ' ')} {_value(inherited or key, part)}" for key, part in present)
         return ", ".join(parts) or "-"
     if isinstance(value, list):
         return ", ".join(_value(name, part) for part in value) or "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int) and name.endswith(("bytes", "budget")):
+    if isinstance(value, int) and name.endswith(("bytes", "budget", "buffers")):
         return format_size(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -40,7 +40,8 @@ EXAMPLES = """
     "Show a running system: what the models do, where contexts lie, and the agents, sorted by what they use.\n\n"
     "TOK/S: tokens generated per second since the last picture. TOKENS: prompt tokens computed and tokens generated. "
     "CACHED: prompt tokens that were not computed again. MEM: PSS, sampled. A model's tokens/s are those of ten "
-    "seconds. While it is live the keys h or ? show the others, and q ends it.",
+    "seconds. prefix hits: calls whose prompt began with what the model had already computed. guesses: how many of the "
+    "tokens guessed ahead (--lookahead) were right. While it is live the keys h or ? show the others, and q ends it.",
     "[OPTIONS]",
     EXAMPLES,
 )

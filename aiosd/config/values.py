@@ -36,7 +36,7 @@ def lookahead(value: Any) -> int | None:
     try:
         return whole(0, 15)(value)
     except ValueError as error:
-        raise ValueError(f"{error}, nor auto or off") from None
+        raise ValueError(f"{error}; else auto or off") from None
 
 
 def seconds(value: Any) -> float:

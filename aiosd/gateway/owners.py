@@ -32,7 +32,7 @@ SETTLE_S, SETTLE_TRIES = 0.05, 10  # an agent's program may connect before the k
 UNSETTLED = 16  # connections that are asked about again at a time
 
 _NOBODY = "no process of aiosd's user is found that has opened this connection"
-_OUTSIDE = "this connection comes from no agent, not from one alone, or was handed to it when it was started"
+_OUTSIDE = "this connection was not opened by one agent's own programs"
 _NO_AGENT = "this connection comes from a process of aiosd's that belongs to no agent"
 _MANY = f"more than {wire.MOST_PROCESSES} processes have this connection"
 

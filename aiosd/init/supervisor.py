@@ -213,7 +213,9 @@ class Supervisor:
             if one.number == signal.SIGHUP and not self._terminal_gone():
                 self._reload()
             else:
-                self.stop(f"{signal_name(one.number)} {describe_sender(one.sender)}")
+                # What the guardian passes on it has logged itself, with its sender.
+                sender = "" if one.sender == self.guardian else f" {describe_sender(one.sender)}"
+                self.stop(f"{signal_name(one.number)}{sender}")
 
     def _is_refused(self, one: SignalInfo) -> bool:
         """Signals are obeyed from the guardian, or from Linux itself, and from no other process: most others come from

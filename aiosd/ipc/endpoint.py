@@ -57,6 +57,8 @@ def read(value: Any) -> Endpoint:
     texts = [str(word).strip() for word in (value if isinstance(value, list) else str(value).split(","))]
     if texts == ["off"]:
         return Endpoint(on=False)
+    if "off" in texts:
+        raise ValueError("off stands alone: no port can be named beside it")
     if len(texts) > MOST:
         raise ValueError(f"more than {MOST} addresses")
     automatic = texts[:1] in (["auto"], ["on"], ["0"])
@@ -70,6 +72,8 @@ def read(value: Any) -> Endpoint:
 
 def _address(text: str, usual: str) -> Endpoint:
     """`usual`: the host where none is named."""
+    if text in ("0", "auto", "on"):
+        raise ValueError(f"{text} can only be the first: one free port is all that is chosen")
     host, _, port = text.rpartition(":")
     host = host.strip("[]") or usual
     if not port.isdecimal() or not 1 <= int(port) <= 65535:

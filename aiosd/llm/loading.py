@@ -114,7 +114,7 @@ class LoadedModel:
             found = threads.measure(self.context, slots, seconds=threads.MEASURE_S / 2)
             if not found.again:
                 self.threads = found
-                logger.info("%d threads: %s", found.number, found.why)
+                logger.info("threads: %d, %s", found.number, found.why)
             self.context.set_threads(self.threads.number)
         self.ahead = _ahead(self.spec, self.model, self.context, slots[0])
 
@@ -346,7 +346,7 @@ def _threads(spec: ModelSpec, context: llama.LlamaContext, slots: int, report: R
     rows = list(range(min(slots, MEASURED_ROWS, most)))
     found = threads.measure(context, rows, lambda fraction: report("measuring threads", fraction))
     context.set_threads(found.number)
-    logger.info("%d threads: %s", found.number, found.why)
+    logger.info("threads: %d, %s", found.number, found.why)
     return found
 
 
