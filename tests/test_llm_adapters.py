@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 from aiosd.errors import AiosdError
 from aiosd.llm import adapters, llama, loading
 from aiosd.llm.adapters import STEPS, AdapterTurns
+from aiosd.llm.lookahead import ROWS, Guesser
 from aiosd.llm.saved import Saved
 from aiosd.llm.spec import Lora, ModelSpec
 from tests import tinymodels
 from tests.conftest import System
-from tests.test_llm_engine import Bench
+from tests.test_llm_engine import Bench, play
+from tests.test_llm_guesses import FREE
 
 PROMPT = "the same beginning of a prompt, for every adapter there is: "
 
@@ -150,10 +153,37 @@ def test_a_bad_file_is_refused_with_one_line(files: dict[str, Path], tmp_path: P
 def test_adapters_take_turns() -> None:
     calls: list[Any] = [SimpleNamespace(lora=lora) for lora in ("", "", "a", "b")]
     turns = AdapterTurns()
-    taken = [[call.lora for call in turns.of(calls)] for _ in range(6 * STEPS)]
+    taken = []
+    for _ in range(6 * STEPS):
+        taken.append([call.lora for call in turns.of(calls)])
+        turns.done(len(taken[-1]), len(taken[-1]))
     assert all(taken.count(names) == 2 * STEPS for names in (["", ""], ["a"], ["b"]))
     assert sum(a != b for a, b in pairwise(taken)) == 5
     assert turns.of(calls[:2]) == calls[:2], "whose calls are gone has no turn"
+
+
+def test_right_guesses_do_not_make_a_turn_longer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that copies its prompt gets many tokens in a step; one with another adapter gets as many in its turn."""
+    copied = [(13 * i) % 200 + 20 for i in range(100)]
+    monkeypatch.setattr(bench.engine, "guesser", Guesser(FREE, bench.engine.mixed))
+    play(monkeypatch, copied[4:])
+    copying = bench.submit([*copied, *copied[:4]], peer=1, lora="a", max_tokens=90)
+    other = bench.submit([230, 231, 232], peer=2, lora="b", max_tokens=90)
+    calls = [bench.engine._calls[key] for key in (copying, other)]
+    got: list[tuple[int, int]] = []  # which of them got how many tokens, step by step
+    while bench.engine.num_calls == 2:
+        before = [len(call.out) for call in calls]
+        bench.engine.step()
+        got += [(i, len(call.out) - had) for i, (call, had) in enumerate(zip(calls, before, strict=True))]
+    turns = [
+        (i, sum(tokens for _, tokens in turn)) for i, turn in groupby((one for one in got if one[1]), itemgetter(0))
+    ]
+    assert len(turns) > 8
+    assert max(tokens for i, tokens in turns[3:] if i == 0) < STEPS + ROWS
+    assert {tokens for i, tokens in turns[3:-1] if i == 1} == {STEPS}
+    bench.run()
+    assert bench.engine.guesser.right > 60
+    assert bench.whole(copying)[0] == bench.whole(other)[0] == copied[4:94]
 
 
 def test_scopes_of_adapters_are_apart() -> None:

@@ -67,6 +67,21 @@ def test_a_guess_is_what_a_plain_search_finds(prompt: list[int], out: list[int],
             assert bool(here) == bool(there)
 
 
+def test_a_long_output_that_is_new_costs_what_a_prompt_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its last tokens are looked at: a call that was forgotten in a crowd holds nobody up."""
+    one, text = Lookup(np.array([1, 2, 3], np.int32)), [token % 5000 for token in range(7 * lookup.REACH)]
+    added: list[int] = []
+    monkeypatch.setattr(Lookup, "_add", lambda self, token: added.append(token))
+    one.follow(text)
+    monkeypatch.undo()
+    assert len(added) <= lookup.REACH
+    two = Lookup(np.array(text, np.int32))
+    assert one.guess(5) == two.guess(5) == [token % 5000 for token in range(len(text), len(text) + 5)]
+    text.append(text[-5000])
+    one.follow(text)
+    assert one.matched == LONGEST + 1
+
+
 def test_a_text_that_repeats_itself_goes_on_beyond_its_end() -> None:
     one = Lookup(np.array([1, 2, 3, 1, 2, 3, 1, 2, 3], np.int32))
     assert one.guess(8) == [1, 2, 3, 1, 2, 3, 1, 2]
@@ -219,6 +234,27 @@ def test_no_guesses_in_a_crowd_and_none_without_a_match() -> None:
         3,
         3,
     ]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("each", [0.1, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("copying", [1, 2, 3])
+def test_who_copies_nothing_does_not_wait_for_those_who_do(mixed: bool, each: float, copying: int) -> None:
+    """A step takes at most the time in which all calls would have had a turn alone."""
+    guesser, lengths = Guesser(linear(each), mixed), set[int]()
+    calls = [FakeGuessedCall(i, i, COPIED) for i in range(copying)]
+    calls.append(FakeGuessedCall(9, copying, PLAIN))
+    for turn in range(100):
+        guesses = guesser.guesses(calls) or [[] for _ in calls]
+        rows = [len(guess) + 1 for guess in guesses]
+        assert guesser._seconds([call.slot for call in calls], rows) <= len(calls)
+        if max(rows) > 1:
+            guesser.verified(len(calls), sum(rows) - len(calls), sum(rows))
+        lengths.add(max(rows))
+        for call, count in zip(calls, rows, strict=True):
+            call.out += [3000 + turn] if call.order == 9 else [(20 + len(call.out) + i) % 200 for i in range(count)]
+    if each == 0.1 and (mixed or copying > 1):  # where more rows cost little, the others have guesses
+        assert max(lengths) > 2
 
 
 def test_what_wrong_guesses_cost_is_bounded() -> None:

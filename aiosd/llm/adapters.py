@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aiosd.llm.sequence import Sequence
 
 #: An adapter keeps its turn for this number of steps while others wait: after a change llama.cpp plans its graphs anew.
+#: A step that brings its calls several tokens each, by guesses, counts as so many steps: it takes longer, too.
 STEPS = 8
 
 
@@ -79,5 +80,8 @@ class AdapterTurns:
         if self._turn not in names or (self._steps >= STEPS and len(names) > 1):
             later = [name for name in names if name > self._turn]
             self._turn, self._steps = (later or names)[0], 0
-        self._steps += 1
         return ready if len(names) == 1 else [sequence for sequence in ready if sequence.lora == self._turn]
+
+    def done(self, calls: int, tokens: int) -> None:
+        """A step of so many calls with the adapter whose turn it is has brought so many tokens."""
+        self._steps += max(tokens // calls, 1)

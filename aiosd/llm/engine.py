@@ -274,7 +274,10 @@ class Engine:
             else:
                 self._arrange(self._paid(batch.calls))
                 guesses = self._guesses() if alone else []
+                calls = len(self._rows)
                 brought = self._decode_guesses(guesses) if guesses else self._decode()
+                if calls:
+                    self._turns.done(calls, brought)
         self._report()
         self.meter.end(brought)
         if not self._calls:

@@ -6,7 +6,8 @@ is measured when the model is loaded; where even guesses that are always right w
 
 In each step the `Guesser` chooses the number of guesses with which the most tokens a second are expected. What a call
 loses with wrong guesses is bounded whatever its text is: it is paid out of the call's purse, into which steps pay a
-small part of their time and right guesses what they save. (Each call has its own, so that its guesses, and with them
+small part of their time and right guesses what they save. No call waits for the guesses of others longer than its share
+of the model's time is worth. (Each call has its own, so that its guesses, and with them
 the rounding of its rows, do not depend on calls before it.) In a crowd there are no guesses: the rows of others fill a
 step better.
 """
@@ -246,29 +247,31 @@ class Guesser:
 
     def _planned(self, calls: Sequence[GuessedCall], records: Sequence[_Record]) -> _Plan | None:
         """The best plan: the calls with the most promising matches, 1 to all of them, have guesses of the same number.
-        None: no guesses are better, or could cost more than the purses have."""
+        No call may get fewer tokens a second by it than if the calls took turns, each alone: whoever copies nothing
+        does not wait for those that do. None: no guesses are better, or could cost more than the purses have."""
         hopes = [(one.lookup.expected(self._sizes), i) for i, one in enumerate(records) if one.lookup.matched]
         if not hopes:
             return None
         hopes.sort(reverse=True, key=lambda hope: hope[0][-1])
         slots = [call.slot for call in calls]
         room = [call.limit - len(call.out) - 1 for call in calls]
-        plain = self._seconds(slots, [1] * len(calls))
+        plain, alone = self._seconds(slots, [1] * len(calls)), self.ahead.seconds[1] * len(calls)
         best, rate = None, GAIN * len(calls) / plain
         for number in range(1, len(hopes) + 1):
             for size in self._sizes:
-                sizes, tokens = [0] * len(calls), float(len(calls))
+                sizes, brings = [0] * len(calls), [1.0] * len(calls)
                 for expected, i in hopes[:number]:
                     fits = [at for at, one in enumerate(self._sizes) if one <= min(size, room[i])]
                     if fits:
-                        sizes[i] = self._sizes[fits[-1]]
-                        tokens += expected[fits[-1]] - 1
+                        sizes[i], brings[i] = self._sizes[fits[-1]], expected[fits[-1]]
                 if sum(sizes) + len(calls) > self._rows or not any(sizes):
                     break
                 seconds = self._seconds(slots, [one + 1 for one in sizes])
                 payers = [one for one, count in zip(records, sizes, strict=True) if count]
-                if tokens > rate * seconds and seconds - plain <= sum(one.purse for one in payers):
-                    best, rate = _Plan(sizes, seconds, plain, payers), tokens / seconds
+                if seconds > min(brings) * alone:
+                    continue
+                if sum(brings) > rate * seconds and seconds - plain <= sum(one.purse for one in payers):
+                    best, rate = _Plan(sizes, seconds, plain, payers), sum(brings) / seconds
         return best
 
     def _seconds(self, slots: list[int], rows: list[int]) -> float:

@@ -61,9 +61,14 @@ class Lookup:
 
     def follow(self, out: Sequence[int]) -> None:
         """`out`: the whole output, of which the tokens that are new are added."""
-        for token in out[self._seen :]:
+        new, self._seen = out[self._seen :], len(out)
+        if len(new) > REACH:  # it was forgotten, or began elsewhere: what happened to its guesses is not counted
+            self.matched = 0
+            self._restart(np.array(new[-REACH:], np.int32))
+            self._find()
+            return
+        for token in new:
             self._add(token)
-        self._seen = len(out)
         if len(self._tokens) > 2 * REACH:
             dropped = len(self._tokens) - REACH
             self._restart(np.array(self._tokens[dropped:], np.int32))
