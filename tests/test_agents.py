@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
-from tests.conftest import System
+from libaios import agents
+from tests.conftest import System, eventually
 
 SCRIPTS = {
     "prints": "print('a'); import sys; print('b', file=sys.stderr); print('c', end='')",
@@ -162,3 +165,39 @@ def test_the_agents_of_the_documentation_run(aiosd: System, tmp_path: Path, text
     done = aiosd.run("aios-run", "agent.py", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "shown"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (click.UsageError("no question"), 2, "Error: no question"),
+        (SystemExit(1), 1, ""),
+        (None, 0, ""),
+    ],
+)
+def test_the_ready_agents_exit_as_a_shell_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException | None,
+    code: int,
+    shown: str,
+) -> None:
+    @click.command()
+    def command() -> None:
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(sys, "argv", ["agent"])
+    with pytest.raises(SystemExit) as left:
+        agents.run(command)
+    assert (left.value.code or 0) == code
+    assert shown in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_ready_agent_that_waits_for_its_question(aiosd: System) -> None:
+    job = aiosd.popen("aios-run", "--name", "asked", "-m", "libaios.agents.react")
+    assert eventually(lambda: aiosd.run("aios-ps", "-C", "asked", "-o", "stat=").stdout.strip() == "S")
+    job.send_signal(signal.SIGINT)
+    assert job.wait(20) == 130
+    assert "Abort" not in job.stderr.read()  # type: ignore[union-attr]

@@ -79,7 +79,7 @@ def test_how_far_to_look_ahead(load: Load, toml: str, value: int | None) -> None
 
 @pytest.mark.parametrize("wrong", ['"on"', "16", "-1", "true", '""'])
 def test_how_far_not(load: Load, wrong: str) -> None:
-    with pytest.raises(UsageError, match="lookahead"):
+    with pytest.raises(UsageError, match=r"lookahead.*; else auto or off"):
         load(f"lookahead = {wrong}")
 
 

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import click
 
 from libaios import arithmetic, sto, tool
+from libaios.agents import run
 from libaios.loop import observation
 
 SYSTEM = "You are a helpful agent. Think, use a tool when you need one, and then answer briefly."
@@ -443,4 +444,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

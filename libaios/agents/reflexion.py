@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import click
 
 from libaios import mem
+from libaios.agents import run
 from libaios.agents.react import IN_TOOLBOX, AgentError, Chat, ChatMessage, Toolbox, Toolkit, react
 
 MOST_LESSONS = 3  # the paper's Ω: more do not fit into a prompt, and help little
@@ -272,4 +273,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
