@@ -80,6 +80,25 @@ def test_a_program_that_cannot_be_looked_up_holds_up_no_other_agent(fresh_aiosd:
     assert (run.wait(20), run.stdout.read()) == (3, "found\n")
 
 
+def test_a_program_is_looked_up_with_the_descriptors_of_its_own_agent_alone(fresh_aiosd: Fresh, slow: Path) -> None:
+    """The process had copies of all that the supervisor had open at that moment: an agent that was spawned beside it
+    seemed not to end, because the pipe of its output stayed open until the look-up was given up."""
+    system = fresh_aiosd()
+    system.popen("aios-run", slow)
+    supervisor = next(entry["ospid"] for entry in system.ps() if entry["name"] == "supervisor")
+
+    def looking() -> list[psutil.Process]:
+        return [one for one in psutil.Process(supervisor).children() if one.name() == "slow"]
+
+    assert eventually(looking)
+    folder = f"/proc/{looking()[0].pid}/fd"
+    opened = [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
+    assert [name for name in opened if name.endswith("/data/lock") or "journal" in name or "eventpoll" in name] == []
+    assert len([name for name in opened if "aios-letter" in name]) == 1
+    assert len([name for name in opened if "aios-channel" in name]) == 1
+    answer(slow, "print()")
+
+
 def test_a_pipe_is_left_to_the_agent_that_reads_it(slow: Path) -> None:
     """It can be read only once: the command that starts the agent must not take its program away."""
     reader = os.open(slow, os.O_RDONLY | os.O_NONBLOCK)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 COMMON = """
-import logging, os, threading
+import contextlib, logging, os, threading
 from aiosd.birth.fork import fork, fork_again
 logging.basicConfig()
 handler = logging.root.handlers[0]
@@ -28,6 +28,20 @@ def free_for_others():
     thread.start()
     thread.join()
     return found == [True, True]
+
+@contextlib.contextmanager
+def lock_held_by_a_thread():
+    held, done = threading.Event(), threading.Event()
+    def hold():
+        with handler.lock:
+            held.set()
+            done.wait()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    yield
+    done.set()
+    thread.join()
 """
 
 CHILD = """
@@ -39,19 +53,10 @@ assert free_for_others(), "in the parent"
 OWN_FORKS = """
 def with_held_locks():
     assert [hook.__code__ for hook in hooks] == codes
-    held, done = threading.Event(), threading.Event()
-    def hold():
-        with handler.lock:
-            held.set()
-            done.wait()
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if free_for_others() and threading.active_count() == 1 else 1)
-    done.set()
-    thread.join()
+    with lock_held_by_a_thread():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if free_for_others() and threading.active_count() == 1 else 1)
     return exit_code(child)
 
 assert exit_code(fork(with_held_locks)) == 0
@@ -59,17 +64,8 @@ assert [hook.__code__ for hook in hooks] == codes
 """
 
 BESIDE_A_THREAD = """
-held, done = threading.Event(), threading.Event()
-def hold():
-    with handler.lock:
-        held.set()
-        done.wait()
-thread = threading.Thread(target=hold)
-thread.start()
-held.wait()
-assert exit_code(fork(lambda: 0 if free_for_others() else 1)) == 0
-done.set()
-thread.join()
+with lock_held_by_a_thread():
+    assert exit_code(fork(lambda: 0 if free_for_others() else 1)) == 0
 """
 
 

@@ -68,7 +68,7 @@ def test_a_guess_is_what_a_plain_search_finds(prompt: list[int], out: list[int],
 
 
 def test_a_long_output_that_is_new_costs_what_a_prompt_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only its last tokens are looked at: a call that was forgotten in a crowd holds nobody up."""
+    """Only its last tokens are read: following a call that was forgotten among many others delays no other call."""
     one, text = Lookup(np.array([1, 2, 3], np.int32)), [token % 5000 for token in range(7 * lookup.REACH)]
     added: list[int] = []
     monkeypatch.setattr(Lookup, "_add", lambda self, token: added.append(token))

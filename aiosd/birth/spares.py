@@ -196,6 +196,10 @@ def _brood(ends: list[socket.socket], reports: int, supervisor: int) -> int:
 
 
 def _begin(spec: link.Fork, pid: int, home: str, fds: Descriptors) -> int:
+    """Runs in a child that the supervisor has forked for one agent. It has copies of all descriptors of the supervisor,
+    among them stdio of agents that are spawned at the same moment: as long as it looks up its own program, which may
+    take long, their readers would wait for their end."""
+    keep_only((*fds.stdio, fds.memfd, fds.bell, fds.letter, fds.report, *cage.descriptors()))
     prepare()
     return become_agent(spec, pid, home, fds)
 

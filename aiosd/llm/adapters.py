@@ -2,7 +2,8 @@
 
 llama.cpp applies one adapter to a whole batch. So calls with different adapters are never in one batch: adapters take
 turns in decode steps (`AdapterTurns`). What the model computes for a prompt depends on the adapter, so computed state
-is not shared between adapters (`scope`)."""
+is not shared between adapters (`scope`).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from aiosd.llm.sequence import Sequence
 
 #: An adapter keeps its turn for this number of steps while others wait: after a change llama.cpp plans its graphs anew.
-#: A step that brings its calls several tokens each, by guesses, counts as so many steps: it takes longer, too.
+#: A step in which each call gets several tokens (`lookahead`) counts as that number of steps: it takes longer, too.
 STEPS = 8
 
 
@@ -83,5 +84,5 @@ class AdapterTurns:
         return ready if len(names) == 1 else [sequence for sequence in ready if sequence.lora == self._turn]
 
     def done(self, calls: int, tokens: int) -> None:
-        """A step of so many calls with the adapter whose turn it is has brought so many tokens."""
+        """Count a step of the adapter whose turn it is: its number of calls, and of tokens that it has brought."""
         self._steps += max(tokens // calls, 1)

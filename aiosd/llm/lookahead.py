@@ -1,15 +1,16 @@
-"""Is it worth its time to compute guessed tokens, and how many? (`lookup.py` guesses, `engine.py` verifies.)
+"""Chooses how many guessed tokens a step computes, if any. (`lookup.py` guesses, `engine.py` verifies.)
 
 A step that computes the next token of a call and some guesses after it (the *rows* of the step) takes longer than a
-step with one row. How much longer depends on the model's file and the machine, between hardly and in proportion. So it
-is measured when the model is loaded; where even guesses that are always right would bring little, there are none.
+step with one row. How much longer depends on the model's file and the machine: hardly at all, or in proportion to the
+rows. So it is measured when the model is loaded. If even guesses that are always right would bring little, there are
+none.
 
-In each step the `Guesser` chooses the number of guesses with which the most tokens a second are expected. What a call
-loses with wrong guesses is bounded whatever its text is: it is paid out of the call's purse, into which steps pay a
-small part of their time and right guesses what they save. No call waits for the guesses of others longer than its share
-of the model's time is worth. (Each call has its own, so that its guesses, and with them
-the rounding of its rows, do not depend on calls before it.) In a crowd there are no guesses: the rows of others fill a
-step better.
+In each step the `Guesser` chooses the number of guesses with which the most tokens per second are expected. The time
+that a call loses with wrong guesses is bounded whatever its text is: it is paid out of the call's purse, into which
+steps pay a small part of their time, and right guesses the time that they save. (Each call has a purse of its own, so
+that its guesses, and with them the rounding of its rows, do not depend on earlier calls.) A call without guesses does
+not become slower than its share of the model's time by the guesses of others. While many calls decode there are no
+guesses: the rows of other calls fill a step better.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from aiosd.errors import WorldError
 from aiosd.llm import llama
 from aiosd.llm.lookup import Lookup
 
-#: Guesses are made while at most so many calls decode, and a step has at most so many rows.
+#: Guesses are made while at most CALLS calls decode, and a step has at most ROWS rows.
 CALLS, ROWS = 4, 16
 
 #: Numbers of guesses for one call that are considered: together with the next token, sizes that were measured.
@@ -46,14 +47,14 @@ LONG_STEP = 0.15
 #: What guesses that are always right must bring at least, or there are none.
 WORTH = 1.2
 
-#: A step with guesses must promise so many times the tokens a second of one without.
+#: A step with guesses must promise at least GAIN times the tokens per second of one without.
 GAIN = 1.05
 
-#: Of the time of a call's steps without guesses this part may be lost with wrong guesses, and at its beginning what so
-#: many wrong guesses in one step cost.
+#: This part of the time of a call's steps without guesses may be lost with wrong guesses; and once, at its beginning,
+#: the cost of a step with FIRST wrong guesses.
 LOSS, FIRST = 0.01, 3
 
-#: A purse holds the time of so many of the longest steps.
+#: A purse holds at most PURSE times the seconds of the longest step.
 PURSE = 1.2
 
 #: Calls of which the tokens are remembered: those of the last steps.
@@ -217,7 +218,7 @@ class Guesser:
         return [one.lookup.guess(size) if size else [] for one, size in zip(records, self._plan.sizes, strict=True)]
 
     def verified(self, calls: int, guessed: int, tokens: int) -> None:
-        """The step has brought so many tokens, with so many guesses for this number of calls."""
+        """Account for a step: its number of calls, of guesses computed, and of tokens that it has brought."""
         assert self._plan is not None
         self.guessed += guessed
         self.right += tokens - calls
@@ -247,8 +248,9 @@ class Guesser:
 
     def _planned(self, calls: Sequence[GuessedCall], records: Sequence[_Record]) -> _Plan | None:
         """The best plan: the calls with the most promising matches, 1 to all of them, have guesses of the same number.
-        No call may get fewer tokens a second by it than if the calls took turns, each alone: whoever copies nothing
-        does not wait for those that do. None: no guesses are better, or could cost more than the purses have."""
+        No call may get fewer tokens per second by it than if the calls took turns, each alone, so a call that copies
+        nothing is not slowed down by those that copy. None: it is better to have no guesses, or they could cost more
+        than the purses hold."""
         hopes = [(one.lookup.expected(self._sizes), i) for i, one in enumerate(records) if one.lookup.matched]
         if not hopes:
             return None
@@ -281,8 +283,8 @@ class Guesser:
 
 
 def passes(slots: Sequence[int], rows: Sequence[int]) -> list[int]:
-    """How llama.cpp divides a batch with so many rows of each of these slots (ascending): the rows of each pass. A pass
-    has consecutive slots, and as many rows of each of them."""
+    """How llama.cpp divides a batch: the number of rows of each pass. `rows`: the batch's rows for each of these slots
+    (ascending). A pass has consecutive slots, and the same number of rows for each of them."""
     left, found = dict(zip(slots, rows, strict=True)), []
     while left:
         run = [next(iter(left))]

@@ -69,7 +69,7 @@ def lost_note(note: int) -> Note:
 
 def walk(db: Database, owners: Mapping[int, str], filters: NoteFilters, now: float) -> Iterator[list[Note]]:
     """All notes of these owners (by number, with their names) that can be read and pass, the newest first, in slices,
-    without any index. The last slice is `lost_note(0)` if some notes cannot be read, whoever owns those."""
+    without any index. The last slice is `lost_note(0)` if some notes of any owner cannot be read."""
     sql = f"SELECT {PLAIN_COLUMNS} FROM notes n NOT INDEXED WHERE n.id BETWEEN ? AND ? ORDER BY n.id DESC"
     row = db.row("SELECT seq FROM sqlite_sequence WHERE name = 'notes'")
     last, lost = 0 if row is None else int(row[0]), list[int]()
