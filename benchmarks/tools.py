@@ -8,8 +8,8 @@
 
 Four parts, each `--rounds` times; figures are medians over the rounds.
 
-latency  One agent: getpid, `calc` (answered by the toolbox itself), `list_files` (answered by a worker), and for
-         comparison a note read from the store. The bound is for calc.
+latency  One agent: getpid, `calc` (computed in the agent, counted by the kernel), `list_files` (answered by a worker),
+         and for comparison a note read from the store. The bound is for calc.
 crowd    64 agents with several calls in flight each, of one tool that runs once at a time. The tool writes down when it
          begins and ends: so it is seen whether two ran at once, whether each agent's calls came in order, whether any
          was lost or done twice, and how far agents' numbers of served calls were apart while all still waited.

@@ -444,7 +444,7 @@ class tool:
     """`libaios.tool` for coroutines."""
 
     list = staticmethod(twin(_tool.list))
-    call = staticmethod(twin(_tool.call))
+    call = staticmethod(twin_of_steps(_tool.call))
     define = staticmethod(_tool.define)
 
     @staticmethod

@@ -38,7 +38,8 @@ from msgspec.structs import replace
 from libaios import wire
 from libaios.agent import connection
 from libaios.connection import decode_body
-from libaios.plan import Plan, syscall
+from libaios.plan import Plan, Steps, syscall, syscalls
+from libaios.pure import computation
 from libaios.wire import Sys, ToolInfo
 
 __all__ = ["Definition", "ToolInfo", "call", "define", "list", "schema", "stream"]
@@ -62,7 +63,7 @@ def schema(name: str) -> dict[str, Any]:
     return known([name])[0].parameters
 
 
-@syscall
+@syscalls
 def call(
     name: str,
     arguments: Mapping[str, Any] | None = None,
@@ -70,7 +71,7 @@ def call(
     *,
     timeout: float | None = None,
     **more: Any,
-) -> Plan[Any]:
+) -> Steps[Any]:
     """Call a tool and return its result: a value of JSON.
 
     Arguments by keyword, or as one mapping (which is needed for an argument named `timeout`). `timeout` in seconds
@@ -81,7 +82,14 @@ def call(
     TimeoutError, ENOMEM, EIO (the process of the call died; it is not made again), EREMOTEIO (the tool failed: the
     message has its exception).
     """
-    return Plan(Sys.TOOL_CALL, call_args(name, arguments, more, timeout), timeout=timeout)
+    args = call_args(name, arguments, more, timeout)
+    compute = computation(name, args.arguments) if timeout is None or timeout > 0 else None
+    if compute is not None and (yield Plan(Sys.TOOL_ADMIT, wire.AdmitTool(name), timeout=timeout)):
+        try:
+            return compute()
+        except ValueError as err:
+            raise wire.error(errno.EINVAL, str(err)) from None
+    return (yield Plan(Sys.TOOL_CALL, args, timeout=timeout))
 
 
 def call_args(

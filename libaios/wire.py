@@ -119,6 +119,7 @@ class Sys(enum.IntEnum):
     TOOL_LIST = 128
     TOOL_CALL = 129
     TOOL_TRUST = 130
+    TOOL_ADMIT = 131
     # what a person allows
     ASK_LIST = 140
     ASK_WATCH = 141
@@ -992,6 +993,13 @@ class CallTool(Struct, array_like=True, frozen=True):
     stream: bool = False  # send what it writes while it runs
 
 
+class AdmitTool(Struct, array_like=True, frozen=True):
+    """May the caller compute this tool itself (`libaios.pure`)? True counts as a call of the tool; False: it has to go
+    to the toolbox."""
+
+    name: Annotated[str, Meta(max_length=64)]
+
+
 class TrustTool(Struct, array_like=True, frozen=True):
     """Offer a tool again whose description has changed. Only a person may do that."""
 
@@ -1236,6 +1244,7 @@ add(
     Row(Sys.TOOL_LIST, NoArgs, list[ToolInfo], by="toolbox"),
     Row(Sys.TOOL_CALL, CallTool, Any, by="toolbox", again=_NEVER, piece=str),
     Row(Sys.TOOL_TRUST, TrustTool, by="toolbox", again=_ONCE),
+    Row(Sys.TOOL_ADMIT, AdmitTool, bool),
     Row(Sys.ASK_LIST, NoArgs, list[Asked]),
     Row(Sys.ASK_WATCH, WatchAsks, piece=Asked),
     Row(Sys.ASK_ANSWER, AnswerAsk),

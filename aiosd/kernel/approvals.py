@@ -76,6 +76,7 @@ class Approvals:
         self._calls = calls
         self._boot = boot
         self._ruled: dict[int, bool] = {}  # whether a rule names a call, by its number
+        self._ruled_tools: dict[str, bool] = {}  # … a tool that callers may compute
         self._asks: dict[str, _Ask] = {}
         self._watchers: dict[Call, wire.WatchAsks] = {}
         self._born = calls.timers.clock() if reborn else -BACK_S
@@ -87,9 +88,17 @@ class Approvals:
             known = self._ruled[row.sys] = self.policy.concerns(row.name, False)
         return known
 
+    def concerns_tool(self, name: str) -> bool:
+        """Whether any rule names this tool."""
+        known = self._ruled_tools.get(name)
+        if known is None:
+            known = self._ruled_tools[name] = self.policy.concerns(name, True)
+        return known
+
     def change(self, policy: AccessPolicy) -> None:
         self.policy = policy
         self._ruled.clear()
+        self._ruled_tools.clear()
 
     # ── the decision ──────────────────────────────────────────────────────────────────────────────────────
 

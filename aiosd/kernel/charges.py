@@ -36,6 +36,10 @@ class Charges:
             self._take(call, "tool_calls", 1)
         return self._service(call)
 
+    def admit(self, call: Call) -> None:
+        """Count a call of a tool that its caller computes itself. Raises OSError: EDQUOT."""
+        self._take(call, "tool_calls", 1)
+
     def store(self, call: Call, args: Any) -> Service:
         """Count a call of the store; returns the store. Raises OSError: EDQUOT, ENOSYS."""
         if call.row.sys in WRITING:

@@ -20,7 +20,7 @@ from libaios.wire import Sys
 #: Calls whose deeds are made by their service.
 OF_SERVICES = frozenset(
     (
-        Sys.TOOL_CALL,
+        Sys.TOOL_CALL, Sys.TOOL_ADMIT,
         Sys.STO_WRITE, Sys.STO_READ, Sys.STO_STAT, Sys.STO_HISTORY, Sys.STO_ROLLBACK, Sys.STO_REMOVE, Sys.STO_SHARE,
         Sys.STO_UNSHARE, Sys.STO_UPLOAD, Sys.STO_PIECE, Sys.STO_FINISH, Sys.STO_ABORT, Sys.MEM_ADD, Sys.MEM_UPDATE,
         Sys.MEM_REMOVE,

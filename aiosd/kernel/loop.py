@@ -147,7 +147,7 @@ class Kernel:
             sandboxes.folder(settings.home.data),
         )
         self.handlers: dict[int, CallHandler] = {}
-        charges = Charges(self.services, self.enforcer.refused)
+        self.charges = charges = Charges(self.services, self.enforcer.refused)
         choose = {LLM: self.generations.choose, "toolbox": charges.tool, "store": charges.store}
         asker = Asker(self.services, self.calls, self.generations.caller_of, choose)
         self.dispatcher = Dispatcher(self.calls, self.rights, asker, self.handlers, born.memo.get)
@@ -260,6 +260,7 @@ class Kernel:
             syscalls.TokenCalls(self.agents, self.outside),
             syscalls.SystemCalls(self.status, lambda: self.uplink.send(link.Shutdown()), self.live.change),
             syscalls.AccessCalls(self.approvals),
+            syscalls.ToolCalls(self.approvals, self.charges, self.services),
         )
 
     # ── birth of a successor ──────────────────────────────────────────────────────────────────────────────

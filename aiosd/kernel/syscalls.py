@@ -22,6 +22,7 @@ from aiosd.kernel.access import Access
 from aiosd.kernel.agents import Lifecycle
 from aiosd.kernel.approvals import Approvals
 from aiosd.kernel.calls import PENDING, CallTable
+from aiosd.kernel.charges import Charges
 from aiosd.kernel.cores import Cores
 from aiosd.kernel.dispatch import KNOWN, CallHandler
 from aiosd.kernel.generations import Generations
@@ -37,7 +38,7 @@ from aiosd.kernel.service import Services
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.system import FdLimit, System
 from aiosd.kernel.waiters import Waiters
-from libaios import wire
+from libaios import pure, wire
 from libaios.wire import Sys
 
 #: The handlers of a family of calls by number, before they are bound to the parts that they use.
@@ -327,6 +328,24 @@ class AccessCalls:
     }
 
 
+class ToolCalls:
+    """Tools that need no toolbox."""
+
+    def __init__(self, approvals: Approvals, charges: Charges, services: Services) -> None:
+        self._approvals = approvals
+        self._charges = charges
+        self._services = services
+
+    def admit(self, call: Call, args: wire.AdmitTool) -> bool:
+        there = args.name in pure.NAMES and self._services.of_kind("toolbox") is not None
+        if not there or self._approvals.concerns_tool(args.name):
+            return False
+        self._charges.admit(call)
+        return True
+
+    HANDLERS: ClassVar[Family] = {Sys.TOOL_ADMIT: admit}
+
+
 class TokenCalls:
     """Calls about agents without a process."""
 
@@ -346,8 +365,8 @@ class TokenCalls:
     HANDLERS: ClassVar[Family] = {Sys.TOKEN_NEW: new, Sys.TOKEN_LIST: listed}
 
 
-FAMILIES = (ProcessCalls, MessageCalls, ModelCalls, SystemCalls, AccessCalls, TokenCalls)
-Handlers = ProcessCalls | MessageCalls | ModelCalls | SystemCalls | AccessCalls | TokenCalls
+FAMILIES = (ProcessCalls, MessageCalls, ModelCalls, SystemCalls, AccessCalls, ToolCalls, TokenCalls)
+Handlers = ProcessCalls | MessageCalls | ModelCalls | SystemCalls | AccessCalls | ToolCalls | TokenCalls
 
 
 def bound(*families: Handlers) -> dict[int, CallHandler]:

@@ -1,5 +1,7 @@
 """Built-in tools that the toolbox answers itself, without a worker.
 
+`calc` is here for those callers that do not compute it themselves (`libaios.pure`).
+
 A worker is there to keep the effects of a tool away from other calls. These tools need no such protection: `calc` is
 arithmetic with limited cost (`libaios.arithmetic`), and the others are system calls that the kernel makes in the name
 of the agent that called (`errands`), so they can do what that agent can do itself, and no more. Passing such a call to
