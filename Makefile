@@ -75,17 +75,18 @@ mcp-servers: $(VENV)/.base ## real MCP servers for the tests, 300 MB (ARGS=time:
 
 install: $(VENV)/.base ## only the set-up: .venv with the package and its commands
 
+STAGES := $(VENV)/.base $(VENV)/.dev $(VENV)/.nano $(VENV)/.bench
+
 # Another llama.cpp than the one in .venv is asked for: CMAKE_ARGS=-DGGML_CUDA=on make install
 ifdef CMAKE_ARGS
 ifneq ($(strip $(CMAKE_ARGS)),$(shell cat $(VENV)/.cmake_args 2>/dev/null))
-$(VENV)/.base: again
+$(STAGES): again
 endif
 endif
 
-# bootstrap.py takes a lock, so that `make -j` may build several of these at a time.
-$(VENV)/.base: $(RECIPE)
-	@$(PYTHON) tools/bootstrap.py $(VENV) base
-$(VENV)/.dev $(VENV)/.nano $(VENV)/.bench: $(VENV)/.%: $(VENV)/.base
+# Each has all of .base, and marks that as done, too. bootstrap.py takes a lock, so that `make -j` may build several at a
+# time.
+$(STAGES): $(VENV)/.%: $(RECIPE)
 	@$(PYTHON) tools/bootstrap.py $(VENV) $*
 
 clean: ## removes what builds and tests left, keeps .venv

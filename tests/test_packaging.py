@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -184,6 +185,12 @@ class Builder:
     def __init__(self) -> None:
         self.built: list[tuple[list[str], str]] = []
         self.installed: list[str] = []
+        self.ahead = ["true"]  # the command that stands for the installing of all other packages
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, python: str, stage: str, log: str) -> subprocess.Popen[bytes]:
+        self.started.append(subprocess.Popen(self.ahead))
+        return self.started[-1]
 
     def watch(self, command: list[str], log: str, what: str, environ: dict[str, str] | None = None) -> None:
         if "wheel" in command:
@@ -200,6 +207,7 @@ class Builder:
 def builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
     builder = Builder()
     monkeypatch.setattr(bootstrap, "watch", builder.watch)
+    monkeypatch.setattr(bootstrap, "start_packages", builder.start)
     monkeypatch.setattr(bootstrap, "check_compiler", lambda python: None)
     monkeypatch.setattr(bootstrap, "works", lambda *command: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -211,8 +219,8 @@ def builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
 
 def test_one_wheel_serves_all_checkouts(builder: Builder, tmp_path: Path) -> None:
     for venv in ("one", "two", "two"):
-        bootstrap.install_llama_cpp(str(tmp_path / venv), "python", "log")
-    assert len(builder.built) == 1
+        bootstrap.install_llama_cpp(str(tmp_path / venv), "python", "base", "log")
+    assert len(builder.built) == len(builder.started) == 1  # there is time to use only where something is compiled
     assert len(set(builder.installed)) == 1
     assert len(builder.installed) == 2
     ((_, cmake_args),) = builder.built
@@ -224,11 +232,11 @@ def test_options_of_a_person_make_another_wheel_and_are_remembered(
     builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     venv = str(tmp_path / "one")
-    bootstrap.install_llama_cpp(venv, "python", "log")
+    bootstrap.install_llama_cpp(venv, "python", "base", "log")
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
-    bootstrap.install_llama_cpp(venv, "python", "log")
+    bootstrap.install_llama_cpp(venv, "python", "base", "log")
     monkeypatch.delenv("CMAKE_ARGS")
-    bootstrap.install_llama_cpp(venv, "python", "log")  # as `make test` does it afterwards
+    bootstrap.install_llama_cpp(venv, "python", "base", "log")  # as `make test` does it afterwards
     assert len(builder.built) == 2
     command, cmake_args = builder.built[1]
     assert cmake_args.endswith(" -DGGML_CUDA=on")
@@ -245,11 +253,21 @@ def test_a_build_that_was_interrupted_leaves_no_wheel(
         raise SystemExit(130)
 
     monkeypatch.setattr(bootstrap, "watch", interrupted)
+    builder.ahead = ["sleep", "1000"]
     with pytest.raises(SystemExit):
-        bootstrap.install_llama_cpp(str(tmp_path / "one"), "python", "log")
+        bootstrap.install_llama_cpp(str(tmp_path / "one"), "python", "base", "log")
+    assert builder.started[0].returncode == -signal.SIGTERM
     monkeypatch.setattr(bootstrap, "watch", builder.watch)
-    bootstrap.install_llama_cpp(str(tmp_path / "one"), "python", "log")
+    builder.ahead = ["false"]  # `install` will say what cannot be had
+    bootstrap.install_llama_cpp(str(tmp_path / "one"), "python", "base", "log")
     assert len(builder.built) == 1
+
+
+def test_all_but_llama_cpp_is_installed_while_that_is_compiled() -> None:
+    base, dev = (set(bootstrap.requirements(stage)) for stage in ("base", "dev"))
+    assert {line.partition(">")[0] for line in base} >= {"numpy", "faiss-cpu", "psutil", "click"}
+    assert base < dev
+    assert not any("llama" in line for line in dev)
 
 
 def test_llama_cpp_is_used_without_its_part_for_images(tmp_path: Path) -> None:

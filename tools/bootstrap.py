@@ -6,6 +6,7 @@ how far it is and for how long it has been going on. Without a terminal there is
 The whole of pip's output is in `.venv/setup.log`, its end is shown when something fails.
 """
 
+import configparser
 import fcntl
 import glob
 import hashlib
@@ -52,10 +53,11 @@ def main():
         log = os.path.join(venv, "setup.log")
         open(log, "w").close()
         make_venv(venv, python, log)
-        install_llama_cpp(venv, python, log)
+        install_llama_cpp(venv, python, stage, log)
         install(python, stage, log)
-        with open(os.path.join(venv, "." + stage), "w"):
-            pass  # the stamp
+        for stamp in {"base", stage}:
+            with open(os.path.join(venv, "." + stamp), "w"):
+                pass
 
 
 def make_venv(venv, python, log):
@@ -69,7 +71,7 @@ def make_venv(venv, python, log):
 # ── llama.cpp ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def install_llama_cpp(venv, python, log):
+def install_llama_cpp(venv, python, stage, log):
     """llama-cpp-python with the parts of llama.cpp that aiosd uses, from a wheel that is built once for this machine.
 
     The wheel lies in the user's cache, under a name made of all that it depends on; so other checkouts, other virtual
@@ -82,7 +84,14 @@ def install_llama_cpp(venv, python, log):
     stamp = os.path.join(venv, ".llama_cpp")
     if read(stamp) != folder or not works(python, "-c", HAVE, SLOW, pinned(SLOW)):
         if not wheels(folder):
-            build_llama_cpp(python, folder, asked, log)
+            ahead = start_packages(python, stage, os.path.join(venv, "packages.log"))
+            try:
+                build_llama_cpp(python, folder, asked, log)
+            except SystemExit:
+                ahead.terminate()
+                raise
+            finally:
+                ahead.wait()
         pip = [python, "-m", "pip", "install", "-v", "--no-input", "--disable-pip-version-check"]
         watch([*pip, "--no-deps", "--force-reinstall", *wheels(folder)], log, "installing " + SLOW)
     for path, text in ((remembered, asked), (stamp, folder)):
@@ -128,6 +137,26 @@ def check_compiler(python):
     binary = ["install", "--dry-run", "--no-deps", "--only-binary", ":all:", f"{SLOW}=={pinned(SLOW)}"]
     if not built_before and not works(*pip, *binary):
         stop("llama.cpp has to be built, but there is no C++ compiler: apt install g++ (or dnf install gcc-c++)")
+
+
+def start_packages(python, stage, log):
+    """Install all other packages of a stage while llama.cpp is compiled: most of that is waiting for the network.
+    `install` finds them there. It is also who reports what cannot be had, so a failure here means nothing."""
+    command = [python, "-m", "pip", "install", "-v", "--no-input", "--disable-pip-version-check", "-c", CONSTRAINTS]
+    with open(log, "wb") as out:
+        return subprocess.Popen(
+            [*command, *requirements(stage)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+        )
+
+
+def requirements(stage):
+    """What setup.cfg asks for in this stage, but llama-cpp-python."""
+    config = configparser.ConfigParser()
+    config.read(os.path.join(ROOT, "setup.cfg"))
+    lines = config["options"]["install_requires"].split("\n")
+    if EXTRAS[stage]:
+        lines += config["options.extras_require"][stage].split("\n")
+    return [line for line in lines if line and not line.startswith(SLOW)]
 
 
 # ── all of it ────────────────────────────────────────────────────────────────────────────────────────────
