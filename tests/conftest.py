@@ -43,9 +43,10 @@ hypothesis.settings.register_profile("aiosd", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("aiosd")
 
 DEADLINE_S = 120.0
-PATIENCE_S = 5.0  # for what may take a moment to go away after a test
+# Only what hangs takes so long: on a busy machine a process may not run for seconds.
+PATIENCE_S = 30.0  # for what may take a moment to happen, or to go away after a test
 BOOT_S = 60.0
-STOP_S = 20.0
+STOP_S = 60.0
 
 # A shell that runs something in the background has it ignore these, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -176,6 +177,14 @@ def in_words(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         return f"process {process.pid} ({process.status()}) {' '.join(process.cmdline()) or process.name()}"
     return f"process {process.pid}"
+
+
+def command_line(process: psutil.Process) -> str:
+    """Empty when it has ended: between a look for processes and a look at each of them any may end."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def is_helper(process: psutil.Process, before: set[int]) -> bool:
@@ -386,8 +395,8 @@ class System:
         """What a test that is over must have ended: agents, calls, slots. Empty when all is as it should be."""
         # Straight through the control socket: two commands after each of a thousand tests would take minutes.
         with Client(Home(self.home)) as client:
-            agents = client.call(wire.Sys.PS, wire.Ps(all=True), list[wire.ProcInfo], timeout=20.0)
-            status = client.call(wire.Sys.STATUS, wire.Status(check=True), dict[str, Any], timeout=20.0)
+            agents = client.call(wire.Sys.PS, wire.Ps(all=True), list[wire.ProcInfo], timeout=30)
+            status = client.call(wire.Sys.STATUS, wire.Status(check=True), dict[str, Any], timeout=30)
         busy = [f"agent {one.pid} ({one.name}, {one.stat})" for one in agents if not one.system and one.exit is None]
         busy += status["check"]
         for model in status["models"]:

@@ -62,4 +62,4 @@ class Agent:
         return lines
 
     def end(self) -> None:
-        self.job.communicate("", timeout=20)
+        self.job.communicate("", timeout=30)

@@ -55,7 +55,7 @@ class Bench:
     def send(self, message: Any) -> None:
         self.remote.table[type(message)](message)
 
-    def until(self, holds: Callable[[], Any], seconds: float = 20.0) -> Any:
+    def until(self, holds: Callable[[], Any], seconds: float = 60.0) -> Any:
         end = time.monotonic() + seconds
         while not (found := holds()):
             assert time.monotonic() < end, self.channel.sent[-3:]

@@ -199,5 +199,5 @@ def test_ctrl_c_ends_a_ready_agent_that_waits_for_its_question(aiosd: System) ->
     job = aiosd.popen("aios-run", "--name", "asked", "-m", "libaios.agents.react")
     assert eventually(lambda: aiosd.run("aios-ps", "-C", "asked", "-o", "stat=").stdout.strip() == "S")
     job.send_signal(signal.SIGINT)
-    assert job.wait(20) == 130
+    assert job.wait(30) == 130
     assert "Abort" not in job.stderr.read()  # type: ignore[union-attr]

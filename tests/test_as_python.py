@@ -308,7 +308,7 @@ def test_an_interrupt_shows_the_scripts_lines_only(aiosd: System, tmp_path: Path
     assert run.stdout is not None
     assert run.stdout.readline() == "up\n"
     run.send_signal(signal.SIGINT)
-    _, words = run.communicate(timeout=20)
+    _, words = run.communicate(timeout=30)
     assert run.returncode == -signal.SIGINT
     lines = words.splitlines()
     assert lines[0] == "Traceback (most recent call last):"

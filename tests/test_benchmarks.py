@@ -54,7 +54,7 @@ signal.pause()
         folder = Path(ended.stdout.readline().strip())
         assert folder.is_dir()
         ended.terminate()
-        assert ended.wait(20) == 128 + signal.SIGTERM
+        assert ended.wait(30) == 128 + signal.SIGTERM
     assert not folder.exists()
 
 

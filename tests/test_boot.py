@@ -120,7 +120,7 @@ def test_starts_without_standard_streams(fresh_aiosd: Fresh) -> None:
     assert eventually(lambda: system.run("aiosd", "status").returncode == 0, timeout=30, every=0.2)
     assert system.run("aios-run", "--", "echo", "hello").stdout == "hello\n"
     assert system.run("aiosd", "stop").returncode == 0
-    assert daemon.wait(20) == 0
+    assert daemon.wait(30) == 0
 
 
 def test_tells_systemd(fresh_aiosd: Fresh, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_unknown_option_is_a_usage_error(fresh_aiosd: Fresh) -> None:
 def test_signal_stops_it_with_exit_0(fresh_aiosd: Fresh, number: signal.Signals) -> None:
     system = fresh_aiosd()
     system.daemon.send_signal(number)
-    assert system.daemon.wait(20) == 0
+    assert system.daemon.wait(30) == 0
     assert eventually(lambda: not system.processes())
     assert "Traceback" not in system.log()
 
@@ -280,12 +280,12 @@ def test_signal_stops_it_with_exit_0(fresh_aiosd: Fresh, number: signal.Signals)
 def test_stop_waits_for_the_end(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd()
     assert system.run("aiosd", "stop").returncode == 0
-    assert system.daemon.wait(5) == 0
+    assert system.daemon.wait(30) == 0
     assert system.run("aiosd", "status").returncode == 1
 
 
 def test_agents_get_term_then_kill(fresh_aiosd: Fresh) -> None:
-    system = fresh_aiosd(env={"AIOSD_STOP_TIMEOUT": "2"})
+    system = fresh_aiosd(env={"AIOSD_STOP_TIMEOUT": "4"})
     polite = system.popen(
         "aios-run", "--", "sh", "-c", "trap 'echo bye; exit 3' TERM; echo up; while :; do sleep 0.1; done"
     )
@@ -294,10 +294,10 @@ def test_agents_get_term_then_kill(fresh_aiosd: Fresh) -> None:
     began = time.monotonic()
     system.daemon.terminate()
     assert polite.stdout.readline() == "bye\n"
-    assert system.daemon.wait(20) == 0
-    assert time.monotonic() - began >= 2
-    assert polite.wait(5) in (3, 125)
-    assert stubborn.wait(5) in (125, 137)
+    assert system.daemon.wait(30) == 0
+    assert time.monotonic() - began >= 4
+    assert polite.wait(30) in (3, 125)
+    assert stubborn.wait(30) in (125, 137)
     assert polite.stderr.read().endswith(": aiosd was stopped\n")
 
 
@@ -310,8 +310,8 @@ def test_nothing_outlives_either_of_the_two(fresh_aiosd: Fresh, who: str) -> Non
     victim = {"guardian": system.daemon.pid, "supervisor": ospid_of(system, "supervisor")}[who]
     os.kill(victim, signal.SIGKILL)
     assert eventually(lambda: set(system.processes()) <= {psutil.Process(agent.pid)})
-    assert agent.wait(5) == 125
-    system.daemon.wait(5)
+    assert agent.wait(30) == 125
+    system.daemon.wait(30)
     assert system.start().status()["state"] == "ready"
 
 
@@ -325,7 +325,7 @@ def test_starts_in_a_home_whose_owner_was_killed(fresh_aiosd: Fresh) -> None:
     for process in system.processes():
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    system.daemon.wait(10)
+    system.daemon.wait(30)
     assert eventually(lambda: not system.processes())
     system.start()
     assert int(system.run("aios-run", "-d", "--", "true", check=True).stdout) > pid  # pids are never used twice
@@ -346,7 +346,12 @@ def test_idle_system_costs_next_to_nothing(aiosd: System) -> None:
     def spent() -> tuple[float, int]:
         """CPU in seconds, and how often a thread went to sleep again."""
         processes = [psutil.Process(aiosd.daemon.pid), *psutil.Process(aiosd.daemon.pid).children(recursive=True)]
-        return sum(sum(process.cpu_times()[:2]) for process in processes), sum(map(sleeps, processes))
+        cpu_s, woken = 0.0, 0
+        for process in processes:
+            with contextlib.suppress(psutil.Error, OSError):  # a spare or a worker that leaves is no unrest
+                cpu_s += sum(process.cpu_times()[:2])
+                woken += sleeps(process)
+        return cpu_s, woken
 
     def sleeps(process: psutil.Process) -> int:
         states = Path(f"/proc/{process.pid}/task").glob("*/status")
@@ -361,7 +366,7 @@ def test_idle_system_costs_next_to_nothing(aiosd: System) -> None:
         windows.append((after_s - cpu_s, after_woken - woken))
         return windows[-1][0] < 0.1 and windows[-1][1] < 60
 
-    assert eventually(idle, timeout=20), f"CPU in seconds and wake-ups of every two seconds: {windows}"
+    assert eventually(idle), f"CPU in seconds and wake-ups of every two seconds: {windows}"
 
 
 def test_control_socket_is_private(aiosd: System) -> None:

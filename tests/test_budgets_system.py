@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 from libaios.client import Client
 from libaios.home import Home
 from libaios.wire import PidArgs, Send, Sys, raw
-from tests.conftest import System, eventually
+from tests.conftest import System, command_line, eventually
 
 Write = Callable[..., Path]
 Fresh = Callable[..., System]
@@ -119,9 +118,11 @@ def test_what_is_sampled_is_ended(
     assert f"agent {found['pid']}: {words}" in system.log()
 
 
-def test_a_fork_bomb_in_a_sandbox_is_ended_and_nobody_else(system: System, write: Write) -> None:
+def test_a_fork_bomb_in_a_sandbox_is_ended_and_nobody_else(fresh_aiosd: Fresh, write: Write) -> None:
     """Linux counts no processes of root, and elsewhere those of the user: so the kernel does. A bomb that ends by
-    itself at 2048: where it is not stopped the test fails, and the machine lives on."""
+    itself at 2048: where it is not stopped the test fails, and the machine lives on. On a single processor the bomb may
+    keep the kernel from it for so long that it is replaced: hence a system of its own."""
+    system = fresh_aiosd("--threads", "1")
     beside = write("for _ in sys.stdin: print(aios.proc.getpid(), flush=True)", "beside.py")
     neighbour = system.popen("aios-run", beside)
     bomb = write("for _ in range(11): os.fork()\ntime.sleep(100)")
@@ -131,8 +132,8 @@ def test_a_fork_bomb_in_a_sandbox_is_ended_and_nobody_else(system: System, write
     assert done.returncode == 124, done.stderr
     assert "processes and threads (--processes N allows more)" in done.stderr
     assert inspected(system, "bomb")["budget"] == "processes"
-    assert neighbour.communicate("x\n", timeout=20)[0].strip().isdecimal()
-    assert eventually(lambda: not [one for one in system.processes() if "agent.py" in " ".join(one.cmdline())])
+    assert neighbour.communicate("x\n", timeout=30)[0].strip().isdecimal()
+    assert eventually(lambda: not any("agent.py" in line for line in map(command_line, system.processes())))
 
 
 def test_linux_refuses_what_is_far_beyond_a_memory_budget(system: System, write: Write) -> None:
@@ -196,7 +197,7 @@ def test_files_and_the_store_count_as_disk(system: System, write: Write) -> None
 def test_an_agent_is_told_when_a_budget_runs_short(system: System, write: Write) -> None:
     script = write("""
         for _ in range(4): aios.tool.call("calc", expression="1")
-        print(aios.msg.recv(timeout=5))
+        print(aios.msg.recv(timeout=30))
     """)
     done = system.run("aios-run", "--tool-calls", "5", "--soft-limit", "80", script)
     assert done.returncode == 0
@@ -215,7 +216,7 @@ def test_inspect_says_what_is_exact_and_what_lags(system: System, write: Write) 
     assert budget["kinds"]["memory"]["lag_s"] == 0.1
     assert budget["kinds"]["memory"]["used"] > 1 << 20
     system.run("aios-kill", "-KILL", str(pid), check=True)
-    job.wait(20)
+    job.wait(30)
 
 
 # ── trees ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -237,11 +238,9 @@ def test_a_chain_of_agents_that_end_shares_one_cpu_budget(system: System, write:
         while time.process_time() < end: pass
         aios.proc.spawn(sys.argv[0])
     """)
-    began = time.monotonic()
     system.run("aios-run", "--cpu", "0.5", script)
-    assert eventually(lambda: system.agents() == [], timeout=30)
+    assert eventually(lambda: system.agents() == [], timeout=60), "it goes on for ever"
     assert eventually(lambda: "CPU budget of 0.5 s used up" in system.log())
-    assert time.monotonic() - began < 30
 
 
 def test_a_group_shares_its_budget_and_only_who_asks_is_ended(system: System, write: Write) -> None:
@@ -287,10 +286,10 @@ def test_a_kernels_death_in_the_middle_gives_nothing_back(fresh_aiosd: Fresh, wr
     old = {entry["name"]: entry["ospid"] for entry in system.ps()}["kernel"]
     with Client(Home(system.home)) as client:
         for pid in pids:
-            client.call(Sys.SEND, Send(pid, raw("go")), None, timeout=20.0)
+            client.call(Sys.SEND, Send(pid, raw("go")), None, timeout=30)
 
         def calls() -> float:
-            return client.call(Sys.INSPECT, PidArgs(pids[0]), dict[str, Any], timeout=20.0)["budgets"][0]["kinds"][
+            return client.call(Sys.INSPECT, PidArgs(pids[0]), dict[str, Any], timeout=30)["budgets"][0]["kinds"][
                 "tool_calls"
             ]["used"]
 
@@ -306,7 +305,7 @@ def test_a_kernels_death_in_the_middle_gives_nothing_back(fresh_aiosd: Fresh, wr
     assert after["children"]["used"] == 3
     assert after["cpu"]["used"] >= before["cpu"]["used"]
     system.run("aios-kill", "-KILL", *map(str, pids))
-    job.wait(20)
+    job.wait(30)
 
 
 def test_no_answer_is_empty_because_too_little_is_left(fresh_aiosd: Fresh, write: Write) -> None:

@@ -133,7 +133,7 @@ def test_what_only_detaches(aiosd: System, options: list[str], number: int) -> N
     assert line_of(view) == "up\n"
     view.send_signal(number)
     assert view.wait(PATIENCE_S) == -number
-    assert stat_of(aiosd, "watched") == "S"
+    assert eventually(lambda: stat_of(aiosd, "watched") == "S")
     aiosd.run("aios-kill", pid, check=True)
 
 
@@ -254,7 +254,7 @@ def test_closing_the_terminal_detaches(shell: Terminal, aiosd: System) -> None:
     view = psutil.Process(shell.foreground())
     shell.close()
     assert eventually(lambda: not view.is_running())
-    assert stat_of(aiosd, "watched") == "S"
+    assert eventually(lambda: stat_of(aiosd, "watched") == "S")
     aiosd.run("aios-kill", pid, check=True)
 
 
@@ -295,7 +295,7 @@ def test_dt_type_detach_come_back_and_end(shell: Terminal, aiosd: System) -> Non
     assert shell.exit_code() == 0
     shell.command("stty -a | md5sum")
     assert shell.expect(r"[0-9a-f]{32}")[0] == before
-    assert stat_of(aiosd, "held") == "S"
+    assert eventually(lambda: stat_of(aiosd, "held") == "S")
     shell.command("aios-attach held")
     shell.expect("up\none\ngot one\n")  # what was on the screen before
     shell.type("\x04")
@@ -390,7 +390,7 @@ def test_dt_stopped_from_outside_and_continued(shell: Terminal, aiosd: System) -
     os.kill(shell.foreground(), signal.SIGTSTP)
     shell.expect("Stopped.*held")
     shell.expect(re.escape(PROMPT) + "$")
-    assert stat_of(aiosd, "held") == "S"
+    assert eventually(lambda: stat_of(aiosd, "held") == "S")
     shell.command("fg")
     shell.expect("held\n")
     shell.type("word\r")

@@ -162,7 +162,7 @@ def test_a_process_group(aiosd: System, tmp_path: Path) -> None:
     assert run.stdout.readline() == "up\n"
     pid = next(str(entry["pid"]) for entry in aiosd.agents() if entry["name"] == "parent")
     aiosd.run("aios-kill", "-KILL", "--", f"-{pid}", check=True)
-    assert run.wait(10) == 137
+    assert run.wait(30) == 137
     assert eventually(lambda: aiosd.agents() == [])
     done = aiosd.run("aios-kill", "--", "-999999")
     assert done.returncode == 1
@@ -175,7 +175,7 @@ def test_timeout_kills_what_does_not_go(aiosd: System) -> None:
     )
     assert run.stdout.readline() == "up\n"
     aiosd.run("aios-kill", "--timeout", "0.3", "stubborn", check=True)
-    assert run.wait(10) == 137
+    assert run.wait(30) == 137
     polite = sleeper(aiosd, "polite")
     aiosd.run("aios-kill", "--timeout", "30", polite, check=True)
     assert aiosd.run("aios-wait", polite).returncode == 143

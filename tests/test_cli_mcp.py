@@ -139,7 +139,7 @@ def test_it_ends_with_its_input_and_on_an_interrupt(aiosd: System, end: str) -> 
             process.stdin.close()
         else:
             process.send_signal(signal.Signals[f"SIG{end}"])
-        assert process.wait(10) == {"input": 0, "INT": -signal.SIGINT}[end]
+        assert process.wait(30) == {"input": 0, "INT": -signal.SIGINT}[end]
         assert process.stderr.read() == ""
 
 

@@ -309,7 +309,7 @@ def test_a_zombie_is_shown_with_e_and_by_pid(aiosd: System, tmp_path: Path) -> N
     assert child in aiosd.run("aios-ps", "-e", "-o", "pid=", check=True).stdout.split()
     assert child not in aiosd.run("aios-ps", "-o", "pid=", check=True).stdout.split()
     parent.stdin.close()
-    assert parent.wait(10) == 1  # EOFError
+    assert parent.wait(30) == 1  # EOFError
 
 
 def test_reader_that_goes_away_is_no_error(aiosd: System) -> None:
@@ -333,7 +333,7 @@ def test_watch_in_a_pipe_prints_pictures_one_after_another(aiosd: System, sleepe
     assert picture[1:] == [f"{int(sleepers[2]):3} single\n", "\n"]
     assert [watcher.stdout.readline() for _ in range(3)] == picture
     watcher.stdout.close()
-    assert watcher.wait(10) == 141
+    assert watcher.wait(30) == 141
     assert watcher.stderr.read() == ""
 
 

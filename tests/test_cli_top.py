@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from aiosd.commands import picture, table
 from aiosd.commands.picture import Rate, Sample, View
-from tests.conftest import System, eventually
+from tests.conftest import System, command_line, eventually
 from tests.test_cli_ps import proc
 from tests.test_jobcontrol import Terminal
 
@@ -240,7 +240,7 @@ def top(shell: Terminal, *options: str) -> list[Any]:
 
 def the_top(shell: Terminal) -> int:
     """Its Linux pid."""
-    (pid,) = (p.pid for p in shell.system.processes() if any(word.endswith("/aios-top") for word in p.cmdline()))
+    (pid,) = (p.pid for p in shell.system.processes() if "/aios-top" in command_line(p))
     return pid
 
 
@@ -353,7 +353,7 @@ class Tmux:
 
     def __call__(self, *args: str) -> str:
         command = ["tmux", "-L", "top", *args]
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=20, check=True).stdout
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=True).stdout
 
     def type(self, *keys: str) -> None:
         self("send-keys", *keys)
@@ -362,7 +362,7 @@ class Tmux:
         return self("capture-pane", "-p").split("\n")[:-1]
 
     def shows(self, pattern: str) -> bool:
-        return bool(eventually(lambda: re.search(pattern, "\n".join(self.screen()), re.MULTILINE), 10.0, 0.05))
+        return bool(eventually(lambda: re.search(pattern, "\n".join(self.screen()), re.MULTILINE), every=0.05))
 
 
 @pytest.fixture
@@ -400,7 +400,7 @@ def test_another_size(tmux: Callable[..., Tmux], sleepers: list[str]) -> None:
     window = tmux()
     assert window.shows("second$")
     window("resize-window", "-x", "40", "-y", "12")
-    assert eventually(lambda: len(window.screen()) == 12 and "q quit" in window.screen()[-1], 10.0)
+    assert eventually(lambda: len(window.screen()) == 12 and "q quit" in window.screen()[-1])
     assert max(map(len, window.screen())) <= 40
     window("resize-window", "-x", "5", "-y", "2")  # nonsense, and no crash
     window("resize-window", "-x", "100", "-y", "30")

@@ -48,7 +48,7 @@ def test_is_not_blamed_for_the_others():
 
 
 def test_leaks_and_hangs_fail_a_test(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text(CONFTEST.read_text().replace("PATIENCE_S = 5.0", "PATIENCE_S = 0.3"))
+    (tmp_path / "conftest.py").write_text(CONFTEST.read_text().replace("PATIENCE_S = 30.0", "PATIENCE_S = 0.3"))
     (tmp_path / "test_leaks.py").write_text(LEAKS)
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
     done = subprocess.run(

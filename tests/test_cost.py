@@ -193,7 +193,7 @@ def test_a_budget_of_money_ends_an_agent(
     kinds = found[0]["budgets"][0]["kinds"] if isinstance(found, list) else found["budgets"][0]["kinds"]
     assert kinds["cost"] == {"limit": "0.03", "used": "0.04", "lag_s": None}
     system.run("aios-kill", str(agent["pid"]), check=True)
-    job.communicate(timeout=20)
+    job.communicate(timeout=30)
     system.calm_down()
 
 

@@ -242,9 +242,9 @@ def test_a_budget_that_is_used_up_is_not_worth_another_try(aiosd: System) -> Non
 
 
 def open_calls(system: System, name: str) -> int:
-    pid = entry(system, name)["pid"]
-    found = json.loads(system.run("aios-inspect", str(pid), check=True).stdout)[0]
-    return len(found["open_calls"])
+    with Client(Home(system.home)) as client:  # until a command had started, a call might be over
+        (pid,) = [one.pid for one in client.call(wire.Sys.PS, wire.Ps(), list[wire.ProcInfo]) if one.name == name]
+        return len(client.call(wire.Sys.INSPECT, wire.PidArgs(pid), dict[str, Any])["open_calls"])
 
 
 def test_a_program_that_leaves_ends_its_generation(aiosd: System, agent: Agent) -> None:
@@ -404,6 +404,6 @@ def test_paths_that_do_not_exist_are_told_from_methods(agent: Agent) -> None:
 def test_books_balance_while_a_gateway_acts(aiosd: System, agent: Agent) -> None:
     stream = agent.stream({**LONG, "max_tokens": 2000})
     with Client(Home(aiosd.home)) as client:
-        check = client.call(wire.Sys.STATUS, wire.Status(check=True), dict[str, Any], timeout=20.0)["check"]
+        check = client.call(wire.Sys.STATUS, wire.Status(check=True), dict[str, Any], timeout=30)["check"]
     assert check == []
     agent.do(drop=stream)

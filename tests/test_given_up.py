@@ -290,7 +290,7 @@ call = connection().submit(wire.Sys.RECV, wire.Recv(None))
 print(aios.proc.getpid(), flush=True)
 input()
 connection().abandon(call)
-print(aios.msg.recv(timeout=10), flush=True)
+print(aios.msg.recv(timeout=30), flush=True)
 """
 
 
@@ -305,7 +305,7 @@ def test_through_the_system(fresh_aiosd: Callable[..., System], tmp_path: Path, 
     assert job.stdin is not None
     pid = int(job.stdout.readline())
     with Client(Home(system.home)) as client:
-        client.call(Sys.SEND, wire.Send(pid, wire.raw("kept")), None, timeout=10)
+        client.call(Sys.SEND, wire.Send(pid, wire.raw("kept")), None, timeout=30)
     if killed:
         old = next(entry["ospid"] for entry in system.ps() if entry["name"] == "kernel")
         os.kill(old, signal.SIGKILL)
@@ -313,4 +313,4 @@ def test_through_the_system(fresh_aiosd: Callable[..., System], tmp_path: Path, 
     job.stdin.write("\n")
     job.stdin.flush()
     assert job.stdout.read() == "(0, 'kept')\n"
-    assert job.wait(20) == 0
+    assert job.wait(30) == 0

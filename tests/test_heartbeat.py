@@ -100,7 +100,7 @@ def test_the_heart_stops_when_the_loop_is_stuck(heart: Heart, capfd: pytest.Capt
     before = set(threading.enumerate())
     beat_in_background(heart.write, rounds)
     for thread in set(threading.enumerate()) - before:
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()
     with pytest.raises(BlockingIOError):
         os.read(heart.read, 1)

@@ -23,7 +23,7 @@ from tests.conftest import System, eventually
 
 PROMPT = "READY> "
 CTRL_C, CTRL_D, CTRL_Z, CTRL_BACKSLASH = "\x03", "\x04", "\x1a", "\x1c"
-PATIENCE_S = 20.0
+PATIENCE_S = 30.0
 
 
 class Terminal:
@@ -436,7 +436,7 @@ def test_t_when_no_process_reads_any_more_the_terminal_is_gone(aiosd: System) ->
     assert run.stdout is not None
     assert run.stdout.readline() == "y\n"
     run.stdout.close()
-    assert run.wait(20) == 128 + signal.SIGHUP
+    assert run.wait(30) == 128 + signal.SIGHUP
 
 
 # ── signals without a terminal ────────────────────────────────────────────────────────────────────────────
@@ -449,7 +449,7 @@ def test_signals_are_forwarded(aiosd: System, name: str) -> None:
     assert run.stdout.readline() == "up\n"
     run.send_signal(getattr(signal, f"SIG{name}"))
     assert run.stdout.readline() == f"{name}\n"
-    assert run.wait(10) == 8
+    assert run.wait(30) == 8
 
 
 def test_an_ignored_signal_is_not_forwarded(aiosd: System) -> None:
@@ -459,7 +459,7 @@ def test_an_ignored_signal_is_not_forwarded(aiosd: System) -> None:
     assert run.stdout.readline() == "up\n"
     run.send_signal(signal.SIGHUP)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(10) == 8
+    assert run.wait(30) == 8
 
 
 def test_cont_reaches_an_agent_that_was_stopped_with_aios_kill(aiosd: System) -> None:
@@ -472,4 +472,4 @@ def test_cont_reaches_an_agent_that_was_stopped_with_aios_kill(aiosd: System) ->
     run.stdin.write("word\n")
     run.stdin.flush()
     assert run.stdout.readline() == "got word\n"
-    assert run.wait(10) == 0
+    assert run.wait(30) == 0

@@ -78,7 +78,7 @@ class Kernel:
         """Hang up; the exit code."""
         self.closed = True
         self.channel.close()
-        code = self.process.wait(10)
+        code = self.process.wait(30)
         assert self.process.stderr is not None
         self.errors = self.process.stderr.read().decode()
         self.process.stderr.close()
@@ -190,7 +190,7 @@ def test_life_of_a_core(kernel: Kernel) -> None:
     assert stats.stats["calls_finished"] == 1
     assert stats.stats["device"] == "CPU"
     kernel.send(link.Quit())
-    assert kernel.process.wait(10) == 0
+    assert kernel.process.wait(30) == 0
 
 
 def test_vectors_of_one_agent_do_not_wait_for_all_those_of_another(kernel: Kernel) -> None:

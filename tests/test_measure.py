@@ -65,7 +65,7 @@ def test_the_thread_looks_and_ends(tmp_path: Path) -> None:
     watch = DiskWatch()
     watch.ask({str(tmp_path): [os.getpid()]})
     assert watch._thread is not None
-    watch._thread.join(20)
+    watch._thread.join(30)
     assert not watch.busy
     assert watch.sizes[str(tmp_path)] is not None
 

@@ -275,7 +275,7 @@ def test_gates_outlive_the_proxy_and_the_kernel(
     assert other.startswith("GET /new")
     assert run.stdin is not None
     run.stdin.close()
-    assert run.wait(20) == 0
+    assert run.wait(30) == 0
 
 
 def test_a_hostile_agent_holds_up_no_other(system: System, upstream: int, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_hostile_agent_holds_up_no_other(system: System, upstream: int, tmp_pa
     stats = next(one["stats"] for one in system.status()["services"] if one["name"] == "proxy")
     assert stats["connections"] <= 64
     assert ospid(system, "proxy") == before
-    run.communicate("", timeout=20)
+    run.communicate("", timeout=30)
 
     def rest() -> int:
         return int(next(one["stats"]["agents"] for one in system.status()["services"] if one["name"] == "proxy"))

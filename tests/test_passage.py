@@ -43,7 +43,7 @@ def test_all_that_was_sent_arrives_and_then_the_end_is_read_once(
         if unread:  # a socket that is closed with something unread resets the other
             passage.send(second, passage.Closed(1))
         first.close()
-        await asyncio.wait_for(unwatched.wait(), 5)
+        await asyncio.wait_for(unwatched.wait(), 30)
         return wrong
 
     with second:

@@ -108,7 +108,7 @@ def test_an_end_is_said_twice_only_after_an_unfinished_line(held: Hold) -> None:
         assert os.read(output, 100) == passed_on
 
 
-@pytest.mark.deadline(10)
+@pytest.mark.deadline(30)
 def test_a_reader_that_stands_still_is_not_waited_for(held: Hold) -> None:
     source, typing = pipe(held)
     output, printing = pipe(held)
@@ -123,7 +123,7 @@ def test_a_reader_that_stands_still_is_not_waited_for(held: Hold) -> None:
     assert os.read(output, 100) == b"more"
 
 
-@pytest.mark.deadline(10)
+@pytest.mark.deadline(30)
 def test_no_more_is_written_than_fits(held: Hold) -> None:
     """A pipe that poll calls writable may have room for a single page."""
     source, typing = pipe(held)
@@ -139,7 +139,7 @@ def test_no_more_is_written_than_fits(held: Hold) -> None:
         assert turn(relay).get(printing) is None
 
 
-@pytest.mark.deadline(10)
+@pytest.mark.deadline(30)
 def test_the_last_output_is_passed_on(held: Hold) -> None:
     source, typing = pipe(held)
     output, printing = pipe(held)
@@ -154,7 +154,7 @@ def test_the_last_output_is_passed_on(held: Hold) -> None:
     assert (os.read(output, 100), ends) == (b"words", ["end"])
 
 
-@pytest.mark.deadline(10)
+@pytest.mark.deadline(30)
 def test_the_last_output_does_not_wait_for_ever_for_a_reader(held: Hold) -> None:
     source, typing = pipe(held)
     _, printing = pipe(held)
@@ -166,7 +166,7 @@ def test_the_last_output_does_not_wait_for_ever_for_a_reader(held: Hold) -> None
     assert not relay.done
 
 
-@pytest.mark.deadline(10)
+@pytest.mark.deadline(30)
 def test_the_last_output_has_an_end_though_a_process_writes_on(held: Hold) -> None:
     relay = Relay(held(os.open("/dev/zero", os.O_RDONLY)), held(os.open(os.devnull, os.O_WRONLY)))
     relay.drain(60.0)

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from libaios import wire
+from libaios.client import Client
+from libaios.home import Home
 from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
@@ -82,14 +85,20 @@ def test_one_that_does_well_is_left_alone_and_keeps_its_mailbox(aiosd: System, l
 def test_while_it_waits_it_can_be_seen_held_and_ended(aiosd: System, lives: Path) -> None:
     pid = start(aiosd, lives, "always", "--name", "phoenix")
     assert eventually(lambda: len(lines(lives)) >= 4)  # the next wait is 0.8 s or longer
-    assert eventually(lambda: inspect(aiosd, pid)["stat"] == "W")
-    aiosd.run("aios-kill", "-STOP", str(pid), check=True)
-    assert inspect(aiosd, pid)["stat"] == "W"
-    count = len(lines(lives))
-    aiosd.run("aios-kill", "-CONT", str(pid), check=True)
-    assert eventually(lambda: len(lines(lives)) > count)
-    assert eventually(lambda: inspect(aiosd, pid)["stat"] == "W")
-    aiosd.run("aios-kill", "phoenix", check=True)
+    with Client(Home(aiosd.home)) as client:  # a command may take as long as such a wait
+        signals = {number: wire.Kill(pid, number) for number in (signal.SIGSTOP, signal.SIGCONT, signal.SIGTERM)}
+
+        def waits() -> bool:
+            return bool(client.call(wire.Sys.INSPECT, wire.PidArgs(pid), dict[str, Any])["stat"] == "W")
+
+        assert eventually(waits)
+        client.call(wire.Sys.KILL, signals[signal.SIGSTOP], None)
+        assert waits()
+        count = len(lines(lives))
+        client.call(wire.Sys.KILL, signals[signal.SIGCONT], None)
+        assert eventually(lambda: len(lines(lives)) > count)
+        assert eventually(waits)
+        client.call(wire.Sys.KILL, signals[signal.SIGTERM], None)
     assert aiosd.run("aios-wait", str(pid)).returncode == 3
 
 

@@ -106,7 +106,7 @@ def connect_by_child():
 
 def served(sock):
     "What a call that only a person may make gets: an errno, or None when nothing is answered at all."
-    sock.settimeout(20)
+    sock.settimeout(30)
     try:
         sock.sendall(framed(wire.Hello(wire.VERSION)))
         if not sock.recv(4096): return None
@@ -460,7 +460,7 @@ def test_an_agent_does_not_stop_the_system(aiosd: System, how: str, target: str,
         assert eventually(lambda: refused in aiosd.log()[began:]), aiosd.log()[began:]
         assert "ignored" in aiosd.log()[began:]
     job.stdin.close()  # type: ignore[union-attr]
-    assert job.wait(20) in (0, 1)
+    assert job.wait(30) in (0, 1)
     assert "stopping" not in aiosd.log()[began:]
     assert "settings" not in aiosd.log()[began:]
     assert aiosd.run("aios-run", "--", "true").returncode == 0

@@ -190,7 +190,7 @@ def test_a_call_goes_on_to_the_next_model(fresh_aiosd: Callable[..., System], tm
         assert "slow down" in system.run("aiosd", "status").stdout
         assert "route fast: near serves now (far: " in system.log()
         job.stdin.close()
-        assert job.wait(20) == 0
+        assert job.wait(30) == 0
         system.calm_down()
     finally:
         endpoint.close()

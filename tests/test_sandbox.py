@@ -295,7 +295,7 @@ def test_a_door_opens_again_with_the_next_kernel(fresh_aiosd: Fresh, tmp_path: P
     agent, refused = run.stdout.read().splitlines()
     assert agent == "agent"
     assert refused.startswith("sandbox: an agent in 'flat' may not start one in 'none': needs a person's approval")
-    assert run.wait(20) == 0
+    assert run.wait(30) == 0
 
 
 def test_settings_groups_and_status(fresh_aiosd: Fresh, tmp_path: Path) -> None:

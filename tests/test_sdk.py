@@ -192,12 +192,7 @@ def test_the_lead_does_not_stay_with_one_who_has_stopped_waiting(kernel: Channel
 
 def until_followed(connection: Connection, number: int) -> None:
     """Wait until this number of threads wait behind a leader."""
-    patience = threading.Event()
-    for _ in range(500):
-        if len(connection._followers) >= number:
-            return
-        patience.wait(0.01)
-    raise AssertionError(f"{len(connection._followers)} followers")
+    assert eventually(lambda: len(connection._followers) >= number), f"{len(connection._followers)} followers"
 
 
 def test_interrupting_the_leader_passes_the_lead_on(kernel: ChannelKernel, connection: Connection) -> None:
@@ -220,18 +215,14 @@ def follow(connection: Connection, number: int) -> object:
 
 
 @contextlib.contextmanager
-def interrupted_when(holds: object) -> Iterator[None]:
+def interrupted_when(holds: Callable[[], object]) -> Iterator[None]:
     """The main thread gets one SIGINT as soon as this holds."""
-    patience = threading.Event()
     main = threading.main_thread().ident
     assert main is not None
 
     def fire() -> None:
-        for _ in range(1000):
-            if holds():  # type: ignore[operator]
-                signal.pthread_kill(main, signal.SIGINT)
-                return
-            patience.wait(0.005)
+        if eventually(holds, every=0.005):
+            signal.pthread_kill(main, signal.SIGINT)
 
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     firing = threading.Thread(target=fire)
@@ -875,7 +866,7 @@ def test_a_forked_child_does_not_wait_for_a_thread_that_was_sending(
     with as_process_connection(connection):
         call = aside(aios.proc.getpid)
         assert sending.wait(PATIENCE_S)
-        child = aside(in_child, lambda: aside(act).result(1.0))
+        child = aside(in_child, lambda: aside(act).result(PATIENCE_S / 2))
         try:
             assert child.result(PATIENCE_S) == 7
         finally:

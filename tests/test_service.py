@@ -54,7 +54,7 @@ def start(client: Client, folder: Path, numbers: tuple[int, ...] = ALL) -> dict[
 
 def outcome(client: Client, call: Pending) -> str:
     try:
-        return str(client.result(call, str, timeout=20.0))
+        return str(client.result(call, str, timeout=30))
     except OSError as err:
         return errno.errorcode[err.errno or 0]
 
@@ -119,7 +119,7 @@ def test_a_call_that_ends_its_service_is_given_up_and_its_neighbours_go_on(syste
     with Client(Home(str(system.home))) as client:
         calls = start(client, tmp_path, (toy.REPEAT,))
         with pytest.raises(OSError, match="toy died twice while this call was running") as caught:
-            client.call(toy.CRASH, toy.Text(""), None, timeout=20.0)
+            client.call(toy.CRASH, toy.Text(""), None, timeout=30)
         assert caught.value.errno == errno.EIO
         (tmp_path / "gate").touch()
         assert outcome(client, calls[toy.REPEAT]) == "done"

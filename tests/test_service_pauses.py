@@ -92,7 +92,7 @@ def running() -> Iterator[Running]:
     made = Running()
     yield made
     made.channel.send(link.encode(link.Quit()))
-    made.thread.join(20)
+    made.thread.join(30)
     assert not made.thread.is_alive()
     made.channel.close()
     made.server.channel.close()

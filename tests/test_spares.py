@@ -72,7 +72,7 @@ def test_each_of_a_crowd_is_the_agent_it_should_be(aiosd: System, tmp_path: Path
 def test_spares_leave_when_they_are_not_needed(aiosd: System, tmp_path: Path) -> None:
     assert eventually(lambda: crowd(aiosd, tmp_path, 3) and spares(aiosd), 60)  # on a busy machine they may have left
     assert aiosd.run("aiosd", "status", "--check").returncode == 0
-    assert eventually(lambda: not spares(aiosd), 10)
+    assert eventually(lambda: not spares(aiosd))
 
 
 def test_spares_that_were_killed_are_not_missed(aiosd: System, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_spares_that_were_killed_are_not_missed(aiosd: System, tmp_path: Path) -
 
 
 def test_one_agent_makes_no_spares(aiosd: System) -> None:
-    assert eventually(lambda: not spares(aiosd), 10)
+    assert eventually(lambda: not spares(aiosd))
     aiosd.run("aios-run", "--", "true", check=True)
     assert not spares(aiosd)
 

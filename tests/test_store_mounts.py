@@ -19,7 +19,7 @@ from libaios import wire
 from libaios.wire import Sys
 from tests.test_store_files import ME, OTHER, PERSON, Store, refused
 
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0
 
 
 @pytest.fixture

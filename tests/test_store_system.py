@@ -78,7 +78,7 @@ def test_acknowledged_notes_outlive_the_store(fresh_aiosd: Callable[..., System]
             calls = [client.submit(wire.Sys.MEM_ADD, wire.MemAdd(f"note {written + n}")) for n in range(50)]
             kill(system)
             for call in calls:
-                client.result(call, int, timeout=20.0)
+                client.result(call, int, timeout=30)
             written += len(calls)
         notes = client.call(wire.Sys.MEM_LIST, wire.MemList(limit=1000), list[wire.Note])
     assert sorted(note.text for note in notes) == sorted(f"note {number}" for number in range(written))

@@ -102,7 +102,7 @@ def end_templates(system: System) -> None:
     with Client(Home(system.home)) as client:
 
         def status() -> dict[str, Any]:
-            return client.call(wire.Sys.STATUS, wire.Status(), dict[str, Any], timeout=20.0)
+            return client.call(wire.Sys.STATUS, wire.Status(), dict[str, Any], timeout=30)
 
         for template in status()["templates"]:
             psutil.Process(template["ospid"]).kill()

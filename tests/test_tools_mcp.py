@@ -123,7 +123,7 @@ def test_tools_of_a_server_and_what_it_does_wrong(system: System, tmp_path: Path
         client.abandon(watch)
         assert names(client) == []
         system.run("aiosd", "tools", "--trust", "it__echo", check=True)
-        assert eventually(lambda: names(client) == ["it__echo"], 20)
+        assert eventually(lambda: names(client) == ["it__echo"])
         assert call(client, "it__echo", "hi") == "hi its key"
 
 

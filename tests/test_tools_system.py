@@ -17,7 +17,7 @@ from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
 from libaios.wire import CallTool, Sys, ToolInfo
-from tests.conftest import System, eventually
+from tests.conftest import System, command_line, eventually
 
 TOOLS = '''
 import os, time
@@ -244,7 +244,7 @@ def test_what_goes_wrong_hurts_that_call_alone(
     assert (code, expected[1] in message) == (expected[0], True), message
     assert call(client, "calc", expression="1") == "1"
     assert toolbox(system) == box
-    assert eventually(lambda: not [p for p in below(system) if "tools.worker" not in " ".join(p.cmdline())])
+    assert eventually(lambda: all("tools.worker" in line for line in map(command_line, below(system)) if line))
 
 
 def test_what_a_call_uses_is_charged_to_its_agent_however_it_ends(system: System, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_what_a_call_uses_is_charged_to_its_agent_however_it_ends(system: System
     done = system.run("aios-run", "--name", "burner", "--cpu", "100", script)
     shown = [line.split() for line in done.stdout.splitlines()]
     assert [how for how, _ in shown] == ["waits", "leaves", "dies", "detaches"], done.stderr
-    assert [how for how, used in shown if not 0.04 <= float(used) < 1.0] == []
+    assert [how for how, used in shown if not 0.04 <= float(used) < 10.0] == []
     agent = json.loads(system.run("aios-inspect", "burner", check=True).stdout)[0]
     assert agent["cpu_s"] >= agent["tools"]["cpu_s"] >= 4 * 0.04
     assert agent["tools"]["memory_bytes"] == 0
@@ -270,7 +270,7 @@ def test_what_a_call_uses_is_charged_to_its_agent_however_it_ends(system: System
 
 def test_endless_output_is_cut(client: Client) -> None:
     pending = client.submit(Sys.TOOL_CALL, CallTool("writes", {}, stream=True))
-    assert client.result(pending, str, timeout=20.0) == "y" * 100
+    assert client.result(pending, str, timeout=30) == "y" * 100
     assert 900 <= sum(map(len, pending.pieces)) <= 1000
 
 
@@ -285,10 +285,10 @@ def test_a_tool_runs_once_at_a_time_and_its_queue_survives_the_toolbox(
         assert eventually(lambda: log.exists() and log.read_text() == "begun ")
         os.kill(toolbox(system), signal.SIGKILL)
         with pytest.raises(OSError, match="died while this call was under way") as caught:
-            client.result(calls[0], str, timeout=20.0)
+            client.result(calls[0], str, timeout=30)
         assert caught.value.errno == errno.EIO
         gate.touch()
-        assert [client.result(one, str, timeout=20.0) for one in calls[1:]] == ["done", "done"]
+        assert [client.result(one, str, timeout=30) for one in calls[1:]] == ["done", "done"]
     assert log.read_text() == "begun begun ended begun ended "
 
 
@@ -300,7 +300,7 @@ def test_a_call_that_is_given_up_ends_what_it_runs(system: System, client: Clien
     client.abandon(one)
     assert eventually(lambda: (tmp_path / "other.log").exists())  # its turn has come
     (tmp_path / "other").touch()
-    assert client.result(two, str, timeout=20.0) == "done"
+    assert client.result(two, str, timeout=30) == "done"
     assert (tmp_path / "gate.log").read_text() == "begun "
 
 
@@ -311,7 +311,7 @@ def test_a_slow_tool_does_not_hold_up_others(client: Client, tmp_path: Path) -> 
     for _ in range(20):
         assert call(client, "calc", expression="1") == "1"
     gate.touch()
-    assert client.result(slow, str, timeout=20.0) == "done"
+    assert client.result(slow, str, timeout=30) == "done"
 
 
 def test_a_tool_has_no_rights_of_a_person(system: System, client: Client) -> None:
