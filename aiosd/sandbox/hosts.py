@@ -147,6 +147,10 @@ def proxied(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _grant(word: str) -> HostGrant:
+    _, there, rest = word.partition("://")
+    if there:
+        host = rest.partition("/")[0] or "its host"
+        raise ValueError(f"{word[:80]!r} is a URL; what is named is its host: {host[:80]}")
     if word.startswith("*."):
         host, port = address(word[2:])
         if ":" in host or _is_address(host):
