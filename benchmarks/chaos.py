@@ -30,7 +30,6 @@ import contextlib
 import errno
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -655,17 +654,6 @@ def show(found: dict[str, Any]) -> int:
     return bad
 
 
-def hardware() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    cores = len(os.sched_getaffinity(0))
-    return {"cpu": model, "cores": cores, "linux": platform.release(), "python": platform.python_version()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=1000)
@@ -687,6 +675,8 @@ def main() -> None:
             sys.exit(attached(Path(folder)))
         act(kind, int(number), Path(folder), rest)
         return
+    from benchmarks.harness import hardware  # here: this file is also the agents', which see this folder alone
+
     machine, load = hardware(), os.getloadavg()[0]
     print(f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['linux']}, Python {machine['python']}")
     mode = "exact" if options.exact else "not exact"

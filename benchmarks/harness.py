@@ -97,6 +97,12 @@ def cpu_name() -> str:
     return ""
 
 
+def hardware() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0))
+    cpu = cpu_name() or platform.machine()
+    return {"cpu": cpu, "cores": cores, "linux": platform.release(), "python": platform.python_version()}
+
+
 def cpu_seconds(pid: int) -> float:
     """Of all threads of a process, so far."""
     return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9

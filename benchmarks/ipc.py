@@ -26,7 +26,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import platform
 import random
 import selectors
 import socket
@@ -43,7 +42,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.harness import cpu_seconds  # noqa: E402
+from benchmarks.harness import cpu_seconds, hardware  # noqa: E402
 
 MESSAGE = b"x" * 20  # about the size of a getpid request
 IN_FLIGHT = 8
@@ -403,16 +402,6 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
         print(f"{figures['client_cpu_us']:27.1f}{figures['server_cpu_us']:8.1f}")
     print(f"{'ratio to Pipe echo (at least 2)':42}{found['throughput_ratio']:9.2f}")
     print(f"{'ratio to Pipe echo with 8 in flight':42}{found['throughput_ratio_8_in_flight']:9.2f}")
-
-
-def hardware() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return {"cpu": model, "cores": os.cpu_count(), "linux": platform.release(), "python": platform.python_version()}
 
 
 def main() -> None:

@@ -26,7 +26,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -381,17 +380,6 @@ def line(what: str, value: str, bound: str = "") -> None:
     print(f"{what:46}{value:>10}{bound:>9}")
 
 
-def hardware() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    cores = len(os.sched_getaffinity(0))
-    return {"cpu": model, "cores": cores, "linux": platform.release(), "python": platform.python_version()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--agents", type=int, default=2000, help="in the crowd; 0: no crowd")
@@ -405,6 +393,8 @@ def main() -> None:
         member, agents, folder = options.agent
         agent_crowd(member, int(agents), Path(folder))
         return
+    from benchmarks.harness import hardware  # here: this file is also the agents', which see this folder alone
+
     machine, load = hardware(), os.getloadavg()[0]
     print(f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['linux']}, Python {machine['python']}")
     print(f"load before {load:.1f}; model: nano, idle\n", flush=True)

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from aiosd import config
-from aiosd.commands import MODULES, cli, edge, summary
+from aiosd.commands import MODULES, cli, edge, figures, summary
 from aiosd.config import autostart, keys
 from aiosd.errors import UsageError
 from aiosd.llm import policy
@@ -513,7 +513,7 @@ def test_status_is_short_by_default(aiosd: System) -> None:
         assert words in text
     everything = aiosd.run("aiosd", "status", "-v", check=True).stdout
     assert len(everything.splitlines()) > 30
-    for words in ("dead remembered", "machine", "prefill tokens per s"):
+    for words in ("dead agents known", "machine", "prompt tokens/s"):
         assert words in everything
 
 
@@ -555,7 +555,8 @@ def test_status_shows_what_it_does_not_know() -> None:
         {
             "version": "1", "state": "ready", "pid": 7, "uptime_s": 3700.2, "home": "/h", "agents": {"S": 2, "R": 1},
             "max_agents": 99, "new_thing": {"a_bytes": 2048, "b": [1, 2]}, "check": ["books are wrong"],
-            "tiers": {"ram": {"budget": 2 << 30}}, "copied_bytes": {"up": 4096},
+            "tiers": {"ram": {"budget": 2 << 30}}, "copied_bytes": {"up": 4096}, "n_params": 3_554_496, "ospid": 12345,
+            "step_s": 0.0123, "busy_s": 90.0, "tokens_per_s": 1234.56, "threads": 2, "threads_why": "asked for",
             "models": [{"name": "m", "state": "loading", "info": {}, "stats": {"new_figure": 0.5}}, {}],
         }
     )  # fmt: skip
@@ -564,8 +565,14 @@ def test_status_shows_what_it_does_not_know() -> None:
     for words in (
         "3 (1 R, 2 S), at most 99 at once (limit on open files)",
         "a bytes 2.0K, b 1, 2",
-        "ram budget 2.0G",
-        "up 4.0K",
+        "ram (at most 2.0G)",
+        "  copied           up 4.0K\n",
+        "  parameters       3,554,496\n",
+        "  Linux pid        12345\n",
+        "  time for a step  12.3 ms\n",
+        "  this step so far 1 min 30 s\n",
+        "  tokens/s         1,234.6\n",
+        "  threads          2 (asked for)\n",
         "model m, loading",
         "new figure",
         "check: books are wrong",
@@ -582,7 +589,31 @@ def test_status_in_full_has_its_values_below_each_other_and_no_empty_ones() -> N
     }
     lines = summary.full({"models": [{"name": "m", "state": "ready", "pid": 2, "stats": figures}]})
     figures_of_m = lines[lines.index("model m, ready, pid 2") + 1 :]
-    assert figures_of_m == ["  a figure with a long name 1", "  tiers                     ram buffers 2.0K"]
+    assert figures_of_m == ["  a figure with a long name 1", "  contexts in memory        buffers 2.0K"]
+
+
+def _keys(value: object) -> set[str]:
+    if isinstance(value, list):
+        return {key for part in value for key in _keys(part)}
+    return set(value).union(*map(_keys, value.values())) if isinstance(value, dict) else set()
+
+
+def test_no_figure_of_a_status_is_named_as_in_the_code(aiosd: System) -> None:
+    shown = aiosd.run("aiosd", "status", "-v", check=True).stdout
+    for words in ("  Linux pid ", "  parameters ", "  KV memory ", "(asked for)"):
+        assert words in shown
+    assert not [line for line in shown.splitlines() if line.endswith(" -")], "what is empty has no line"
+    keys = _keys(aiosd.status()) - {"n_ctx", "n_slots", "uptime_s"}  # these have sentences
+    labels = {figures.label(name) for name in keys if not name.endswith("why") or name == "ctx_why"}
+    raw = {"n", "kv", "rss", "ctx", "ospid", "bytes", "s", "why", "embd", "vocab"}
+    assert not [label for label in labels if raw & set(label.split()) or "_" in label]
+
+
+def test_a_long_list_in_a_status_ends_where_the_terminal_does() -> None:
+    paths = [f"/usr/share/{number}" for number in range(20)]
+    lines = summary.full({"sandbox": {"default": "cage", "every_agent": {"read": paths}}})[1:]
+    assert max(map(len, lines)) <= 80
+    assert " ".join(line.removeprefix("  agents' read").strip() for line in lines[2:]) == ", ".join(paths)
 
 
 def _help(fresh_aiosd: Fresh, *words: str) -> str:

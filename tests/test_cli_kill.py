@@ -187,7 +187,7 @@ def test_system_processes_are_refused(aiosd: System, name: str) -> None:
     for word in (pid, name):
         done = aiosd.run("aios-kill", "-KILL", word)
         assert done.returncode == 1
-        assert done.stderr.startswith(f"aios-kill: {pid}: ")
+        assert done.stderr.startswith(f"aios-kill: {word}: ")
         assert done.stderr.count("\n") == 1
     assert aiosd.status()["state"] == "ready"
 
@@ -197,6 +197,21 @@ def test_an_agent_may_not_kill_a_stranger(aiosd: System) -> None:
     done = aiosd.run("aios-run", "--", "aios-kill", pid)
     assert (done.returncode, done.stderr) == (1, f"aios-kill: {pid}: permission denied\n")
     aiosd.run("aios-kill", pid, check=True)
+
+
+@pytest.mark.parametrize("command", ["aios-kill", "aios-renice 5"])
+def test_an_error_speaks_of_what_was_typed(aiosd: System, command: str) -> None:
+    """And names which agent it is about, where several have the name."""
+    program, *options = command.split()
+    first = sleeper(aiosd, "typed")
+    one = aiosd.run("aios-run", "--", program, *options, "typed")
+    assert (one.returncode, one.stderr) == (1, f"{program}: typed: permission denied\n")
+    second = sleeper(aiosd, "typed")
+    several = aiosd.run("aios-run", "--", program, *options, "typed").stderr.splitlines()
+    assert several == [f"{program}: typed (pid {pid}): permission denied" for pid in (first, second)]
+    group = aiosd.run("aios-kill", "--", "-999999")
+    assert (group.returncode, group.stderr) == (1, "aios-kill: -999999: no such process group\n")
+    aiosd.run("aios-kill", first, second, check=True)
 
 
 def test_lists_signals(aiosd: System) -> None:

@@ -151,8 +151,7 @@ def test_the_system_is_no_agent(aiosd: System, command: str) -> None:
     program, *options = command.split()
     for word in ("1", "kernel"):
         told = aiosd.run(program, *options, word).stderr
-        assert told.startswith(f"{program}: ")
-        assert told.endswith(": is part of aiosd itself (see aiosd status, aiosd stop)\n")
+        assert told == f"{program}: {word}: is part of aiosd itself (see aiosd status, aiosd stop)\n"
 
 
 def test_interrupted_it_dies_of_that(aiosd: System) -> None:

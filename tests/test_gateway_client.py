@@ -156,7 +156,7 @@ def test_ollamas_chats_are_lines_unless_they_are_not_to_be(agent: Agent) -> None
     assert agent.post("/api/generate", raw)[1]["eval_count"] == 3
 
 
-def test_ollamas_tools_forms_and_models(agent: Agent) -> None:
+def test_ollamas_tools_forms_and_models(aiosd: System, agent: Agent) -> None:
     tools = [{"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}]
     form = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
     body = {"model": "x", "messages": HELLO, "stream": False}
@@ -168,6 +168,8 @@ def test_ollamas_tools_forms_and_models(agent: Agent) -> None:
     assert (shown["model_info"]["general.name"], "completion" in shown["capabilities"]) == ("nano", True)
     assert len(agent.post("/api/embed", {"model": "x", "input": ["a", "b"]})[1]["embeddings"]) == 2
     assert agent.post("/api/embeddings", {"model": "x", "prompt": "a"})[1]["embedding"]
+    (running,) = agent.post("/api/ps", method="GET")[1]["models"]
+    assert (running["name"], running["context_length"]) == ("nano", aiosd.status()["models"][0]["info"]["n_ctx"])
     assert agent.post("/api/version", method="GET", headers={"Authorization": None})[0] == 200
     assert agent.post("/api/chat", {**body, "format": "xml"}) == (400, {"error": "format: json, or a schema"})
     image = [{"role": "user", "content": "x", "images": ["aGk="]}]

@@ -8,7 +8,8 @@ import sys
 COMMON = """
 import ctypes, sys
 from aiosd.birth import heap
-from aiosd.birth.fork import LIBC, malloc
+from aiosd.birth.fork import malloc
+from aiosd.kin import LIBC
 
 def pages(places):
     return len({place // 4096 for place in places})

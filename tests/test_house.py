@@ -117,7 +117,7 @@ def test_imports_run_downwards_only() -> None:
 def test_the_listing_draws_the_picture() -> None:
     """What lies in no room is what any of them may use."""
     loose = {path.name for path in (ROOT / "aiosd").iterdir() if path.is_file()} - {"__init__.py", "py.typed"}
-    assert loose == {"errors.py", "procfs.py", "timers.py", "units.py"}
+    assert loose == {"errors.py", "kin.py", "procfs.py", "timers.py", "units.py"}
 
 
 def circles(package: str) -> list[list[str]]:
@@ -213,6 +213,12 @@ def test_a_name_is_defined_once() -> None:
                 places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert {name: found for name, found in places.items() if len(found) > TWICE.get(name, 1)} == {}
     assert [name for name in TWICE if len(places.get(name, [])) < 2] == []
+
+
+@pytest.mark.parametrize("request_of_linux", ["SET_PDEATHSIG", "SET_CHILD_SUBREAPER"])
+def test_one_place_ties_processes_together(request_of_linux: str) -> None:
+    found = [str(path.relative_to(ROOT)) for path in SOURCES if request_of_linux in path.read_text().upper()]
+    assert found == ["aiosd/kin.py"]
 
 
 def test_importing_starts_nothing() -> None:

@@ -134,6 +134,18 @@ def test_what_is_typed_reaches_the_agent_and_ctrl_d_ends_it(shell: Terminal) -> 
     assert shell.exit_code() == 0
 
 
+@pytest.mark.parametrize("agent", ["react", "reflexion --expect 9"])
+def test_a_ready_agent_without_a_question_asks_for_it(shell: Terminal, agent: str) -> None:
+    shell.command(f"aios-run -m libaios.agents.{agent}")
+    shell.expect(r"The question, please \(Ctrl-D")
+    shell.type("What is 4 + 5?\n" + CTRL_D)
+    shell.expect(r"\b9\b")
+    assert shell.exit_code() == 0
+    shell.command(f"aios-run -m libaios.agents.{agent} < /dev/null")
+    assert "please" not in shell.expect(r"(?s).*no question: .*stdin")[0]
+    assert shell.exit_code() == 2
+
+
 def test_ctrl_c_is_forwarded_as_often_as_it_is_pressed(shell: Terminal, tmp_path: Path) -> None:
     script = tmp_path / "stubborn.py"
     script.write_text(

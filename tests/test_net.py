@@ -163,6 +163,19 @@ def test_an_agent_reaches_what_it_was_granted_and_nothing_else(system: System, u
     )
 
 
+def test_a_wrapped_program_that_was_refused_is_explained(system: System) -> None:
+    """curl, say, shows the number 403 and no more."""
+    program = "import urllib.request as u\ntry: u.urlopen('http://other.test/')\nexcept OSError: raise SystemExit(56)"
+    done = system.run("aios-run", "--sandbox", "cage", "--net", "upstream.test", "--", "python3", "-c", program)
+    assert done.returncode == 56
+    start, _, words = done.stderr.rstrip().partition(": sandbox: ")
+    assert start.startswith("aios-run: agent ")
+    assert (
+        words
+        == "other.test is not granted (aios-run --net other.test, or net of [[group]] in aiosd.toml, would allow it)"
+    )
+
+
 def test_built_in_tools_reach_what_their_agent_reaches(system: System, upstream: int, tmp_path: Path) -> None:
     code = f"""
         import libaios as aios

@@ -153,6 +153,11 @@ def test_why_a_host_is_reached_or_not() -> None:
         why.of_host("ssh://a.org", one)
 
 
+def test_a_url_in_place_of_a_host_is_named_as_such() -> None:
+    with pytest.raises(ValueError, match=r"is a URL; what is named is its host: a\.org:8443$"):
+        hosts.normal(["https://a.org:8443/x?y"])
+
+
 def test_what_a_program_without_a_proxy_is_told() -> None:
     from urllib.error import URLError
 

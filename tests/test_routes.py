@@ -104,6 +104,10 @@ ASKED = {
 }
 def call(**more):
     return aios.llm.chat([{"role": "user", "content": "hi"}], max_tokens=4, model="fast", **more)
+def asked(path, body=None):
+    address = os.environ["OPENAI_BASE_URL"].removesuffix("/v1") + path
+    key = "Bearer " + os.environ["OPENAI_API_KEY"]
+    return urllib.request.urlopen(urllib.request.Request(address, body, {"authorization": key}))
 for line in sys.stdin:
     if line.startswith("stream"):
         text, model = "", ""
@@ -111,15 +115,14 @@ for line in sys.stdin:
             text, model = text + piece.text, model or piece.model
             print("part" + piece.text, flush=True)
         print(json.dumps([model, text]), flush=True)
+    elif line.startswith("running"):
+        print(json.dumps(json.load(asked("/api/ps"))["models"]), flush=True)
     elif line.startswith("http"):
         named = {}
-        for path, asked in ASKED.items():
+        for path, fields in ASKED.items():
             for stream in (True, False):
-                body = json.dumps({"model": "fast", "stream": stream, **asked}).encode()
-                address = os.environ["OPENAI_BASE_URL"].removesuffix("/v1") + path
-                key = "Bearer " + os.environ["OPENAI_API_KEY"]
-                request = urllib.request.Request(address, body, {"authorization": key})
-                answer = urllib.request.urlopen(request).read().decode()
+                body = json.dumps({"model": "fast", "stream": stream, **fields}).encode()
+                answer = asked(path, body).read().decode()
                 named[f"{path} {stream}"] = sorted(set(re.findall(r'"model":"([^"]*)"', answer)))
         print(json.dumps(named), flush=True)
     elif line.startswith("tokens"):
@@ -183,6 +186,8 @@ def test_a_call_goes_on_to_the_next_model(fresh_aiosd: Callable[..., System], tm
         assert answer("chat")[0] == "near"
         assert len(endpoint.asked) == count, "it has asked for rest"
         if gateway.installed():
+            running = answer("running")
+            assert [(one["name"], one["context_length"] > 0) for one in running] == [("near", True)], "in this memory"
             assert {tuple(models) for models in answer("http").values()} == {("near",)}, "it is named in all replies"
         assert "fast is a route" in answer("tokens")[0]
         shown = json.loads(system.run("aiosd", "status", "--json", check=True).stdout)["routes"]

@@ -215,6 +215,26 @@ def test_a_script_is_looked_up_with_its_own_rights(aiosd: System, level: str, tm
     assert done.stdout == f"{tmp_path}/hidden.py: {words}\n" * 2
 
 
+def test_a_wrapped_program_that_misses_the_network_is_explained(aiosd: System, level: str) -> None:
+    """It reports an error of Linux, which says nothing of a sandbox."""
+    words = f"sandbox: the network is not granted (aios-run --net {'HOST' if level == 'cage' else 'all'}, or net of "
+    words += "[[group]] in aiosd.toml, would allow it)"
+    program = "import socket; socket.create_connection(('127.0.0.1', 9))"
+    run = ("aios-run", "--sandbox", level, "--net", "none", "--", "python3", "-c")
+    done = aiosd.run(*run, program)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert "Address family not supported" in lines[-2]
+    assert lines[-1] == f"aios-run: agent {newest(aiosd)}: {words}"
+    assert "aios-run" not in aiosd.run(*run, "raise SystemExit(1)").stderr, "it did not want the network"
+    assert "aios-run" not in aiosd.run(*run, f"try: {program}\nexcept OSError: pass", check=True).stderr, "it went on"
+    assert json.loads(aiosd.run("aios-inspect", newest(aiosd)).stdout)[0]["denied"] == words
+
+
+def newest(system: System) -> str:
+    return str(max(entry["pid"] for entry in system.ps("--dead")))
+
+
 def test_children_have_the_same_box_and_no_way_out(aiosd: System, level: str, tmp_path: Path) -> None:
     (tmp_path / "hidden.txt").write_text("secret")
     path = script(

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
-from aiosd.birth.fork import PR_SET_CHILD_SUBREAPER, fork, prctl
+from aiosd.birth.fork import fork
 from aiosd.init import sweep
+from aiosd.kin import adopt_orphans
 from tests.conftest import eventually
 
 kill = os.kill
@@ -33,7 +34,7 @@ def in_a_subreaper(body: Callable[[], None]) -> None:
     """Run `body`; its failure, or that it does not come back, is the test's."""
 
     def child() -> int:
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        adopt_orphans()
         body()
         return 0
 

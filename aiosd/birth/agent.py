@@ -37,18 +37,16 @@ import msgspec
 
 from aiosd.birth import confinement, program, title
 from aiosd.birth.fork import (
-    LIBC,
-    PR_SET_CHILD_SUBREAPER,
     keep_only,
     malloc,
     name_process,
-    prctl,
     write_proc,
 )
 from aiosd.birth.report import Report
 from aiosd.budgets.limits import bounds
 from aiosd.ipc import letter, link
 from aiosd.ipc.letter import Letter
+from aiosd.kin import LIBC, adopt_orphans
 from libaios import wire
 
 NAMES = 64  # most arguments whose links are made available in the cage
@@ -68,7 +66,7 @@ class Descriptors:
 def prepare() -> None:
     """The first steps of any agent. A spare takes them before it is known which agent it becomes."""
     os.setsid()
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     _lower_oom_protection()
 
 

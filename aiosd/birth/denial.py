@@ -88,8 +88,7 @@ def _network(err: OSError, box: Box) -> str:
         return ""
     if hosts.grants(box.net):
         return f"(sandbox {box.level}: its network is the proxy of HTTPS_PROXY in its environment, to {box.net})"
-    which = "HOST" if box.level == "cage" else "all"
-    return f"(sandbox {box.level}: aios-run --net {which}, or net of [[group]] in aiosd.toml, would allow it)"
+    return f"(sandbox {box.level}: {hosts.would_allow_one(box.level)})"
 
 
 def _wants_to_change(err: BaseException) -> bool | None:

@@ -23,20 +23,13 @@ from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import NoReturn
 
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
+from aiosd.kin import LIBC, die_with_parent
 
 #: All signals, as plain numbers. The functions of `signal` turn every number and handler into an enum member, which
 #: would write to half a megabyte of memory that a new agent shares with the supervisor; `_signal` does not.
 SIGNALS = tuple(map(int, signal.valid_signals()))
 
-LIBC = ctypes.CDLL(None, use_errno=True)
 SYS_PIDFD_GETFD = 438
-
-
-def prctl(option: int, argument: int) -> None:
-    if LIBC.prctl(option, argument, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def pidfd_getfd(ospid: int, number: int) -> int:
@@ -158,13 +151,6 @@ def write_proc(path: str, data: bytes) -> None:
         pass
     finally:
         os.close(fd)
-
-
-def die_with_parent(parent: int, number: int) -> None:
-    """Request a signal at the parent's death, and end if the parent is already dead."""
-    prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), number)
 
 
 def reset_signals() -> None:

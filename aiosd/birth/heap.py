@@ -16,7 +16,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-from aiosd.birth.fork import LIBC, malloc
+from aiosd.birth.fork import malloc
+from aiosd.kin import LIBC
 
 # Python's allocator for small objects (Objects/obmalloc.c): blocks of one size lie in a pool, after its header.
 _SIZES = range(16, 513, 16)

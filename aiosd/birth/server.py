@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from msgspec import msgpack
 
+from aiosd import kin
 from aiosd.birth import confinement, fork, modules
 from aiosd.sandbox import box as boxes
 from aiosd.sandbox import cage
@@ -62,7 +63,7 @@ def _become(name: str, settings: int, stdin: int, stdout: int, report: int, hous
     import shutil  # in this process alone: it is large
 
     supervisor = os.getppid()
-    fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)  # processes that it starts stay below it, and end with it
+    kin.adopt_orphans()  # processes that it starts stay below it, and end with it
     for fd, number in ((stdin, 0), (stdout, 1), (os.open(os.devnull, os.O_WRONLY), 2)):
         os.dup2(fd, number)
     fork.keep_only((settings, report, *cage.descriptors()))
@@ -75,7 +76,7 @@ def _become(name: str, settings: int, stdin: int, stdout: int, report: int, hous
     level = level_of(server, house)
     if level != "none":
         confinement.apply(box_of(server, program, level, workspace, house.data))
-        fork.die_with_parent(supervisor, signal.SIGKILL)  # Linux drops this signal when rights change
+        kin.die_with_parent(supervisor)  # Linux drops this signal when rights change
     for which, most in LIMITS:
         confinement.limit(which, most)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and programs do not expect

@@ -33,8 +33,9 @@ from msgspec import msgpack
 
 from aiosd.birth import heap, modules
 from aiosd.birth.agent import Descriptors, become_agent, prepare
-from aiosd.birth.fork import die_with_parent, fork, fork_again, keep_only, name_process
+from aiosd.birth.fork import fork, fork_again, keep_only, name_process
 from aiosd.ipc import link
+from aiosd.kin import die_with_parent
 from aiosd.sandbox import cage
 from aiosd.timers import Timers
 

@@ -35,8 +35,9 @@ from collections.abc import Iterable
 import msgspec
 
 from aiosd.birth import confinement, modules, rehearsal, spares, warmup
-from aiosd.birth.fork import die_with_parent, fork, name_process
+from aiosd.birth.fork import fork, name_process
 from aiosd.ipc.link import TemplateReport
+from aiosd.kin import die_with_parent
 from aiosd.sandbox import cage
 
 FD_BYTES = 4

@@ -11,7 +11,7 @@ import ctypes
 import struct
 from pathlib import Path
 
-from aiosd.birth.fork import LIBC
+from aiosd.kin import LIBC
 
 PR_SET_MM = 35
 PR_SET_MM_MAP = 14

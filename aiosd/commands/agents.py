@@ -6,6 +6,7 @@ newest of them. A name that no agent has, but one of aiosd's own processes, stan
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from aiosd.commands.edge import CommandFailed, completions
@@ -30,6 +31,11 @@ def live(client: Client, word: str) -> list[int]:
     if word.isascii() and word.isdigit():
         return [int(word)]
     return [p.pid for p in named(client, word) if p.exit is None]
+
+
+def subject(word: str, pid: int, pids: Collection[int]) -> str:
+    """What an error about one of `pids` names: what the user has typed, and which of several it is."""
+    return f"{word} (pid {pid})" if len(pids) > 1 else word
 
 
 def newest(client: Client, word: str) -> int:

@@ -88,13 +88,10 @@ def reason(err: OSError) -> str:
 
 
 def reason_about(subject: str, err: OSError) -> str:
-    """`42: no such agent`: the subject, once, and the reason."""
-    words = reason(err)
+    """`42: no such agent`: the subject, as the user has typed it, and the reason. (The kernel's begins with a pid.)"""
     if err.errno == errno.ESRCH:
-        words = "no such agent"
-    elif words.startswith(f"{subject}: "):
-        words = words[len(subject) + 2 :]
-    return f"{subject}: {words}"
+        return f"{subject}: no such {'process group' if subject.startswith('-') else 'agent'}"
+    return f"{subject}: {re.sub(r'^[0-9]+: ', '', reason(err).removeprefix(f'{subject}: '))}"
 
 
 def connect() -> Client:

@@ -120,22 +120,23 @@ def command(word: str, timeout: float | None, listing: bool, targets: tuple[str,
 
 def _kill(client: Client, number: int, timeout: float | None, targets: tuple[str, ...]) -> int:
     """Send all signals before waiting for the first reply. Failures are reported in the order of the arguments."""
-    sent: list[tuple[str, str, Pending | None]] = []
+    sent: list[tuple[str, bool, Pending | None]] = []
     for word in targets:
         pids = [int(word)] if re.fullmatch(r"-[0-9]+", word) else agents.live(client, word)
         for pid in pids:
-            sent.append((word, str(pid), client.submit(Sys.KILL, Kill(pid, number, timeout))))
+            subject = agents.subject(word, pid, pids)
+            sent.append((subject, word == str(pid), client.submit(Sys.KILL, Kill(pid, number, timeout))))
         if not pids:
-            sent.append((word, word, None))
+            sent.append((word, True, None))
     failed = False
-    for word, subject, call in sent:
+    for subject, by_number, call in sent:
         try:
             if call is None:
                 raise ProcessLookupError(3, "no such agent")
             client.result(call, None)
         except ProcessLookupError as err:
             # One of several agents of a name may have ended since they were listed.
-            if call is None or word == subject:
+            if by_number:
                 failed = _failure(subject, err)
         except OSError as err:
             failed = _failure(subject, err)

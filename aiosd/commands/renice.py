@@ -77,7 +77,7 @@ def _renice(client: Client, word: str, value: int, relative: bool) -> bool:
         except OSError as err:
             if err.errno == errno.ESRCH and str(pid) != word:
                 continue  # it ended since the agents of that name were listed
-            edge.complain("aios-renice", edge.reason_about(str(pid), err))
+            edge.complain("aios-renice", edge.reason_about(agents.subject(word, pid, pids), err))
             done = False
         else:
             print(f"{pid}: old nice {old}, new nice {new}")

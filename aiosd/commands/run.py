@@ -400,8 +400,8 @@ class Attachment:
             if self.raw is not None:
                 self.raw.leave()
         self._explain(waited)
-        if waited.status > 0 and not waited.budget and os.isatty(2):
-            unseen.note_variables(self.spawn, spawned)
+        if waited.status > 0 and not waited.budget:
+            self._explain_failure(waited, spawned)
         if self.interrupted and waited.status == -signal.SIGINT:
             raise KeyboardInterrupt
         return exit_code(waited)
@@ -416,6 +416,13 @@ class Attachment:
         words = waited.reason or limits.sentence(self.spawn.limits, waited.budget)
         if words:
             edge.complain("aios-run", f"agent {self.pid}: {words}")
+
+    def _explain_failure(self, waited: Waited, spawned: Spawned) -> None:
+        """Name what the program may have missed in its sandbox."""
+        if waited.denied and self.spawn.kind == "exec":  # in a Python agent the error itself has named it
+            edge.complain("aios-run", f"agent {self.pid}: {waited.denied}")
+        if os.isatty(2):
+            unseen.note_variables(self.spawn, spawned)
 
     # ── descriptors ───────────────────────────────────────────────────────────────────────────────────────
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from aiosd.commands import figures
 from aiosd.commands.edge import escaped
 from aiosd.units import format_duration, format_size
 
-LINE = 80  # characters in a line of the short form
 LABEL = 16  # width of the column of names at most; a longer name has a line of its own
 
 
@@ -32,7 +31,7 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     width = max((len(name) for name in shown if len(name) <= LABEL), default=0)
     lines = [_head(found)]
     for name, text in shown.items():
-        first, *more = _wrapped(text, LINE - width - 4)
+        first, *more = figures.wrapped(text, figures.LINE - width - 4)
         head = [f"  {name:{width}}  {first}"] if len(name) <= width else [f"  {name}", " " * (width + 4) + first]
         lines += [*head, *(" " * (width + 4) + line for line in more)]
     return lines + _checked(found.get("check"))
@@ -46,18 +45,6 @@ def _gateway(found: dict[str, Any]) -> str:
     host = url[: url.rindex(":") + 1]
     more = [one.removeprefix(host).removeprefix("http://") for one in found.get("gateway_more", [])]
     return f"{url}/v1" + (f", also at {', '.join(more)}" if more else "")
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """The text in lines, broken only where it has a comma outside of brackets: figures and paths stay whole."""
-    lines = [""]
-    for part in re.split(r", (?![^(]*\))", text):
-        if lines[-1] and len(lines[-1]) + len(part) + 3 > width:
-            lines[-1] += ","
-            lines.append(part)
-        else:
-            lines[-1] += (", " if lines[-1] else "") + part
-    return lines
 
 
 def _head(found: dict[str, Any]) -> str:
@@ -87,13 +74,6 @@ def _sandbox(found: dict[str, Any]) -> str:
     if found.get("why_no_more"):
         parts.append(f"no more than {found.get('possible')} is possible: {found['why_no_more']}")
     return ", ".join(parts)
-
-
-def _granted(rest: dict[str, Any]) -> dict[str, Any]:
-    """How agents are confined, and the paths that all of them may use, in a row each."""
-    sandbox = dict(rest.get("sandbox") or {})
-    granted = sandbox.pop("every_agent", {})
-    return {"sandbox": sandbox or ""} | {f"agents' {name}": paths for name, paths in granted.items()}
 
 
 def _access(found: dict[str, Any]) -> str:
@@ -192,43 +172,49 @@ def _checked(problems: list[str] | None) -> list[str]:
 
 
 def full(found: dict[str, Any], machine: str = "") -> list[str]:
-    """All figures. One that this function does not know is shown under its own name."""
-    rest = dict(found)
+    """All figures. One that is not known here is shown under its own name."""
+    rest = {name: value for name, value in found.items() if name not in _IN_OTHER_WORDS}
     lines = [_head(found)]
-    models, checked = rest.pop("models", []), rest.pop("check", None)
+    models, services = found.get("models", []), found.get("services", [])
     cores = {str(model.get("pid")) for model in models}
-    services = [service for service in rest.pop("services", []) if str(service.get("pid")) not in cores]
-    templates = rest.pop("templates", [])
-    rows: dict[str, Any] = {name: rest.pop(name) for name in ("home", "logs", "log", "policy") if name in rest}
-    rows["agents"] = _agents(found)
-    if machine:
-        rows["machine"] = machine
-    rows |= {f"route {route.get('name', '?')}": _route_in_a_line(route) for route in rest.pop("routes", [])}
-    rest["mcp_servers"] = _servers(found)
-    rest |= _granted(rest)
-    known = ("version", "state", "uptime_s", "pid", "agents", "max_agents")
-    rows |= {name: value for name, value in rest.items() if name not in known and value != ""}
-    lines += _full_rows(rows)
+    rows: dict[str, Any] = {name: rest.pop(name) for name in ("home", "logs", "log") if name in rest}
+    rows |= {"policy": _policy(found), "agents now": _agents(found), "machine": machine, "gateway": _gateway(found)}
+    rows |= {f"route {route.get('name', '?')}": _route_in_a_line(route) for route in found.get("routes", [])}
+    rows |= {"mcp_servers": _servers(found)} | _of_sandbox(found.get("sandbox") or {}) | rest
+    lines += figures.rows(rows)
     for model in models:
         lines += _full_model(dict(model))
     for service in services:
-        lines += _full_service(dict(service))
-    for template in templates:
-        name = template.get("name", "?")
-        rows = {key: value for key, value in template.items() if key != "name"}
-        lines += [str(name), *_full_rows(rows)]
-    return lines + _checked(checked)
+        if str(service.get("pid")) not in cores:
+            lines += _full_service(dict(service))
+    for template in found.get("templates", []):
+        of_template = {key: value for key, value in template.items() if key != "name"}
+        lines += [str(template.get("name", "?")), *figures.rows(of_template)]
+    return lines + _checked(found.get("check"))
+
+
+#: What `full` shows in a form of its own.
+_IN_OTHER_WORDS = {
+    "version", "state", "uptime_s", "pid", "agents", "max_agents", "policy", "quantum", "gateway", "gateway_more",
+    "gateway_why", "sandbox", "routes", "mcp_servers", "models", "services", "templates", "check",
+}  # fmt: skip
+
+
+def _of_sandbox(found: dict[str, Any]) -> dict[str, Any]:
+    """How agents are confined, and what all of them may use, in a row each."""
+    rows: dict[str, Any] = {"sandbox": _sandbox(found), "what it leaves open": found.get("left_open")}
+    return rows | {f"agents' {name}": paths for name, paths in found.get("every_agent", {}).items()}
 
 
 def _full_service(service: dict[str, Any]) -> list[str]:
     lines = [f"service {service.pop('name', '?')}, {service.pop('state', '?')}, pid {service.pop('pid', '?')}"]
     service.pop("kind", None)
     rows = {**(service.pop("stats", None) or {}), **{name: value for name, value in service.items() if value}}
-    return [*lines, *_full_rows(rows)]
+    return [*lines, *figures.rows(rows)]
 
 
 def _full_model(model: dict[str, Any]) -> list[str]:
-    info, stats = dict(model.pop("info", None) or {}), model.pop("stats", None) or {}
+    info, stats = dict(model.pop("info", None) or {}), dict(model.pop("stats", None) or {})
     default = " (default)" if model.pop("default", False) else ""
     lines = [f"model {model.pop('name', '?')}{default}, {model.pop('state', '?')}, pid {model.pop('pid', '?')}"]
     rows = {"path": model.pop("path", info.get("path", ""))}
@@ -237,33 +223,10 @@ def _full_model(model: dict[str, Any]) -> list[str]:
         rows = {"url": info["url"], "runs": f"{info.get('n_slots', '?')} requests at a time"}
         info = {}
     elif info:
-        rows["runs"] = (
-            f"{info.pop('n_slots', '?')} slots of {info.pop('n_ctx', '?')} tokens, "
-            f"GPU layers: {info.pop('gpu_layers', 0) or 'none'}"
-        )
+        rows["runs"] = f"{info.pop('n_slots', '?')} slots of {info.pop('n_ctx', '?')} tokens"
         for known in ("name", "path", "default"):
             info.pop(known, None)
-    rows |= model | info | (stats or {})
-    return [*lines, *_full_rows(rows)]
-
-
-def _full_rows(rows: dict[str, Any]) -> list[str]:
-    """A line for each figure, the values below each other; figures that are not there have none."""
-    shown = {name.replace("_", " "): (name, value) for name, value in rows.items() if value not in ("", None)}
-    width = max(map(len, shown), default=0)
-    return [f"  {title:{width}} {_value(name, value)}" for title, (name, value) in shown.items()]
-
-
-def _value(name: str, value: Any) -> str:
-    if isinstance(value, dict):
-        inherited = "bytes" if name.endswith("bytes") else ""
-        present = ((key, part) for key, part in value.items() if part not in ("", None))
-        parts = (f"{key.replace('_', ' ')} {_value(inherited or key, part)}" for key, part in present)
-        return ", ".join(parts) or "-"
-    if isinstance(value, list):
-        return ", ".join(_value(name, part) for part in value) or "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int) and name.endswith(("bytes", "budget", "buffers")):
-        return format_size(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    tiers = stats.pop("tiers", None) or {}
+    where = {"slot": "in slots", "ram": "in memory", "disk": "on disk"}
+    rows |= model | info | stats | {f"contexts {where.get(name, name)}": tier for name, tier in tiers.items()}
+    return [*lines, *figures.rows(rows)]

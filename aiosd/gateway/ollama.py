@@ -327,8 +327,12 @@ async def tags(request: HttpRequest) -> None:
 
 
 async def running(request: HttpRequest) -> None:
+    """The models in this machine's memory: no routes, and none that is elsewhere."""
     forever = "9999-12-31T23:59:59Z"
-    listed = [{**_listed(model), "expires_at": forever, "size_vram": 0} for model in await fields.models(request)]
+    here = [model for model in await fields.models(request) if not model.route and not model.url]
+    listed = [
+        {**_listed(model), "expires_at": forever, "size_vram": 0, "context_length": model.n_ctx} for model in here
+    ]
     await request.reply({"models": listed})
 
 

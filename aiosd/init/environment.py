@@ -12,7 +12,7 @@ import ctypes
 import os
 from fnmatch import fnmatchcase
 
-from aiosd.birth.fork import LIBC
+from aiosd.kin import LIBC
 from aiosd.sandbox.box import VARIABLES
 
 #: Variables that stay, besides those that any confined agent gets.

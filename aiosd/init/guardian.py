@@ -20,7 +20,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiosd import procfs
+from aiosd import kin, procfs
 from aiosd.birth import fork
 from aiosd.errors import UsageError, WorldError
 from aiosd.init import restart, signals
@@ -46,7 +46,7 @@ def main(settings: Settings) -> int:
     listener = bind(home)
     settings = dataclasses.replace(settings, door=endpoint.listen(settings.gateway), passages=passage.make())
     _raise_nofile()
-    fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)
+    kin.adopt_orphans()
     processlog.setup("guardian", settings.log_level)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *FORWARDED})
     heart = Heart()

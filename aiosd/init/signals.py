@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from aiosd import procfs
-from aiosd.birth.fork import LIBC
+from aiosd.kin import LIBC
 
 _RECORD = 128  # bytes of a signalfd_siginfo
 _FIELDS = struct.Struct("=Iiiii")  # number, errno, code, pid, uid

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aiosd import procfs
+from aiosd import kin, procfs
 from aiosd.birth import confinement, fork, gates, modules
 from aiosd.birth.server import House
 from aiosd.birth.spares import Spares
@@ -602,8 +602,8 @@ def main(settings: Settings, listener: socket.socket, guardian: int, heartbeat: 
     """Entry of the supervisor process, forked by the guardian."""
     os.setsid()  # so that the terminal's signals go to the guardian alone
     fork.name_process("aios:supervisor")
-    fork.prctl(fork.PR_SET_CHILD_SUBREAPER, 1)
+    kin.adopt_orphans()
     processlog.setup("supervisor", settings.log_level)
     supervisor = Supervisor(settings, listener, guardian, heartbeat)
-    fork.die_with_parent(guardian, GUARDIAN_DIED)
+    kin.die_with_parent(guardian, GUARDIAN_DIED)
     return supervisor.run()

@@ -560,7 +560,7 @@ class Lifecycle:
         proc = self._known(message.pid)
         assert proc is not None
         self.table.advance(proc, ProcEvent.START)
-        proc.halted = False
+        proc.halted, proc.denied = False, ""
         proc.row[ledger.ENDED] = 0
         proc.ospid, proc.restarts, proc.looked, proc.sampled = message.ospid, proc.restarts + 1, 0.0, 0.0
         self._connect_all(proc, fds)

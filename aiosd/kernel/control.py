@@ -34,6 +34,7 @@ from aiosd.kernel.events import Events, EventSource, Turn
 from aiosd.kernel.peer import OUTBOX_PAUSE, ClientPeer, Peer, failure
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.system import FdLimit
+from aiosd.sandbox import hosts
 from aiosd.sandbox.doors import Question
 from aiosd.timers import Timer, Timers
 from libaios import wire
@@ -209,6 +210,10 @@ class Control:
         try:
             question = Question(door)
         except (FileNotFoundError, InterruptedError):  # the process has ended meanwhile, or epoll reports it again
+            return
+        if question.family != socket.AF_UNIX:
+            proc.denied = hosts.no_network(proc.box.level if proc.box is not None else "")
+            question.refuse(errno.EAFNOSUPPORT)
             return
         if self._connections_of(proc) >= CLIENTS_OF_AGENT or not self._descriptors().room_for_client():
             question.refuse(errno.EMFILE)

@@ -128,6 +128,7 @@ class ProxyService(Service):
             return
         proc = self.agent(message.pid)
         if proc is not None:
+            proc.denied = message.why
             about = {"name": proc.name, "group": proc.group}
             what = f"net {message.host}:{message.port}"
             self.audit.note("denied", message.pid, **about, what=what, by=message.why)

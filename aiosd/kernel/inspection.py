@@ -29,6 +29,7 @@ def inspect(
         "exit": shown_exit(proc),
         "budget": proc.budget,
         "reason": proc.reason,
+        "denied": proc.denied,
         "children": children,
         "budgets": [_budget(budget) for budget in proc.budgets],
         "tools": {"cpu_s": round(proc.tools_cpu_s, 3), "memory_bytes": proc.tools_bytes, "lag_s": SAMPLE_S},

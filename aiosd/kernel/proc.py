@@ -123,6 +123,7 @@ class Proc:
     status: int | None = None  # exit code or -signal
     budget: str = ""  # which budget ended it
     reason: str = ""  # what the kernel or the supervisor noted about the end
+    denied: str = ""  # what its sandbox has denied it last, as far as that is known, and what would allow it
     ended: float = 0.0  # Unix time
 
     # what it used

@@ -21,7 +21,7 @@ from libaios import wire
 
 def waited(proc: Proc) -> wire.Waited:
     assert proc.status is not None
-    return wire.Waited(proc.pid, proc.status, proc.budget, proc.reason)
+    return wire.Waited(proc.pid, proc.status, proc.budget, proc.reason, proc.denied)
 
 
 @dataclass(slots=True, eq=False)

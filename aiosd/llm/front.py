@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -30,6 +29,7 @@ from typing import Any
 from msgspec import Struct, msgpack
 
 from aiosd.errors import as_oserror
+from aiosd.kin import die_with_parent
 
 logger = logging.getLogger("llm.front")
 
@@ -182,7 +182,7 @@ class Front:
 
 def main(path: str, ctx: str, fd: str) -> int:
     """Serve until the core closes its end of the connection."""
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(fd))
     from aiosd.llm import llama
@@ -220,16 +220,6 @@ def main(path: str, ctx: str, fd: str) -> int:
 def _tokenized(model: Any, request: Any) -> list[int]:
     tokens: list[int] = model.tokenize(request.text, bos=request.bos, special=request.special)
     return tokens
-
-
-def _die_with_parent() -> None:
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:
-        os._exit(0)
 
 
 if __name__ == "__main__":

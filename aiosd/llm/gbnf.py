@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 
 from aiosd.errors import Bug, refuse
 from aiosd.llm import llama
-from aiosd.llm.arrays import LogitRow
-from aiosd.llm.structured import Draw, Guide
-from aiosd.llm.text import TextStream
+from aiosd.llm.structured import WholeText
 
 MOST_RULES = 1024
 DEEPEST = 32  # how deep groups may be nested; also how many rounds `_until_known` may take
@@ -262,26 +260,11 @@ def _wrong(text: str, at: int, why: str) -> OSError:
     return refuse(f"grammar: line {line}, character {at - text.rfind(chr(10), 0, at)}: {why}")
 
 
-class GrammarConstraint:
+class GrammarConstraint(WholeText):
     """Keeps the whole text inside a grammar. `check` must have accepted that."""
 
     def __init__(self, model: llama.Model, text: str) -> None:
         try:
-            self._guide = Guide(model, text)
+            super().__init__(model, text, "grammar")
         except Bug as error:  # accepted here but not by llama.cpp, mostly because of left recursion
             raise refuse(f"grammar: {error}") from None
-
-    def settle(self, text: TextStream, row: LogitRow, token: int, draw: Draw) -> int:
-        return self._guide.choose(row, token, draw)
-
-    def replay(self, text: TextStream, token: int) -> None:
-        if not self._guide.allows(token):
-            raise refuse("given: these tokens do not fit the grammar")
-        self._guide.accept(token)
-
-    @property
-    def can_end(self) -> bool:
-        return self._guide.can_end
-
-    def close(self) -> None:
-        self._guide.close()

@@ -26,8 +26,8 @@ from aiosd.llm.sequence import Sequence
 from aiosd.llm.structured import (
     AfterThoughts,
     Constraint,
-    SchemaConstraint,
     ToolConstraint,
+    WholeText,
     schema_grammar,
     tools_grammar,
 )
@@ -339,7 +339,7 @@ class Requests:
             if prepared.choice != "required":
                 return constraint
         else:
-            constraint = SchemaConstraint(self._model, prepared.grammar)
+            constraint = WholeText(self._model, prepared.grammar, "schema")
         if not prepared.after_thoughts:
             return constraint
         return AfterThoughts(self._model, constraint, not prepared.inside)

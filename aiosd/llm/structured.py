@@ -161,18 +161,19 @@ def tools_grammar(
     return f"{converter.text()}{_by_token(model, f'{calls}{chr(10)}{root}', dialect)}\n"
 
 
-class SchemaConstraint:
-    """The whole text is JSON that is valid against a schema."""
+class WholeText:
+    """Keeps the whole text inside one grammar. `what`: it is made of a schema, or given as such."""
 
-    def __init__(self, model: llama.Model, gbnf: str) -> None:
+    def __init__(self, model: llama.Model, gbnf: str, what: str) -> None:
         self._guide = Guide(model, gbnf)
+        self._what = what
 
     def settle(self, text: TextStream, row: LogitRow, token: int, draw: Draw) -> int:
         return self._guide.choose(row, token, draw)
 
     def replay(self, text: TextStream, token: int) -> None:
         if not self._guide.allows(token):
-            raise refuse("given: these tokens do not fit the schema")
+            raise refuse(f"given: these tokens do not fit the {self._what}")
         self._guide.accept(token)
 
     @property

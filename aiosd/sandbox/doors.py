@@ -6,6 +6,9 @@ aiosd a request whenever a Unix socket is made: the kernel answers through the a
 already connected to the kernel. A `connect` of this socket fails with EISCONN, whatever its path, and the SDK handles
 that.
 
+An agent without a network also requests sockets of the internet here. The kernel refuses these, and so learns of the
+denial, which Linux would report to nobody but the program.
+
 Only processes under an agent's seccomp program can send requests at its door: so it is certain which agent they belong
 to.
 """
@@ -35,6 +38,7 @@ class Question:
         fields = _QUESTION.unpack(buffer)
         self._door, self._id = door, fields[0]
         self.ospid: int = fields[1]
+        self.family = fields[6] & 0xFFFFFFFF  # the first argument; Linux ignores its other half
         self._type: int = fields[7]  # the second argument
 
     def connect(self) -> socket.socket | None:

@@ -90,12 +90,12 @@ def known_here() -> bool:
 
 def program(network: bool, doors: bool) -> bytes:
     """The program for an agent with or without a network. `doors`: a new Unix socket becomes a request to a listener
-    (see `doors`); without it there are no Unix sockets."""
-    unix = _ASK if doors else EAFNOSUPPORT
+    (see `doors`), without a network one of the internet, too; without it these are refused."""
+    door = _ASK if doors else EAFNOSUPPORT
     looked_into = {
         _CLONE: _mask(0, _NAMESPACES, EPERM),
         _IOCTL: _one_of(1, _IOCTLS, then=EPERM, other=_ALLOW),
-        _SOCKET: _socket(network, unix),
+        _SOCKET: _socket(door, _ALLOW if network else door, _ALLOW if network else EAFNOSUPPORT),
         _SOCKETPAIR: _socketpair(),
         _PRLIMIT: _own_or_reading(),
         _SETPRIORITY: _own_priority(2),
@@ -204,14 +204,13 @@ def _socketpair() -> list[Instruction]:
     ]
 
 
-def _socket(network: bool, unix: int) -> list[Instruction]:
-    """A Unix socket of streams; with a network also TCP, UDP, and netlink queries about routes."""
+def _socket(unix: int, internet: int, routes: int) -> list[Instruction]:
+    """The actions for a Unix socket of streams, for TCP and UDP, and for netlink queries about routes."""
     block = _if_family(_UNIX, _kind(_STREAM, (0,), unix))
-    if network:
-        internet = [*_kind(_STREAM, (0, _TCP), _ALLOW)[:-1], *_kind(_DATAGRAM, (0, _UDP), _ALLOW)]
-        for family in (_INET, _INET6):
-            block += _if_family(family, internet)
-        block += _if_family(_NETLINK, _one_of(2, (0,), then=_ALLOW, other=EAFNOSUPPORT))
+    streams_and_datagrams = [*_kind(_STREAM, (0, _TCP), internet)[:-1], *_kind(_DATAGRAM, (0, _UDP), internet)]
+    for family in (_INET, _INET6):
+        block += _if_family(family, streams_and_datagrams)
+    block += _if_family(_NETLINK, _one_of(2, (0,), then=routes, other=EAFNOSUPPORT))
     return [*block, _return(EAFNOSUPPORT)]
 
 

@@ -105,7 +105,21 @@ def refusal(granted: Iterable[HostGrant], host: str, port: int) -> str:
     found = [str(one) for one in granted if matches("host", one.host, host)]
     wanted = shown if port in PORTS else f"{shown}:{port}"
     what = f"port {port} of {shown} is not granted, only {', '.join(found)}" if found else f"{shown} is not granted"
-    return f"sandbox: {what} (aios-run --net {wanted}, or net of [[group]] in aiosd.toml, would allow it)"
+    return f"sandbox: {what} ({_would_allow(wanted)})"
+
+
+def no_network(level: str) -> str:
+    """Why an agent without a network reaches nothing, and the option that would allow it. `level`: of its sandbox."""
+    return f"sandbox: the network is not granted ({would_allow_one(level)})"
+
+
+def would_allow_one(level: str) -> str:
+    """The option for a host that is not known: only a cage has networks of single hosts."""
+    return _would_allow("HOST" if level == "cage" else "all")
+
+
+def _would_allow(net: str) -> str:
+    return f"aios-run --net {net}, or net of [[group]] in aiosd.toml, would allow it"
 
 
 def address(text: str) -> tuple[str, int]:
@@ -133,6 +147,10 @@ def proxied(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _grant(word: str) -> HostGrant:
+    _, there, rest = word.partition("://")
+    if there:
+        host = rest.partition("/")[0] or "its host"
+        raise ValueError(f"{word[:80]!r} is a URL; what is named is its host: {host[:80]}")
     if word.startswith("*."):
         host, port = address(word[2:])
         if ":" in host or _is_address(host):

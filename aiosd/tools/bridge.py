@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from msgspec import msgpack
 from msgspec.structs import replace
 
+from aiosd.kin import adopt_orphans, die_with_parent
 from aiosd.tools.messages import Described, Done, Run, Tool, Wrote
 from aiosd.tools.spec import MEMORY_BYTES, McpServer
-from aiosd.tools.worker import LIMITS, MESSAGE_BYTES, die_with_parent, limit, send
+from aiosd.tools.worker import LIMITS, MESSAGE_BYTES, limit, send
 from libaios.stream import FrameSocket
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ RELIST_S = 1.0
 
 
 def main(fd: str, name: str, ends: str = "") -> int:
+    adopt_orphans()
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit(*LIMITS, (resource.RLIMIT_DATA, MEMORY_BYTES))

@@ -36,6 +36,7 @@ from aiosd.access.rules import matcher
 from aiosd.ipc import link, sealed
 from aiosd.ipc.heartbeat import Rounds
 from aiosd.ipc.service import LATER, Server
+from aiosd.kin import adopt_orphans
 from aiosd.sandbox.box import Box
 from aiosd.tools import concerns, direct, held
 from aiosd.tools.admission import Admission, Requirements
@@ -59,7 +60,6 @@ CHANGED = (
 )
 ERRANDS = 256  # open with the kernel at a time
 LEAST_S = 0.005  # of the toolbox's own time: smaller amounts are charged when their sum reaches this
-PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(slots=True)
@@ -426,9 +426,5 @@ def _key(template: str, arguments: dict[str, Any], folder: str) -> str:
 
 
 def main(channel: Channel, spec: ToolboxSpec, rounds: Rounds) -> int:
-    import ctypes
-
-    ctypes.CDLL(None).prctl(
-        PR_SET_CHILD_SUBREAPER, 1
-    )  # children of a dead worker become children of this process, not of the supervisor
+    adopt_orphans()  # children of a dead worker become this process's, not the supervisor's
     return ToolboxService(channel, spec).run(rounds)

@@ -29,6 +29,7 @@ from typing import Any
 import msgspec
 from msgspec import msgpack
 
+from aiosd.kin import adopt_orphans, die_with_parent
 from aiosd.tools import held
 from aiosd.tools.definition import Function, functions_of
 from aiosd.tools.messages import Described, Done, FromWorker, Run, Wrote, encode
@@ -59,6 +60,7 @@ class _Output(io.TextIOBase):
 
 
 def main(fd: str, source: str, boxed: str = "") -> int:
+    adopt_orphans()  # processes that a tool starts stay below this process, and end with it
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.pop("PYTHONPATH", None)  # for this process, not for what a tool starts
@@ -187,18 +189,6 @@ def _wait_writable(fd: int) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     poll.poll()
-
-
-def die_with_parent() -> None:
-    import ctypes
-
-    pr_set_pdeathsig, pr_set_child_subreaper = 1, 36
-    parent = os.getppid()
-    libc = ctypes.CDLL(None)
-    libc.prctl(pr_set_child_subreaper, 1)  # processes that a tool starts stay below this process, and end with it
-    libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:
-        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import click
 
 from libaios import arithmetic, sto, tool
-from libaios.agents import run
+from libaios.agents import run, the_question
 from libaios.loop import observation
 
 SYSTEM = "You are a helpful agent. Think, use a tool when you need one, and then answer briefly."
@@ -429,9 +429,7 @@ def main(
     def chat(messages: list[ChatMessage], **options: Any) -> Any:
         return aios.llm.chat(messages, model=model, **options)
 
-    text = " ".join(question).strip() or sys.stdin.read().strip()
-    if not text:
-        raise click.UsageError("no question")
+    text = the_question(question)
     if taken := [name for name in tools if name in IN_TOOLBOX]:
         raise click.UsageError(f"--tool {taken[0]}: the agent has a tool of this name already")
     try:

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import click
 
 from libaios import mem
-from libaios.agents import run
+from libaios.agents import run, the_question
 from libaios.agents.react import IN_TOOLBOX, AgentError, Chat, ChatMessage, Toolbox, Toolkit, react
 
 MOST_LESSONS = 3  # the paper's Ω: more do not fit into a prompt, and help little
@@ -254,9 +254,7 @@ def main(
     def chat(messages: list[ChatMessage], **options: Any) -> Any:
         return aios.llm.chat(messages, model=model, **options)
 
-    text = " ".join(question).strip() or sys.stdin.read().strip()
-    if not text:
-        raise click.UsageError("no question")
+    text = the_question(question)
     if taken := [name for name in tools if name in IN_TOOLBOX]:
         raise click.UsageError(f"--tool {taken[0]}: the agent has a tool of this name already")
     try:
