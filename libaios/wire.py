@@ -301,9 +301,7 @@ class Waited(Struct, array_like=True, frozen=True):
     status: int
     budget: str = ""  # which budget ended it, by its name in aiosd.toml; "": none
     reason: str = ""  # why it ended, a sentence from the kernel or the supervisor; "" when it ended by itself
-    denied: str = (
-        ""  # of its network, what its sandbox has denied it last, and what would allow that; "": nothing known
-    )
+    denied: str = ""  # what its sandbox has denied it last of the network, and what would allow that; "": nothing
 
 
 class Kill(Struct, array_like=True, frozen=True):

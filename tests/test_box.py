@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pwd
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +111,34 @@ def test_of_the_environment_only_what_is_listed() -> None:
     assert set(box.environment(env, ["OPENAI_*"])) == {"PATH", "LC_ALL", "PYTHONPATH", "OPENAI_KEY"}
     proxies = {"HTTPS_PROXY": "http://proxy:3128", "http_proxy": "http://me:secret@proxy:3128", "no_proxy": "localhost"}
     assert set(box.environment(proxies, [])) == {"HTTPS_PROXY", "no_proxy"}
+
+
+@given(
+    st.lists(st.text("AZ*?[]!-\n_", max_size=5), max_size=3),
+    st.dictionaries(st.text("ABPATHLC_Zz\n", max_size=6), st.just("x")),
+)
+def test_a_variable_passes_as_one_pattern_after_the_other_would_let_it(allowed: list[str], env: dict[str, str]) -> None:
+    passing = {name for name in env if any(fnmatchcase(name, one) for one in (*box.VARIABLES, *allowed))}
+    assert set(box.environment(env, allowed)) == passing
+
+
+def test_the_patterns_are_not_tried_one_by_one_for_every_variable() -> None:
+    env = {f"VARIABLE_{number}": "" for number in range(100)}
+    box.environment(env, ["OTHER_*"])
+    with counted_calls() as calls:
+        box.environment(env, ["OTHER_*"])
+    assert len(calls) < 5 * len(env)
+
+
+@contextlib.contextmanager
+def counted_calls() -> Iterator[list[str]]:
+    """All calls of functions, also of those in C, while the context lasts."""
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, arg: calls.append(event) if event.endswith("call") else None)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
 
 
 PROGRAMS = st.binary(min_size=1, max_size=40).map(lambda path: wire.os_text(os.fsdecode(path)))  # as they are sent
@@ -286,6 +316,26 @@ ALLOW, KILL, ASK = 0x7FFF0000, 0x80000000, 0x7FC00000
 EPERM, ENOSYS, EAFNOSUPPORT = (0x50000 | number for number in (errno.EPERM, errno.ENOSYS, errno.EAFNOSUPPORT))
 
 
+@given(st.integers(0, 480), st.lists(st.integers(0, (1 << 64) - 1), max_size=6), st.booleans(), st.booleans())
+def test_the_search_leads_to_the_block_of_the_call(number: int, args: list[int], network: bool, doors: bool) -> None:
+    load_number = (0x20, 0, 0, 0)
+    block = [load_number, *filter.actions(network, doors).get(number, [filter._return(ALLOW)])]
+    alone = b"".join(struct.pack("=HBBI", *one) for one in block)
+    assert run(filter.program(network, doors), number, *args) == (run(alone, number, *args) if number < 470 else ENOSYS)
+
+
+def test_the_program_is_short_because_linux_translates_it_for_every_agent() -> None:
+    assert all(len(filter.program(network, True)) // 8 < 256 for network in (False, True))
+
+
+def test_what_is_too_far_for_a_jump_is_reached_nevertheless() -> None:
+    """With as many ranges as there are numbers, each with another block."""
+    actions = {number: [filter._return(0x50000 | number)] for number in range(470)}
+    load_number = struct.pack("=HBBI", 0x20, 0, 0, 0)
+    program = load_number + b"".join(struct.pack("=HBBI", *one) for one in filter._search(actions))
+    assert all(run(program, number) == 0x50000 | number for number in range(470))
+
+
 def test_every_call_gets_the_answer_of_the_table() -> None:
     for network in (False, True):
         program = filter.program(network, doors=True)
@@ -368,6 +418,26 @@ def test_without_a_door_nobody_is_asked() -> None:
 ])  # fmt: skip
 def test_an_older_linux_is_asked_for_what_it_knows(version: int, files: int, net: int, scoped: int, size: int) -> None:
     assert landlock.ruleset(version) == landlock.Ruleset(files, net, scoped, size)
+
+
+def test_what_is_opened_ahead_has_the_same_rights_and_nothing_twice(tmp_path: Path) -> None:
+    (tmp_path / "usr" / "bin").mkdir(parents=True)
+    (tmp_path / "bin").symlink_to("usr/bin")
+    (tmp_path / "etc").touch()
+    read, device = landlock.READ, landlock.DEVICE
+    names = (("usr", read), ("bin", read), ("usr/bin", read), ("usr/bin/../bin", device), ("etc", read), ("none", read))
+    common = tuple((str(tmp_path / name), rights) for name, rights in names)
+    ground = plan.Ground(landlock.ruleset(6), b"", 0, {}, Machine(()), None, common)
+    ahead, fds = plan.opened(ground)
+    try:
+        rules = [struct.unpack_from("=Q3Ii", ahead.rules, at) for at in range(0, len(ahead.rules), 32)]
+        found = {os.readlink(f"/proc/self/fd/{fd}").removeprefix(str(tmp_path)): rights for rights, *_, fd in rules}
+        assert ahead.count == len(rules) == len(fds)
+        on_file = landlock.EXECUTE | landlock.READ_FILE
+        assert found == {"/usr": read, "/usr/bin": read | device, "/etc": on_file}
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def test_no_rule_grants_more_than_is_governed() -> None:

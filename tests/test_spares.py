@@ -69,6 +69,44 @@ def test_each_of_a_crowd_is_the_agent_it_should_be(aiosd: System, tmp_path: Path
     assert {line[6] for line in lines} == {"7"}  # three, bell, channel and its mapping, the folder being listed
 
 
+LOOKS = r"""
+import errno, json, os, re
+import libaios as aios
+def tried(path):
+    try:
+        return len(os.listdir(path)) > 0 if os.path.isdir(path) else len(open(path, "rb").read(1))
+    except OSError as err:
+        return errno.errorcode[err.errno]
+links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+fds = sorted(re.sub(r"\d+", "N", os.readlink(link)) for link in links if os.path.lexists(link))
+paths = ("/etc/passwd", "/etc/shadow", "/etc", "/usr/bin", "/bin/sh", "/root", "/", "/proc/1/environ", "/tmp",
+         "/dev/null", "/dev/shm", "/sys/fs/cgroup", "/sys/kernel", os.path.dirname(os.getcwd()), os.__file__)
+status = [line for line in open("/proc/self/status") if line.startswith(("Cap", "NoNewPrivs", "Seccomp:"))]
+aios.msg.send(aios.proc.getppid(), json.dumps([{path: tried(path) for path in paths}, status, fds]))
+"""
+
+CROWD_LOOKS = """
+import sys
+import libaios as aios
+pids = [aios.proc.spawn("looks.py", sandbox=sys.argv[1], detached=True) for _ in range(int(sys.argv[2]))]
+for text in sorted({aios.msg.recv()[1] for _ in pids}):
+    print(text)
+"""
+
+
+@pytest.mark.parametrize("level", ["flat", "cage"])
+def test_an_agent_that_was_forked_ahead_is_confined_as_one_that_was_not(
+    aiosd: System, tmp_path: Path, level: str
+) -> None:
+    (tmp_path / "looks.py").write_text(LOOKS)
+    (tmp_path / "crowd.py").write_text(CROWD_LOOKS)
+    alone = aiosd.run("aios-run", "--sandbox", "none", "crowd.py", level, "1", cwd=tmp_path)
+    many = aiosd.run("aios-run", "--sandbox", "none", "crowd.py", level, "24", cwd=tmp_path)
+    assert (alone.stderr, many.stderr) == ("", "")
+    assert len(alone.stdout.splitlines()) == 1
+    assert many.stdout == alone.stdout
+
+
 def test_spares_leave_when_they_are_not_needed(aiosd: System, tmp_path: Path) -> None:
     assert eventually(lambda: crowd(aiosd, tmp_path, 3) and spares(aiosd), 60)  # on a busy machine they may have left
     assert aiosd.run("aiosd", "status", "--check").returncode == 0

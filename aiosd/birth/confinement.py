@@ -28,6 +28,7 @@ FILES = 4096  # the most open files of a process in a sandbox
 _native: confine.Native | None = None
 _ground: plan.Ground | None = None
 _gates: list[gates.HostPort] = []
+_opened: tuple[int, ...] = ()
 #: The box of this process, for explaining errors.
 box: Box | None = None
 
@@ -46,6 +47,19 @@ def rehearse() -> None:
     if _native is not None and _ground is not None:
         for level in ("flat", "flat" if _ground.cage is None else "cage"):
             plan.plan(_ground, Box(level, "all", "/srv/workspace", ["/usr/share"], []), doors=True)
+
+
+def open_common() -> None:
+    """In a brooder: open what the common rules are about, once for all its spares. They live for a second or so: a
+    file of /etc that is replaced is known to all agents that come later."""
+    global _ground, _opened
+    if _ground is not None:
+        _ground, _opened = plan.opened(_ground)
+
+
+def descriptors() -> tuple[int, ...]:
+    """The descriptors that a process needs to confine itself, at any level."""
+    return (*cage.descriptors(), *_opened)
 
 
 def packed() -> bytes:

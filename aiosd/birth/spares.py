@@ -10,11 +10,12 @@ Linux makes them children of the supervisor. So the supervisor goes on meanwhile
     supervisor ──fork──▶ brooder ──fork──▶ spare, spare, …     the pids come through a pipe
                ◀──────── ends              spare becomes an agent
 
-A spare waits at a socket for the agent that it becomes, and has no other descriptor but the cage's; through the same
-socket it then reports whether it can start (`report`). The first of many spawns is forked alone, the second orders a
-small batch, and each later batch is larger; the next is ordered when a quarter of one is used. (When it was half of
-one, every eighth agent came before its batch was there, and was forked alone: on two cores that are busy with the
-spawns the brooder gets a small part of the time.) Spares that are not used for a while exit.
+A spare waits at a socket for the agent that it becomes, and has no other descriptors but those with which it would
+confine itself: the cage's, and those that its brooder has opened (`confinement.open_common`). Through the same socket
+it then reports whether it can start (`report`). The first of many spawns is forked alone, the second orders a small
+batch, and each later batch is larger; the next is ordered when a quarter of one is used. (When it was half of one,
+every eighth agent came before its batch was there, and was forked alone: on two cores that are busy with the spawns the
+brooder gets a small part of the time.) Spares that are not used for a while exit.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 
 from msgspec import msgpack
 
-from aiosd.birth import heap, modules
+from aiosd.birth import confinement, heap, modules
 from aiosd.birth.agent import Descriptors, become_agent, prepare
 from aiosd.birth.fork import fork, fork_again, keep_only, name_process
 from aiosd.ipc import link
@@ -187,6 +188,7 @@ def _brood(ends: list[socket.socket], reports: int, supervisor: int) -> int:
     """Runs in the brooder. `ends`: one for each spare."""
     keep_only((reports, *(end.fileno() for end in ends), *cage.descriptors()))
     name_process("aios:spare")
+    confinement.open_common()
     heap.tidy()
     born: list[int] = []
     with contextlib.suppress(OSError):  # fewer then, or none
@@ -229,7 +231,7 @@ def _send(sock: socket.socket, payload: bytes, fds: tuple[int, ...]) -> None:
 def become(sock: socket.socket, supervisor: int = 0, keeps_library: bool = False) -> int:
     """Runs in the spare: wait for the agent that it becomes. `supervisor`: its parent by then; it dies with that.
     `keeps_library`: see `become_agent`."""
-    keep_only((sock.fileno(), *cage.descriptors()))
+    keep_only((sock.fileno(), *confinement.descriptors()))
     prepare()
     payload, ancillary, _, _ = sock.recvmsg(LARGEST, socket.CMSG_SPACE(6 * 4))
     if not payload:

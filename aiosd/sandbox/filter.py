@@ -8,7 +8,7 @@ call is
     allowed      all other calls that this list knows; calls of later Linux versions (larger numbers) get ENOSYS
 
 Only the low half of an int argument is compared, because Linux ignores the other half. Numbers are searched as in a
-sorted array: a program that compares one after the other takes seven times as long to install.
+sorted array, by ranges: a program that compares one after the other takes many times as long to install.
 
 Only for x86-64: other processors number their calls differently.
 """
@@ -26,6 +26,7 @@ _LAST = 469  # the largest number that is known here
 
 _KILL, _ERRNO, _ASK, _ALLOW = 0x80000000, 0x00050000, 0x7FC00000, 0x7FFF0000
 _LOAD, _IF_EQUAL, _IF_GREATER, _IF_AT_LEAST, _IF_ANY, _AND, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x54, 0x06
+_JUMP = 0x05
 _NUMBER_AT, _ARCH_AT, _ARGS_AT = 0, 4, 16
 
 EPERM, ENOSYS = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
@@ -91,6 +92,19 @@ def known_here() -> bool:
 def program(network: bool, doors: bool) -> bytes:
     """The program for an agent with or without a network. `doors`: a new Unix socket becomes a request to a listener
     (see `doors`), without a network one of the internet, too; without it these are refused."""
+    head = [
+        (_LOAD, 0, 0, _ARCH_AT),
+        (_IF_EQUAL, 1, 0, _ARCH),
+        _return(_KILL),
+        (_LOAD, 0, 0, _NUMBER_AT),
+        (_IF_GREATER, 0, 1, _LAST),  # includes all of x32, whose numbers begin at 2 to the 30th
+        _return(ENOSYS),
+    ]
+    return b"".join(struct.pack("=HBBI", *one) for one in [*head, *_search(actions(network, doors))])
+
+
+def actions(network: bool, doors: bool) -> dict[int, list[Instruction]]:
+    """What happens to each call that is not simply allowed: a block of instructions."""
     door = _ASK if doors else EAFNOSUPPORT
     looked_into = {
         _CLONE: _mask(0, _NAMESPACES, EPERM),
@@ -105,18 +119,9 @@ def program(network: bool, doors: bool) -> bytes:
         **dict.fromkeys(_SCHEDULING.values(), _one_of(0, (0,), then=_ALLOW, other=EPERM)),
         _SCHEDULING["sched_setscheduler"]: _own_scheduling(),
     }
-    actions: dict[int, list[Instruction]] = {number: [_return(EPERM)] for number in _DENIED.values()}
-    actions |= {number: [_return(ENOSYS)] for number in _MISSING.values()}
-    actions |= looked_into
-    head = [
-        (_LOAD, 0, 0, _ARCH_AT),
-        (_IF_EQUAL, 1, 0, _ARCH),
-        _return(_KILL),
-        (_LOAD, 0, 0, _NUMBER_AT),
-        (_IF_GREATER, 0, 1, _LAST),  # includes all of x32, whose numbers begin at 2 to the 30th
-        _return(ENOSYS),
-    ]
-    return b"".join(struct.pack("=HBBI", *one) for one in [*head, *_search(actions)])
+    found: dict[int, list[Instruction]] = {number: [_return(EPERM)] for number in _DENIED.values()}
+    found |= {number: [_return(ENOSYS)] for number in _MISSING.values()}
+    return found | looked_into
 
 
 # ── blocks: each ends in a return on every way ────────────────────────────────────────────────────────────
@@ -233,21 +238,67 @@ def _kind(kind: int, protocols: tuple[int, ...], action: int) -> list[Instructio
 # ── the search ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_FARTHEST = 255  # instructions that a conditional jump can skip
+
+
+class _Tail:
+    """The end of a program, written from its last instruction to its first: what a jump leads to is there already, and
+    the same block is there once for all jumps that reach it. Places are counted from the end."""
+
+    def __init__(self) -> None:
+        self._backwards: list[Instruction] = []
+        self._places: dict[tuple[Instruction, ...], int] = {}
+
+    def instructions(self) -> list[Instruction]:
+        return self._backwards[::-1]
+
+    def block(self, block: tuple[Instruction, ...]) -> int:
+        """The place of a block that ends in a return on every way."""
+        place = self._places.get(block)
+        if place is None or len(self._backwards) - place > _FARTHEST - 2:  # room for the test, and one more block
+            self._backwards += block[::-1]
+            place = self._places[block] = len(self._backwards)
+        return place
+
+    def test(self, number: int, at_least: int, less: int) -> int:
+        """The place of a test that leads to one of two places."""
+        if len(self._backwards) - less > _FARTHEST:
+            less = self._jump(less)
+        if len(self._backwards) - at_least > _FARTHEST:
+            at_least = self._jump(at_least)
+        here = len(self._backwards)
+        self._backwards.append((_IF_AT_LEAST, here - at_least, here - less, number))
+        return here + 1
+
+    def _jump(self, place: int) -> int:
+        self._backwards.append((_JUMP, 0, 0, len(self._backwards) - place))
+        return len(self._backwards)
+
+
 def _search(actions: dict[int, list[Instruction]]) -> list[Instruction]:
-    """A search tree over the numbers; the accumulator holds the number of the call. A jump reaches 255 instructions, so
-    each block follows directly after the test that leads to it."""
-    return _tree(sorted(actions), actions)
+    """A search tree over the ranges of numbers with the same action; the accumulator holds the number of the call.
+    Linux translates the program for every agent anew, which takes as long as it has instructions: so each is there as
+    seldom as possible."""
+    tail = _Tail()
+    _tree(tail, _ranges(actions))
+    return tail.instructions()
 
 
-def _tree(numbers: list[int], actions: dict[int, list[Instruction]]) -> list[Instruction]:
-    if not numbers:
-        return [_return(_ALLOW)]
-    if len(numbers) == 1:
-        block = actions[numbers[0]]
-        return [(_IF_EQUAL, 0, len(block), numbers[0]), *block, _return(_ALLOW)]
-    middle = len(numbers) // 2
-    low, high = _tree(numbers[:middle], actions), _tree(numbers[middle:], actions)
-    if len(low) <= 255:
-        return [(_IF_AT_LEAST, len(low), 0, numbers[middle]), *low, *high]
-    # Too far for a conditional jump: jump over an unconditional one.
-    return [(_IF_AT_LEAST, 0, 1, numbers[middle]), (0x05, 0, 0, len(low)), *low, *high]
+def _ranges(actions: dict[int, list[Instruction]]) -> list[tuple[int, tuple[Instruction, ...]]]:
+    """The first number of each range, and its block; from one to the next the block changes."""
+    found: list[tuple[int, tuple[Instruction, ...]]] = []
+    for number in range(_LAST + 1):
+        block = tuple(actions.get(number, (_return(_ALLOW),)))
+        if not found or found[-1][1] != block:
+            found.append((number, block))
+    return found
+
+
+def _tree(tail: _Tail, ranges: list[tuple[int, tuple[Instruction, ...]]]) -> int:
+    """Returns the place where the tree begins."""
+    if len(ranges) == 1:
+        return tail.block(ranges[0][1])
+    middle = len(ranges) // 2
+    high = _tree(tail, ranges[middle:])
+    low = _tree(tail, ranges[:middle])
+    return tail.test(ranges[middle][0], high, low)

@@ -25,6 +25,8 @@ _FILES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}  # from 5 on th
 _NET = 3  # from 4 on: bind and connect of TCP
 _SCOPED = 3  # from 6 on: abstract Unix sockets, signals
 
+#: The rights that there are on a file that is no folder; a rule about one may have no others.
+ON_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEVICE
 MAKE_DEVICES = 1 << 6 | 1 << 11  # character and block devices: no rule grants these
 
 

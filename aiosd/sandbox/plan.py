@@ -14,8 +14,8 @@ import pwd
 import stat
 import struct
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from aiosd.sandbox import cage, filter, hosts, landlock, places, protected
 from aiosd.sandbox.box import PROXIES, VARIABLES, Box
@@ -24,7 +24,7 @@ from aiosd.sandbox.places import Machine
 from libaios.wire import os_bytes, os_str, os_text
 
 _HEAD = struct.Struct("=6I3Q5iI")
-_RULE = struct.Struct("=Q4I")
+_RULE = struct.Struct("=Q3Ii")
 
 #: Programs and libraries.
 _PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix/store", "/etc/alternatives")
@@ -57,15 +57,51 @@ class Ground:
     filters: dict[tuple[bool, bool], bytes]  # by whether there is a network, and a door
     machine: Machine
     cage: Cage | None = None  # the one that was built, if this machine can do it
+    common: tuple[tuple[str, int], ...] = ()  # paths and rights of the common rules, which `rules` are made of
 
 
 def ground(python_path: Iterable[str], built: Cage | None = None) -> Ground:
     """`python_path`: the folders where a Python agent looks for modules. `built`: the cage, if there is one."""
     ruleset = landlock.ruleset(landlock.abi())
-    common = common_rules(python_path)
-    rules = [_rule(path, rights & ruleset.files) for path, rights in common]
+    common = tuple((path, rights & ruleset.files) for path, rights in common_rules(python_path))
+    rules = [_rule(path, rights) for path, rights in common]
     filters = {(network, doors): filter.program(network, doors) for network in (False, True) for doors in (False, True)}
-    return Ground(ruleset, b"".join(rules), len(rules), filters, machine(common), built)
+    return Ground(ruleset, b"".join(rules), len(rules), filters, machine(common), built, common)
+
+
+def opened(ground: Ground) -> tuple[Ground, tuple[int, ...]]:
+    """The same with everything opened that the common rules are about, for processes that are forked from this one and
+    confine themselves soon: each has the descriptors, which are closed when it does so, and opens nothing. What lies
+    inside of a folder with the same rights needs no rule. In the cage the rules hold, too: there are the same files."""
+    found: dict[str, tuple[int, int]] = {}  # by real path: rights, descriptor
+    rules: list[bytes] = []
+    for path, rights in ground.common:
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        except OSError:  # no descriptor is left, for example: each of those processes tries it itself
+            rules.append(_rule(path, rights))
+            continue
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            rights &= landlock.ON_FILES
+        real = os.readlink(f"/proc/self/fd/{fd}")
+        if real in found:
+            rights |= found[real][0]
+            os.close(fd)
+            fd = found[real][1]
+        found[real] = (rights, fd)
+    kept = {real: (rights, fd) for real, (rights, fd) in found.items() if not _is_covered(real, rights, found)}
+    for real in found.keys() - kept.keys():
+        os.close(found[real][1])
+    rules += [_rule("", rights, fd=fd) for rights, fd in kept.values()]
+    return replace(ground, rules=b"".join(rules), count=len(rules)), tuple(fd for _, fd in kept.values())
+
+
+def _is_covered(path: str, rights: int, found: Mapping[str, tuple[int, int]]) -> bool:
+    return any(
+        above != path and not rights & ~more and places.inside(path, (above,)) for above, (more, _) in found.items()
+    )
 
 
 def common_rules(python_path: Iterable[str]) -> list[tuple[str, int]]:
@@ -176,9 +212,10 @@ def _is_file(fd: int) -> bool:
     return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
-def _rule(path: str, rights: int, strict: bool = False, must: bool = False) -> bytes:
-    """A rule. A missing path grants nothing, or is an error if it `must` exist. `strict`: a path that leads through a
-    symbolic link grants nothing either: there was none when it was named, so another process has changed it since."""
+def _rule(path: str, rights: int, strict: bool = False, must: bool = False, fd: int = -1) -> bytes:
+    """A rule; `fd`: of what lies there, if it was opened already. A missing path grants nothing, or is an error if it
+    `must` exist. `strict`: a path that leads through a symbolic link grants nothing either: there was none when it was
+    named, so another process has changed it since."""
     encoded = os_bytes(path) + b"\0"
     encoded += bytes(-len(encoded) % 8)
-    return _RULE.pack(rights & ~landlock.MAKE_DEVICES, must, strict, len(encoded), 0) + encoded
+    return _RULE.pack(rights & ~landlock.MAKE_DEVICES, must, strict, len(encoded), fd) + encoded

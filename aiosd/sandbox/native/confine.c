@@ -55,7 +55,7 @@ typedef struct {
     uint32_t must;   /* it is an error when it is not there */
     uint32_t strict; /* a symbolic link on the way is an error */
     uint32_t length; /* of the path behind this record, with its NUL; a multiple of 8 */
-    uint32_t reserved;
+    int32_t opened;  /* a descriptor of what lies there, which is closed; the rights fit what it is. -1: there is none */
 } rule;
 
 static int drop_capabilities(void) {
@@ -65,7 +65,8 @@ static int drop_capabilities(void) {
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
     if (prctl(PR_CAPBSET_READ, 0, 0, 0, 0) >= 0)
         for (int capability = 0; capability <= LAST_CAPABILITY; capability++)
-            prctl(PR_CAPBSET_DROP, capability, 0, 0, 0); /* EPERM without CAP_SETPCAP: then there is none to lose */
+            if (prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) && errno == EINVAL)
+                break; /* this Linux has no more; EPERM without CAP_SETPCAP: then there is none to lose */
     prctl(PR_SET_SECUREBITS, ALL_SECUREBITS, 0, 0, 0);
     return syscall(SYS_capset, &header, none) ? -1 : 0;
 }
@@ -88,10 +89,10 @@ static int add_rule(int ruleset, const rule *one, const char *path) {
     struct stat found;
     int failed;
 
-    beneath.fd = open_path(one, path);
+    beneath.fd = one->opened >= 0 ? one->opened : open_path(one, path);
     if (beneath.fd < 0)
         return one->must ? -PATH : 0;
-    if (fstat(beneath.fd, &found) == 0 && !S_ISDIR(found.st_mode))
+    if (one->opened < 0 && fstat(beneath.fd, &found) == 0 && !S_ISDIR(found.st_mode))
         beneath.rights &= ON_FILES;
     failed = beneath.rights && syscall(SYS_ADD_RULE, ruleset, RULE_PATH_BENEATH, &beneath, 0);
     int reason = errno;
