@@ -6,6 +6,7 @@ raising, because for its callers a process that has ended is not an error.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import NamedTuple
 
@@ -134,6 +135,17 @@ def _threads(ospid: int) -> int:
         return max(0, os.stat(f"/proc/{ospid}/task").st_nlink - 2)
     except OSError:
         return 0
+
+
+def run_delays(ospid: int) -> dict[int, int]:
+    """For each thread of a process the nanoseconds in which it could have run and had to wait for a processor, since it
+    was made. Empty if the process is gone, or if Linux does not count this."""
+    found = {}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for thread in os.listdir(f"/proc/{ospid}/task"):
+            with open(f"/proc/{ospid}/task/{thread}/schedstat", "rb") as file:
+                found[int(thread)] = int(file.read().split()[1])
+    return found
 
 
 def threads_of_machine() -> int:

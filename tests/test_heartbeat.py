@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from aiosd.ipc.heartbeat import BEAT_S, HANG_S, Heart, Rounds, beat, beat_in_background
+from aiosd import procfs
+from aiosd.ipc.heartbeat import BEAT_S, HANG_S, START_S, Heart, Rounds, beat, beat_in_background
+from tests.conftest import eventually
 
 
 @pytest.fixture
@@ -26,6 +30,54 @@ def test_silence_is_a_hang_only_after_a_while(heart: Heart) -> None:
     assert heart.hangs(lambda: start + HANG_S + 0.1)
     assert heart.hangs(lambda: start + HANG_S + 1.0)
     assert not heart.hangs(lambda: start + HANG_S + 1.0, silent_s=2 * HANG_S)
+
+
+class Waiting:
+    """A process whose threads wait for a processor."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = time.monotonic()
+        self.waited_s = {1: 7.0, 2: 0.5}  # by thread, since it was made
+        monkeypatch.setattr(procfs, "run_delays", lambda ospid: {t: int(s * 1e9) for t, s in self.waited_s.items()})
+
+    def looks(self, heart: Heart, seconds: int, share: float, beaten: bool = False) -> int | None:
+        """After how many seconds it counts as hung, if one of its threads waits for this share of the time."""
+        for s in range(1, seconds):
+            self.now += 1
+            self.waited_s[2] += share
+            if beaten:
+                beat(heart.write)
+            if heart.hangs(lambda: self.now, ospid=1):
+                return s
+        return None
+
+
+def test_who_waits_for_a_processor_does_not_hang(heart: Heart, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Waiting(monkeypatch)
+    assert process.looks(heart, 40, 0.95) is None
+    assert process.looks(heart, 5, 0.0, beaten=True) is None
+    assert process.looks(heart, 40, 0.0) == HANG_S + 1  # … and what was before counts no more
+
+
+def test_half_a_processor_is_half_the_excuse(heart: Heart, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert HANG_S + 1 < Waiting(monkeypatch).looks(heart, 40, 0.5) <= 2 * HANG_S + 1
+
+
+def test_no_wait_for_a_processor_excuses_for_ever(heart: Heart, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Waiting(monkeypatch).looks(heart, 100, 1.0) in (START_S, START_S + 1)
+
+
+def test_linux_counts_the_wait_of_each_thread() -> None:
+    """Two that spin on one processor: each waits about half of the time."""
+    spin = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass"
+    spinning = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
+    try:
+        assert eventually(lambda: all(sum(procfs.run_delays(one.pid).values()) > 1e8 for one in spinning))
+    finally:
+        for one in spinning:
+            one.kill()
+            one.wait()
+    assert procfs.run_delays(spinning[0].pid) == {}
 
 
 def test_a_beat_starts_the_count_anew(heart: Heart) -> None:

@@ -331,10 +331,11 @@ def test_settings_groups_and_status(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     assert system.status()["sandbox"]["groups"] == {"web": "flat"}
     assert "none, web flat" in system.run("aiosd", "status").stdout
     everything = system.run("aiosd", "status", "-v").stdout
-    read = re.search(r"^  agents' read +(.*)$", everything, re.MULTILINE)
+    read = re.search(r"^  agents' read +(.*(?:\n {10}.*)*)$", everything, re.MULTILINE)  # in several lines
     assert read
-    assert {"/usr", "/etc/passwd", sys.prefix} <= set(read[1].split(", "))
-    assert not {"/", os.path.expanduser("~"), "/etc/shadow"} & set(read[1].split(", "))
+    paths = set(re.split(r",\s+", read[1]))
+    assert {"/usr", "/etc/passwd", sys.prefix} <= paths
+    assert not {"/", os.path.expanduser("~"), "/etc/shadow"} & paths
     assert "LC_*, TZ" in everything
     (own,) = [entry for entry in system.ps() if entry["name"] == "own"]
     (shown,) = json.loads(system.run("aios-inspect", str(own["pid"])).stdout)

@@ -135,7 +135,9 @@ def test_a_heart_beats_while_the_last_numbers_wait_for_the_disk(monkeypatch: pyt
 
 def test_the_guardian_gives_the_supervisor_time_until_its_first_beat(monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent(Heart):
-        def hangs(self, clock: Callable[[], float] = time.monotonic, silent_s: float = HANG_S) -> bool:
+        def hangs(
+            self, clock: Callable[[], float] = time.monotonic, silent_s: float = HANG_S, ospid: int | None = None
+        ) -> bool:
             asked.append(silent_s)
             if len(asked) == 1:
                 beat(self.write)

@@ -157,7 +157,7 @@ def _watch(supervisor: int, heart: Heart) -> int:
         if code is not None:
             return code
         silent_s = HANG_S if heart.beaten else START_S
-        if heart.hangs(silent_s=silent_s):
+        if heart.hangs(silent_s=silent_s, ospid=supervisor):
             logger.critical("the supervisor hangs (no heartbeat for %.0f s); ending everything", silent_s)
             os.kill(supervisor, signal.SIGKILL)
 

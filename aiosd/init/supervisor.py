@@ -194,10 +194,10 @@ class Supervisor:
         self.timers.after(BEAT_S, self._beat)
         beat(self.heartbeat)
         for process in (self.kernel, *self.services.values()):
-            silent_s = process.service.silent_s
-            if process.ospid and process.heart is not None and process.heart.hangs(silent_s=silent_s):
+            silent_s, ospid, heart = process.service.silent_s, process.ospid, process.heart
+            if ospid and heart is not None and heart.hangs(silent_s=silent_s, ospid=ospid):
                 logger.error("%s hangs (no heartbeat for %g s); killed", _title(process), silent_s)
-                os.kill(process.ospid, signal.SIGKILL)
+                os.kill(ospid, signal.SIGKILL)
 
     def _on_signals(self, received: list[SignalInfo]) -> None:
         numbers = {one.number for one in received}

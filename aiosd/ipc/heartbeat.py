@@ -8,17 +8,25 @@ or stuck with the interpreter's lock held; and the thread stops sending when the
 long (see `Rounds`). A process that has sent no heartbeat for `HANG_S` is killed by its watcher, and replaced. The
 supervisor waits for the disk at its start and at its end: it has `START_S` until its first heartbeat, and at its end a
 thread sends heartbeats for it.
+
+On a machine with too much to do a healthy process may get no processor for seconds. Linux counts the time in which a
+thread could run and had to wait (`procfs.run_delays`); that time is no silence.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+
+from aiosd import procfs
+
+logger = logging.getLogger("heartbeat")
 
 BEAT_S = 1.0
 HANG_S = 5.0
@@ -28,11 +36,13 @@ START_S = 60.0
 class Heart:
     """The watcher's side. The writing end is `write`, for the child that is about to be forked."""
 
-    __slots__ = ("_looked", "_received", "beaten", "read", "write")
+    __slots__ = ("_delays", "_excused", "_looked", "_received", "beaten", "read", "write")
 
     def __init__(self) -> None:
         self.read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._received = self._looked = time.monotonic()
+        self._delays: dict[int, int] = {}  # of the threads that are watched, when the silence began
+        self._excused = False
         self.beaten = False  # at least one heartbeat has come
 
     def forked(self) -> None:
@@ -45,9 +55,12 @@ class Heart:
         if self.write >= 0:
             os.close(self.write)
 
-    def hangs(self, clock: Callable[[], float] = time.monotonic, silent_s: float = HANG_S) -> bool:
+    def hangs(
+        self, clock: Callable[[], float] = time.monotonic, silent_s: float = HANG_S, ospid: int | None = None
+    ) -> bool:
         """Whether no heartbeat came for `silent_s`; to be called about every `BEAT_S`. If the watcher itself was
-        stopped, no heartbeat could be read meanwhile, which proves nothing: then the count starts anew."""
+        stopped, no heartbeat could be read meanwhile, which proves nothing: then the count starts anew. Nor is the time
+        counted in which the process `ospid` waited for a processor, but for START_S at most."""
         now = clock()
         late = now - self._looked > 2 * BEAT_S
         self._looked = now
@@ -56,8 +69,28 @@ class Heart:
             received = bool(os.read(self.read, 4096))
         self.beaten = self.beaten or received
         if received or late:
-            self._received = now
-        return now - self._received > silent_s
+            self._received, self._delays, self._excused = now, {}, False
+        silent = now - self._received
+        if ospid is not None and silent > BEAT_S and not self._delays:
+            self._delays = procfs.run_delays(ospid)
+        if silent <= silent_s:
+            return False
+        return silent > max(START_S, silent_s) or not self._starved(ospid, silent, silent_s)
+
+    def _starved(self, ospid: int | None, silent: float, silent_s: float) -> bool:
+        """Whether the silence is explained by the wait for a processor."""
+        if ospid is None:
+            return False
+        now = procfs.run_delays(ospid)
+        waited = max((delay - self._delays.get(thread, delay) for thread, delay in now.items()), default=0) / 1e9
+        if silent - waited > silent_s:
+            return False
+        if not self._excused:
+            self._excused = True
+            logger.warning(
+                "no heartbeat of process %d for %.1f s; %.1f s of that it waited for a processor", ospid, silent, waited
+            )
+        return True
 
 
 def beat(write: int) -> None:
