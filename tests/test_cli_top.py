@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.commands import picture, table
+from aiosd.commands import figures, picture, table
 from aiosd.commands.picture import Rate, Sample, View
 from tests.conftest import System, command_line, eventually
 from tests.test_cli_ps import proc
@@ -200,9 +200,10 @@ def test_all_adds_the_system(aiosd: System) -> None:
 
 def test_status_tells_people_the_same_figures(aiosd: System) -> None:
     told, shown = aiosd.status()["models"][0]["stats"], aiosd.run("aiosd", "status", "-v", check=True).stdout
-    for name in ("slots", "running", "waiting", "policy", "tokens_per_s", "tiers", "prefix", "preemptions", "step_s"):
+    assert "tiers" in told
+    for name in ("slots", "running", "waiting", "policy", "tokens_per_s", "prefix", "preemptions", "step_s"):
         assert name in told
-        assert re.search(rf"^  {name.replace('_', ' ')} ", shown, re.MULTILINE)
+        assert re.search(rf"^  {figures.label(name)} ", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
