@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from aiosd import config
+from aiosd.commands.figures import label
 from aiosd.config import keys
 from aiosd.errors import AiosdError, UsageError
 from aiosd.llm import llama, loading, placement, rope
@@ -237,10 +238,10 @@ def test_status_shows_what_is_set_other_than_the_file_says(fresh_aiosd: Callable
     system = fresh_aiosd(*options, "--slots", "2")
     shown = system.run("aiosd", "status", "-v", check=True).stdout
     lines = dict(line.strip().split("  ", 1) for line in shown.splitlines() if "  " in line.strip())
-    found = {name: lines[name].strip() for name in ("chat template", "rope", "tensors", "ctx why", "runs")}
-    assert found["chat template"] == own
+    found = {name: lines[label(name)].strip() for name in ("chat_template", "rope", "tensors", "ctx_why", "runs")}
+    assert found["chat_template"] == own
     assert found["rope"] == "rope_scaling yarn, rope_freq_scale 0.5"
-    assert found["tensors"].startswith("ffn_up=CPU, ffn_down=CPU, ")
-    assert found["ctx why"] == "all that the model was trained for"
+    assert found["tensors"].startswith("ffn_up=CPU, ffn_down=CPU,")
+    assert found["ctx_why"] == "all that the model was trained for"
     assert found["runs"].startswith("2 slots of 4096 tokens")
-    assert os.path.isabs(found["chat template"])
+    assert os.path.isabs(found["chat_template"])
