@@ -20,8 +20,9 @@ Invariants: a sequence is either in `waiting` (QUEUED) or owns a slot (PREFILL, 
 
 In exact mode a batch never holds a single token alone: llama.cpp multiplies a vector with other code than a matrix,
 and the result could differ in its last bits. A dummy token is computed with it in the next slot and removed after the
-step. Tokens that were decoded one by one are computed one by one again after a loss, and calls share only tokens that
-were computed as part of a prompt.
+step. Nor are logits ever computed of one token alone, for which the last layer would be such a vector. Tokens that
+were decoded one by one are computed one by one again after a loss, and calls share only tokens that were computed as
+part of a prompt.
 """
 
 from __future__ import annotations
@@ -435,6 +436,7 @@ class Engine:
         lone = self.exact and total == 1
         if lone:
             self._pad_prompt(group[0].slot)
+        before = self._pad_logits() if self.exact and len(last) == 1 else 0
         began = self.clock()
         with self._abortable(group, total):
             went = self._decoded(batch, group)
@@ -444,7 +446,7 @@ class Engine:
             self._context.cut(self._dummies.pop()[0], batch.positions[1])
         now = self.clock()
         self.meter.prefilled(total, now - began)
-        logits = self._context.logits(len(last)) if last else None
+        logits = self._context.logits(before + len(last))[before:] if last else None
         for sequence, size in zip(group, sizes, strict=True):
             sequence.length += size
             sequence.computed += size
@@ -495,6 +497,13 @@ class Engine:
         batch.tokens[1], batch.positions[1], batch.sequences[1], batch.wanted[1] = 0, position, slot + 1, 0
         self._dummies.append((slot + 1, position))
 
+    def _pad_logits(self) -> int:
+        """Want the logits of a second token of the prompts' batch, too. Returns how many rows come before ours."""
+        wanted = self._prompts.wanted[: self._prompts.size]
+        ours = int(wanted.argmax())
+        wanted[ours - 1 if ours else 1] = 1
+        return int(ours > 0)
+
     # ── one token for each call ───────────────────────────────────────────────────────────────────────────
 
     def _arrange(self, chosen: list[Sequence]) -> None:
@@ -514,7 +523,8 @@ class Engine:
         entries = [(s.slot, s.upcoming, s.length, 1) for s in rows]
         self._dummies = self._lone_neighbours(slots) if self.exact else []
         if self._dummies:
-            entries = sorted([*entries, *((slot, 0, position, 0) for slot, position in self._dummies)])
+            alone = int(len(rows) == 1)  # then the logits of its dummy, which come behind its own, are computed, too
+            entries = sorted([*entries, *((slot, 0, position, alone) for slot, position in self._dummies)])
         batch.size = n = len(entries)
         if n:
             batch.sequences[:n], batch.tokens[:n], batch.positions[:n], batch.wanted[:n] = np.array(entries).T
