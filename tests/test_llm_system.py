@@ -63,7 +63,7 @@ def test_pieces_of_a_stream_are_the_text(ask: Ask) -> None:
         options = dict(max_tokens=80, temperature=0.0, ignore_eos=True)
         whole = llm.complete("Hello", **options)
         pieces = list(llm.complete("Hello", stream=True, **options))
-        assert len(pieces) > 10
+        assert len(pieces) > 5  # tokens that are guessed come several at a time
         assert sum((p.tokens for p in pieces), []) == whole.tokens
         assert "".join(p.text for p in pieces) == whole.text
         assert [p.finish_reason for p in pieces[:-1]] == [None] * (len(pieces) - 1)
