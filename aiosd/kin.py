@@ -17,8 +17,8 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent(parent: int = 0, number: int = signal.SIGKILL) -> None:
-    """Request a signal at the parent's death, and send it if the parent is already dead. `parent`: its pid; 0: whoever
-    has executed this program, which is dead if pid 1 has adopted this process."""
+    """Request a signal at the parent's death, and send it if the parent is already dead. `parent`: its pid; 0: the
+    process that has started this one, which is dead if pid 1 has adopted this process."""
     known = parent or os.getppid()
     _prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != known or (not parent and known == 1):

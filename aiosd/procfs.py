@@ -139,7 +139,7 @@ def _threads(ospid: int) -> int:
 
 def run_delays(ospid: int) -> dict[int, int]:
     """For each thread of a process the nanoseconds in which it could have run and had to wait for a processor, since it
-    was made. Empty if the process is gone, or if Linux does not count this."""
+    was made; a wait is counted when it ends. Empty if the process is gone, or if Linux does not count this."""
     found = {}
     with contextlib.suppress(OSError, ValueError, IndexError):
         for thread in os.listdir(f"/proc/{ospid}/task"):

@@ -361,7 +361,7 @@ def test_idle_system_costs_next_to_nothing(aiosd: System) -> None:
 
     def idle() -> bool:
         cpu_s, woken = spent()
-        time.sleep(2)
+        time.sleep(2)  # the time that is measured
         after_s, after_woken = spent()
         windows.append((after_s - cpu_s, after_woken - woken))
         return windows[-1][0] < 0.1 and windows[-1][1] < 60

@@ -147,8 +147,8 @@ class Kernel:
             sandboxes.folder(settings.home.data),
         )
         self.handlers: dict[int, CallHandler] = {}
-        self.charges = charges = Charges(self.services, self.enforcer.refused)
-        choose = {LLM: self.generations.choose, "toolbox": charges.tool, "store": charges.store}
+        self.charges = Charges(self.services, self.enforcer.refused)
+        choose = {LLM: self.generations.choose, "toolbox": self.charges.tool, "store": self.charges.store}
         asker = Asker(self.services, self.calls, self.generations.caller_of, choose)
         self.dispatcher = Dispatcher(self.calls, self.rights, asker, self.handlers, born.memo.get)
         self.turns = AgentTurns(self.calls, self.events, self.timers, self.dispatcher, self.generations.resume_streams)

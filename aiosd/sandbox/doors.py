@@ -7,7 +7,7 @@ already connected to the kernel. A `connect` of this socket fails with EISCONN, 
 that.
 
 An agent without a network also requests sockets of the internet here. The kernel refuses these, and so learns of the
-denial, which Linux would report to nobody but the program.
+denial, which Linux reports to the program alone.
 
 Only processes under an agent's seccomp program can send requests at its door: so it is certain which agent they belong
 to.
