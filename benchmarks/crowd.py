@@ -26,7 +26,7 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ BARS = {  # where nothing is written: never above
 LOCK_BARS = {64: 0.45}
 REAL, REAL_AGENTS, REAL_PREFIXES = ("smollm2", "gemma3"), (16, 64), (512, 1500)
 TEMPERATURES = (0.0, 0.8)  # of real models: greedy, and the default
+BRIEF = 4  # agents that warm both sides up before one run each (`--brief`)
 FRAME = 16  # tokens that a chat template may put around a message
 
 TURNS_OF = """
@@ -208,17 +209,16 @@ def talk_run(clients: list[Client], orders: list[dict[str, Any]]) -> float:
 Side = tuple[Callable[[list[dict[str, Any]]], float], int]  # runs a workload; the process that computes
 
 
-def pairs(ours: Side, theirs: Side, orders: Callable[[int], list[dict[str, Any]]], rounds: int) -> dict[str, Any]:
-    """Seconds of wall and CPU of both sides, in the order A B B A, again and again."""
+def pairs(
+    ours: Side, theirs: Side, orders: Callable[[int], list[dict[str, Any]]], turns: Sequence[str]
+) -> dict[str, Any]:
+    """Seconds of wall and CPU of both sides, whose turns these are."""
     found: dict[str, Any] = {"aiosd_s": [], "server_s": [], "aiosd_cpu_s": [], "server_cpu_s": []}
-    salt = 0
-    for _ in range(rounds):
-        for name in ("aiosd", "server", "server", "aiosd"):
-            run, pid = ours if name == "aiosd" else theirs
-            salt += 1
-            before = cpu_seconds(pid)
-            found[f"{name}_s"].append(run(orders(salt)))
-            found[f"{name}_cpu_s"].append(cpu_seconds(pid) - before)
+    for salt, name in enumerate(turns, 1):
+        run, pid = ours if name == "aiosd" else theirs
+        before = cpu_seconds(pid)
+        found[f"{name}_s"].append(run(orders(salt)))
+        found[f"{name}_cpu_s"].append(cpu_seconds(pid) - before)
     return found
 
 
@@ -241,13 +241,14 @@ def cell(name: str, n: int, prefix: int, temperature: float, options: argparse.N
         agents = ours.start(n, work.ours)
         theirs, row["server_flash"] = best_server(model, n, work, options)
         stack.enter_context(theirs)
-        work.run(agents, work.orders(900))  # warm, as the server is by now
+        warm = BRIEF if options.brief else n
+        work.run(agents[:warm], work.orders(900)[:warm])  # as the server is by now
         before = ours.stats()
         row |= pairs(
             (lambda told: work.run(agents, told), ours.core()),
             (lambda told: work.run(theirs.clients, told), theirs.process.pid),
             work.orders,
-            options.rounds,
+            ("aiosd", "server") if options.brief else ("aiosd", "server", "server", "aiosd") * options.rounds,
         )
         row["aiosd_stats"] = {"before": before, "after": ours.stats()}
     row["ratio"] = statistics.median(ratios(row, "aiosd_s", "server_s"))
@@ -274,7 +275,8 @@ def best_server(model: Path, n: int, work: Work, options: argparse.Namespace) ->
     best = min(times, key=lambda flash: times[flash])
     server = Server(model, n, work.ctx, options.threads, "-fa", best, *options.server_options.split())
     server.start(n, work.theirs)
-    work.run(server.clients, work.orders(920))
+    warm = BRIEF if options.brief else n
+    work.run(server.clients[:warm], work.orders(920)[:warm])
     return server, best
 
 
@@ -343,6 +345,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefix", type=int, action="append", help=f"shared tokens {PREFIXES}; real: {REAL_PREFIXES}")
     parser.add_argument("--temperature", type=float, action="append", help=f"on real text {TEMPERATURES}")
     parser.add_argument("--rounds", type=int, default=1, help="of four runs each (A B B A)")
+    parser.add_argument("--brief", action="store_true", help="one run of each side, where a cell takes hours")
     parser.add_argument("--quick", action="store_true", help="64 agents with 512 shared tokens on the small model only")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
     parser.add_argument("--seed", type=int, default=1)
