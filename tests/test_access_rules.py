@@ -17,6 +17,7 @@ from aiosd.access.deed import ALL_CHARS, DETAIL_CHARS, KINDS, Deed, Subject, det
 from aiosd.access.rules import AccessPolicy, Act, Rule, lasting
 from aiosd.config import load, reload
 from aiosd.errors import UsageError
+from aiosd.kernel.deeds import FREE, OF_SERVICES
 from aiosd.tools import builtin, held
 from aiosd.tools.concerns import MOST
 from aiosd.tools.concerns import deed as deed_of
@@ -24,6 +25,7 @@ from aiosd.tools.definition import functions_of
 from aiosd.tools.messages import Tool
 from aiosd.tools.spec import BUILT_IN_KINDS
 from libaios import tool as libtool
+from libaios import wire
 from libaios.home import Home
 
 ME = Subject("web")
@@ -305,6 +307,7 @@ def test_a_table_as_people_write_it() -> None:
         (['deny = [{ tool = "fetch", hots = "x" }]'], 2, "unknown key 'hots' (did you mean 'host'?)"),
         (['deny = [{ call = "sto_upload" }]'], 2, "but sto_write can"),
         (['deny = [{ call = "getpid" }]'], 2, "cannot be ruled"),
+        (['deny = [{ call = "tool_admit" }]'], 2, 'but tool = "NAME" can'),
         (['deny = [{ tool = "shell", call = "kill" }]'], 2, "one of: tool, call"),
         (["deny = [{ }]"], 2, "one of: tool, call"),
         (['deny = [{ call = "kill", signal = "9" }]'], 2, "is no signal"),
@@ -327,6 +330,12 @@ def test_what_is_wrong_is_refused_with_its_line(lines: list[str], number: int, w
     config.write_text('tool_workers = 2\n[mcpServers.git]\ncommand = "x"\n' + text)
     with pytest.raises(UsageError, match=f"aiosd.toml, line {number + 3}: access"):
         load({}, Home(str(tmp_path)), config, {})
+
+
+def test_a_rule_names_only_calls_that_are_decided_about_by_that_name() -> None:
+    """Any other rule would have no effect, although it looks as if it had: those calls just go on."""
+    undecided = [wire.TABLE[sys] for sys in FREE | OF_SERVICES if wire.TABLE[sys].by != "store"]
+    assert {row.name for row in undecided} <= set(table._UNNAMED)
 
 
 def test_tools_of_files_are_not_known_yet(tmp_path: Path) -> None:

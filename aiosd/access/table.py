@@ -39,6 +39,7 @@ _UNNAMED = {
     "getppid": "",
     "cancel": "",
     "tool_call": 'tool = "NAME"',
+    "tool_admit": 'tool = "NAME"',
     "sto_upload": "sto_write",
     "sto_piece": "sto_write",
     "sto_finish": "sto_write",
