@@ -15,7 +15,7 @@ import pytest
 
 from aiosd.birth import modules
 from aiosd.birth.rehearsal import rehearse
-from aiosd.birth.spares import BATCH, PID, Brooder, Spares, pair
+from aiosd.birth.spares import BATCH, FRESH_S, PID, Brooder, Spares, pair
 from aiosd.init.supervisor import _backoff
 from aiosd.ipc import link
 from aiosd.timers import Timers
@@ -216,6 +216,20 @@ def test_spares_dismissed_before_they_are_born_leave(brooding: tuple[Spares, lis
     assert spares.ended(BROODER)
     assert all(map(dismissed, ends))
     assert spares.ospids() == {BROODER + 1, BROODER + 2, BROODER + 3}
+
+
+def test_a_spare_that_has_waited_for_long_is_not_used(brooding: tuple[Spares, list[socket.socket], int]) -> None:
+    """Files whose rules it has may have been replaced since its brooder opened them."""
+    spares, ends, reports = brooding
+    report(reports, BROODER + 1, BROODER + 2, BROODER + 3)
+    assert spares.ended(BROODER)
+    turned = spares._turn_spare(b"x", ())
+    assert turned is not None
+    turned[1].close()
+    spares._timers.clock = lambda: FRESH_S + 1
+    assert spares._turn_spare(b"x", ()) is None
+    assert [dismissed(end) for end in ends[1:]] == [True, True]
+    assert spares.ospids() == {BROODER + 2, BROODER + 3}  # until they have ended
 
 
 def test_the_rehearsal_leaves_nothing_behind() -> None:

@@ -50,8 +50,8 @@ def rehearse() -> None:
 
 
 def open_common() -> None:
-    """In a brooder: open what the common rules are about, once for all its spares. They live for a second or so: a
-    file of /etc that is replaced is known to all agents that come later."""
+    """In a brooder: open what the common rules are about, once for all its spares. They are used within two seconds
+    (`spares.FRESH_S`): a file of /etc that is replaced is known to all agents that come later."""
     global _ground, _opened
     if _ground is not None:
         _ground, _opened = plan.opened(_ground)

@@ -29,6 +29,7 @@ import struct
 from array import array
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from msgspec import msgpack
 
@@ -43,10 +44,17 @@ from aiosd.timers import Timers
 BATCH = (4, 64)  # the first one and the largest; each is twice the one before
 HURRY_S = 0.1  # after two spawns within this time, more are likely to follow
 IDLE_S = 0.5
+FRESH_S = 2.0  # a spare that has waited longer is not used: files that its brooder has opened may have been replaced
 PID = struct.Struct("=i")  # of a spare, as brooders and templates report it
 LARGEST = 64 << 10  # bytes of a message that a new socket always takes at once
 
 _decode = msgpack.Decoder(tuple[link.Fork, int, str]).decode
+
+
+class Spare(NamedTuple):
+    ospid: int
+    sock: socket.socket  # the supervisor's end
+    since: float  # when it was ready
 
 
 @dataclass(slots=True)
@@ -59,7 +67,7 @@ class Brooder:
 class Spares:
     def __init__(self, timers: Timers) -> None:
         self._timers = timers
-        self._waiting: deque[tuple[int, socket.socket]] = deque()
+        self._waiting: deque[Spare] = deque()  # the oldest first
         self._brooder: Brooder | None = None
         self._born: list[int] = []  # its spares; 0 for one that has ended
         self._leaving: set[int] = set()  # those that have been dismissed
@@ -68,7 +76,7 @@ class Spares:
 
     def ospids(self) -> set[int]:
         """The Linux pids of the brooder, and of spares that are no agents yet, or will never be."""
-        found = {ospid for ospid, _ in self._waiting} | self._leaving
+        found = {spare.ospid for spare in self._waiting} | self._leaving
         if self._brooder is not None:
             found |= {self._brooder.ospid, *self._read(self._brooder)}
         return found
@@ -98,13 +106,12 @@ class Spares:
 
     def _turn_spare(self, payload: bytes, fds: tuple[int, ...]) -> tuple[int, socket.socket] | None:
         while self._waiting and len(payload) <= LARGEST:
-            ospid, sock = self._waiting.popleft()
-            try:
-                _send(sock, payload, fds)
-                return ospid, sock
-            except OSError:  # it was killed, or no descriptor is left: the next attempt shows which
-                self._leaving.add(ospid)
-                sock.close()
+            spare = self._waiting.popleft()
+            if self._timers.clock() - spare.since <= FRESH_S:
+                with contextlib.suppress(OSError):  # it was killed, or no descriptor is left: the next one shows which
+                    _send(spare.sock, payload, fds)
+                    return spare.ospid, spare.sock
+            self._leave(spare)
         return None
 
     def _order(self) -> None:
@@ -140,9 +147,9 @@ class Spares:
                 born[born.index(ospid)] = 0
                 return True
         for waiting in self._waiting:
-            if waiting[0] == ospid:
+            if waiting.ospid == ospid:
                 self._waiting.remove(waiting)
-                waiting[1].close()
+                waiting.sock.close()
                 return True
         if ospid in self._leaving:
             self._leaving.remove(ospid)
@@ -154,7 +161,7 @@ class Spares:
         for number, sock in enumerate(brooder.socks):
             ospid = born[number] if number < len(born) else 0  # fewer: Linux had no more processes
             if ospid:
-                self._waiting.append((ospid, sock))
+                self._waiting.append(Spare(ospid, sock, self._timers.clock()))
             else:
                 sock.close()
         os.close(brooder.pipe)
@@ -179,9 +186,11 @@ class Spares:
         """Close their sockets; then the spares exit."""
         self._batch = BATCH[0]
         while self._waiting:
-            ospid, sock = self._waiting.popleft()
-            self._leaving.add(ospid)
-            sock.close()
+            self._leave(self._waiting.popleft())
+
+    def _leave(self, spare: Spare) -> None:
+        self._leaving.add(spare.ospid)
+        spare.sock.close()
 
 
 def _brood(ends: list[socket.socket], reports: int, supervisor: int) -> int:
