@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aiosd import procfs
+from aiosd import procfs, threads
 from aiosd.budgets.limits import most_processes
 from aiosd.kernel import diskwatch, forks, measure
 from aiosd.kernel.budget import Budget
@@ -22,6 +22,7 @@ from aiosd.procfs import Stat
 from aiosd.sandbox.box import Box
 from aiosd.timers import Timers
 from libaios.wire import Limits
+from tests.conftest import eventually
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -64,10 +65,27 @@ def test_a_file_without_a_name_counts_for_who_holds_it(tmp_path: Path) -> None:
 def test_the_thread_looks_and_ends(tmp_path: Path) -> None:
     watch = DiskWatch()
     watch.ask({str(tmp_path): [os.getpid()]})
-    assert watch._thread is not None
-    watch._thread.join(30)
-    assert not watch.busy
+    assert eventually(lambda: not watch.busy)
     assert watch.sizes[str(tmp_path)] is not None
+
+
+def test_a_workspace_that_no_thread_can_measure_is_over_every_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: object) -> None:
+        raise threads.none_left()
+
+    monkeypatch.setattr(threads, "start", none)
+    house = House(Limits(disk_bytes=1 << 20), monkeypatch)
+    house.sample()
+    assert house.exceeded == []
+    house.measure._disk_asked -= measure.DISK_LATE_S + 1
+    house.budget.limits = Limits(cpu_s=1.0)  # it ends, and another one comes much later
+    house.sample()
+    house.budget.limits = Limits(disk_bytes=1 << 20)
+    house.sample()
+    assert house.exceeded == []
+    house.measure._disk_asked -= measure.DISK_LATE_S + 1
+    house.sample()
+    assert [which for which, _ in house.exceeded] == ["disk"]
 
 
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from aiosd import threads
 from aiosd.gateway.greetings import Greetings
 from aiosd.gateway.identity import SocketAddress, belongs, holder, is_outside
 from aiosd.gateway.owners import Owners, UnknownOwner
@@ -27,6 +29,8 @@ from libaios.connection import Connection
 from libaios.greeting import Refused
 from libaios.home import Home
 from libaios.pace import Pace
+
+T = TypeVar("T")
 
 CONNECTIONS = 256  # of one agent
 BODY_BYTES = 64 << 20  # in requests of one agent that are being received,
@@ -159,17 +163,20 @@ class Accounts:
 
     async def is_of(self, account: Account, theirs: SocketAddress, ours: SocketAddress) -> bool:
         """Whether the TCP connection is one of this agent."""
-        loop = asyncio.get_running_loop()
         if account.ospid:
-            return await loop.run_in_executor(self._threads, belongs, theirs, ours, account.ospid)
-        return await loop.run_in_executor(self._threads, is_outside, theirs, ours, os.getppid())
+            return await self._in_thread(lambda: belongs(theirs, ours, account.ospid))
+        return await self._in_thread(lambda: is_outside(theirs, ours, os.getppid()))
 
     async def process_of(self, user: User) -> int:
         """The process at the other end of a TCP connection that is identified; 0: none is found. Linux shows nothing
         of connections in an agent's own network: for these the result is the agent itself."""
         if user.agent and user.account is not None:
             return user.account.ospid
-        return await asyncio.get_running_loop().run_in_executor(self._threads, holder, *user.ends)
+        return await self._in_thread(lambda: holder(*user.ends))
+
+    async def _in_thread(self, look: Callable[[], T]) -> T:
+        """Raises OSError (EAGAIN) if no thread can be started."""
+        return await asyncio.wrap_future(threads.submit(self._threads, look))
 
     def drop_slow(self) -> None:
         """The incomplete requests hold too much memory: close those that have been incomplete for SLOW_S."""

@@ -23,9 +23,10 @@ import os
 import time
 from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
-from aiosd import procfs
+from aiosd import procfs, threads
 from aiosd.gateway.identity import SocketAddress, other_end
 
 logger = logging.getLogger("gateway")
@@ -54,7 +55,8 @@ class Holders:
         self._even_at = 0.0  # when enough time has passed for all scans until now
 
     async def of(self, theirs: SocketAddress, ours: SocketAddress) -> list[SocketHolder]:
-        """Empty if the other end is no longer connected, or belongs to another user."""
+        """Empty if the other end is no longer connected, or belongs to another user. Raises OSError (EAGAIN) if no
+        thread can be started."""
         loop = asyncio.get_running_loop()
         answer = self._asked.setdefault((theirs, ours), loop.create_future())
         if self._looking is None:
@@ -67,7 +69,12 @@ class Holders:
             await asyncio.sleep(self._even_at - time.monotonic() - BURST_S)
             asked, self._asked = self._asked, {}
             began = time.monotonic()
-            found, cpu_s = await asyncio.get_running_loop().run_in_executor(self._thread, _timed, list(asked))
+            try:
+                found, cpu_s = await asyncio.wrap_future(threads.submit(self._thread, partial(_timed, list(asked))))
+            except OSError as err:
+                for answer in asked.values():
+                    answer.set_exception(err)
+                continue
             self._even_at = max(self._even_at, began) + COST * cpu_s
             for ends, answer in asked.items():
                 answer.set_result(found.get(ends, []))

@@ -23,6 +23,8 @@ from typing import Any
 
 from msgspec import json
 
+from aiosd import threads
+
 logger = logging.getLogger("kernel.audit")
 
 FILE_BYTES = 8 << 20  # of a file, before the next begins,
@@ -44,6 +46,7 @@ class Audit:
         self._second = 0
         self._counts: dict[int, int] = {}  # lines of each agent in this second
         self._lost = 0
+        self._failed = False  # the last line could not be written
 
     def note(self, event: str, pid: int = 0, **fields: Any) -> None:
         """Record a decision about agent `pid` (0: about no agent)."""
@@ -62,6 +65,8 @@ class Audit:
             self._lines.put(None)
             self._thread.join()
             self._thread = None
+        while not self._lines.empty():  # lines for which there was no thread
+            self._record(self._lines.get() or b"")
 
     def _report_rest(self) -> None:
         for pid, count in self._counts.items():
@@ -71,8 +76,8 @@ class Audit:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True, name="audit")
-            self._thread.start()
+            with contextlib.suppress(OSError):  # no thread can be started: the line waits for the next one, or the end
+                self._thread = threads.start(self._run, "audit")
         if self._lost:
             line["lost_before"] = self._lost
         try:
@@ -84,15 +89,17 @@ class Audit:
     # ── in the thread ─────────────────────────────────────────────────────────────────────────────────────
 
     def _run(self) -> None:
-        failed = False
         while (line := self._lines.get()) is not None:
-            try:
-                self._append(line)
-                failed = False
-            except OSError as err:
-                if not failed:
-                    logger.error("the audit cannot be written: %s", err)
-                failed = True
+            self._record(line)
+
+    def _record(self, line: bytes) -> None:
+        try:
+            self._append(line)
+            self._failed = False
+        except OSError as err:
+            if not self._failed:
+                logger.error("the audit cannot be written: %s", err)
+            self._failed = True
 
     def _append(self, line: bytes) -> None:
         fd = os.open(self.path, _NEW, 0o600)

@@ -8,33 +8,42 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Mapping, Sequence
+
+from aiosd import threads
 
 
 class DiskWatch:
     """Call `ask` with folders and the processes that write there; later their `sizes` are here: bytes, or None for a
-    folder that could not be read. `took_s`: how long the measurement took."""
+    folder that could not be read. `took_s`: how long the measurement took. `busy`: from `ask` to the result. If no
+    thread can be started it stays busy, as with a disk that does not answer, until `ask` is called again."""
 
     def __init__(self) -> None:
         self.sizes: dict[str, int | None] = {}
         self.took_s = 0.0
-        self._thread: threading.Thread | None = None
-
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        self.busy = self.waits = False  # `waits`: for a thread
 
     def ask(self, folders: Mapping[str, Sequence[int]]) -> None:
-        """Have these measured. It must not be busy."""
-        self._thread = threading.Thread(target=self._look, args=(dict(folders),), name="disk", daemon=True)
-        self._thread.start()
+        """Have these measured. It must not be busy, unless it waits for a thread."""
+        self.busy = self.waits = True
+        asked = dict(folders)
+        with contextlib.suppress(OSError):
+            threads.start(lambda: self._look(asked), "disk")
+            self.waits = False
+
+    def forget(self) -> None:
+        """Nothing has to be measured any more."""
+        self.sizes = {}
+        if self.waits:
+            self.busy = self.waits = False
 
     def _look(self, folders: Mapping[str, Sequence[int]]) -> None:
         began = time.monotonic()
-        self.sizes = {folder: _sum([size_of(folder), *map(held, ospids)]) for folder, ospids in folders.items()}
-        self.took_s = time.monotonic() - began
+        try:
+            self.sizes = {folder: _sum([size_of(folder), *map(held, ospids)]) for folder, ospids in folders.items()}
+        finally:
+            self.took_s, self.busy = time.monotonic() - began, False
 
 
 def _sum(sizes: list[int | None]) -> int | None:

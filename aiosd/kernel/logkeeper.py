@@ -28,6 +28,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+from aiosd import threads
 from aiosd.logs.agentlog import RECORD, LogIndex, Record, index_path, read_index, remove, rotated_path
 
 logger = logging.getLogger("kernel")
@@ -59,6 +60,7 @@ class LogKeeper:
         """Write the log's size to its index if it changed, and make room if needed. If the disk refuses, only times are
         lost, never output."""
         if log in self._busy:
+            self._work_on()
             return
         with contextlib.suppress(OSError):
             size = os.stat(log).st_size
@@ -105,9 +107,13 @@ class LogKeeper:
     def _do(self, job: Callable[[], None]) -> None:
         with self._lock:
             self._jobs.append(job)
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="logs", daemon=True)
-                self._worker.start()
+        self._work_on()
+
+    def _work_on(self) -> None:
+        """Have a thread for the jobs. If none can be started, they wait for the next call."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._jobs and self._worker is None:
+                self._worker = threads.start(self._work, "logs")
 
     def _work(self) -> None:
         while True:

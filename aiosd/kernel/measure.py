@@ -243,7 +243,7 @@ class Measure:
         now, disk = time.monotonic(), self._disk
         watched = {budget: self._folders(budget) for budget in taken if budget.limits.disk_bytes is not None}
         if not watched:
-            disk.sizes = {}  # the next agent in a workspace is not charged for the files of the last one
+            disk.forget()  # the next agent in a workspace is not charged for the files of the last one
             return
         for budget, folders in watched.items():
             self._judge_disk(budget, [disk.sizes[folder] for folder in folders if folder in disk.sizes])
@@ -251,8 +251,10 @@ class Measure:
                 self._exceeded(
                     budget, "disk", UNMEASURED.format("disk", "looking through its workspace takes too long")
                 )
-        if not disk.busy and now - self._disk_asked >= max(DISK_S, PART * disk.took_s):
+        due = not disk.busy and now - self._disk_asked >= max(DISK_S, PART * disk.took_s)
+        if due:
             self._disk_asked = now
+        if due or disk.waits:
             disk.ask({folder: taken[budget].ospids for budget, folders in watched.items() for folder in folders})
 
     def _judge_disk(self, budget: Budget, sizes: Sequence[int | None]) -> None:

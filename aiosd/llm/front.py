@@ -136,14 +136,19 @@ class Front:
         self._end()
 
     def _send_first(self) -> None:
-        if not self._waiting:
+        """Have the process work on the first job. A job fails if there is no process and none can be started."""
+        while self._waiting:
+            try:
+                if self._connection is None:
+                    self._start()
+            except OSError as err:
+                why = f"the text could not be prepared: no process can be started for it: {err.strerror}"
+                self._waiting.popleft().failed(OSError(err.errno, why))
+                continue
+            job = self._waiting[0]
+            job.began = self._clock()
+            self._send((job.kind, job.payload))
             return
-        if self._connection is None:
-            self._start()
-        assert self._connection is not None
-        job = self._waiting[0]
-        job.began = self._clock()
-        self._send((job.kind, job.payload))
 
     def _send(self, message: tuple[str, bytes]) -> None:
         assert self._connection is not None
@@ -158,12 +163,13 @@ class Front:
         job.failed(OSError(errno.EIO, f"the text could not be prepared: {why}"))
 
     def _start(self) -> None:
+        """Raises OSError."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             self._process = subprocess.Popen(
                 [*self._command, str(theirs.fileno())], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )
-        self._connection = Connection(ours.detach())
+            self._connection = Connection(ours.detach())
         if self._template:
             self._send((TEMPLATE, self._template.encode()))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from aiosd import threads
 from aiosd.errors import as_oserror
 from aiosd.ipc import link
 from aiosd.llm import adapters, ggml, modelfile
@@ -92,7 +93,7 @@ class Library:
         os.close(self._bell)
 
     def _later(self, key: link.CallKey, work: Callable[[], Any], finish: Callable[[Any], object]) -> None:
-        future = self._thread.submit(work)
+        future = threads.submit(self._thread, work)
         future.add_done_callback(lambda _: os.eventfd_write(self._bell, 1))
         self._pending.append((future, finish, key))
 

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from aiosd import threads
 from aiosd.sandbox import addresses
 
 THREADS = 32  # threads that look names up,
@@ -78,7 +79,11 @@ class Dialer:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(lookups.release)
 
-        future = self._threads.submit(_resolve, host, port)
+        try:
+            future = threads.submit(self._threads, lambda: _resolve(host, port))
+        except OSError as err:
+            lookups.release()
+            raise Unreachable(f"{host} cannot be looked up: {err.strerror}") from None
         future.add_done_callback(over)
         try:
             return await asyncio.wrap_future(future)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aiosd import threads
 from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
@@ -50,16 +51,21 @@ class OfCore:
         self._answers: deque[tuple[OnVectors, Sequence[Floats | None] | None]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lanes: dict[bool, queue.SimpleQueue[_Request]] = {urgent: queue.SimpleQueue() for urgent in (True, False)}
-        self._started = False
+        self._started: set[bool] = set()  # the lanes that have a thread
 
     def fileno(self) -> int:
         return self._bell
 
     def ask(self, texts: list[str], done: OnVectors, urgent: bool = False) -> None:
-        if not self._started:
-            self._started = True
-            for lane, most in ((True, QUERIES), (False, 1)):
-                threading.Thread(target=self._serve, args=(self._lanes[lane], most), daemon=True).start()
+        """Request vectors. If no thread can be started the answer is None, as without a core."""
+        if urgent not in self._started:
+            try:
+                threads.start(lambda: self._serve(self._lanes[urgent], QUERIES if urgent else 1), "embedder")
+            except OSError:
+                self._answers.append((done, None))
+                os.eventfd_write(self._bell, 1)
+                return
+            self._started.add(urgent)
         self._lanes[urgent].put((texts, done))
 
     def poll(self) -> None:

@@ -21,7 +21,6 @@ import os
 import posixpath
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from typing import Any
 
 import msgspec
 
+from aiosd import threads
 from aiosd.access.deed import Unapproved
 from aiosd.access.rules import matcher
 from aiosd.ipc import link, sealed
@@ -389,10 +389,11 @@ class ToolboxService:
 
     @staticmethod
     def _remove(folders: Iterable[Path]) -> None:
-        """Remove folders, in a thread, because they may contain many files."""
+        """Remove folders, in a thread, because they may contain many files. Raises OSError if there is no thread: then
+        they are removed when the toolbox is started again."""
         there = [folder for folder in folders if folder.exists()]
         if there:
-            threading.Thread(target=_remove, args=(there,)).start()
+            threads.start(lambda: _remove(there), "remove", daemon=False)
 
 
 def _remove(folders: list[Path]) -> None:

@@ -146,7 +146,7 @@ class Pool:
                 return
         self._queue.setdefault(kind, []).append(job)
         if sum(not worker.described for worker in same) < len(self._queue[kind]):
-            self._start(*kind)
+            self._start_another(kind)
 
     def cancel(self, job: Job) -> None:
         """Cancel a call: TERM, and a second later KILL for its worker, which is not used again."""
@@ -172,12 +172,28 @@ class Pool:
 
     # ── life of a worker ──────────────────────────────────────────────────────────────────────────────────
 
+    def _start_another(self, kind: WorkerKind) -> None:
+        """Start a worker for a call that waits; if none can be started, the call is refused."""
+        try:
+            self._start(*kind)
+        except OSError as err:
+            job = self._queue[kind].pop()
+            why = Done(None, err.errno or errno.EAGAIN, f"no process can be started for it: {err.strerror or err}")
+            self._timers.after(0.0, lambda: self._refuse(job, why))  # not here: it lets the next one begin
+
+    @staticmethod
+    def _refuse(job: Job, why: Done) -> None:
+        job.on_done(why)
+        job.on_over()
+
     def _start(self, source: str, cell: Cell) -> None:
+        """Raises OSError."""
         ours, theirs = socket.socketpair()
         name = source.removeprefix(MCP)
         server = self._servers.wanted.get(name) if source.startswith(MCP) else None
         number = 0
-        with theirs, contextlib.ExitStack() as ends:
+        with theirs, contextlib.ExitStack() as ends, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
             words, passed = [], [theirs.fileno()]
             if server is not None and server.command:
                 number, given = self._servers.start(name, self._environment())
@@ -205,6 +221,7 @@ class Pool:
                 pass_fds=passed,
                 start_new_session=True,
             )
+            undo.pop_all()
         waiting = self._queue.get((source, cell), []) if cell.box else []
         meter = WorkerMeter(waiting[0].payer if waiting else 0)
         worker = Worker(source, cell, process, FrameSocket(ours, FRAME_BYTES), server=number, meter=meter)
@@ -366,7 +383,7 @@ class Pool:
         """Start another worker if calls wait for one of this kind."""
         starting = sum(worker.kind == kind and not worker.described for worker in self._workers)
         for _ in range(len(self._queue.get(kind, ())) - starting):
-            self._start(*kind)
+            self._start_another(kind)
 
     def _answer(self, worker: Worker, done: Done) -> None:
         job, worker.job = worker.job, None
@@ -379,8 +396,7 @@ class Pool:
 
     def _fail_queue(self, worker: Worker, reason: str) -> None:
         for job in self._queue.pop(worker.kind, []):
-            job.on_done(Done(None, errno.EIO, reason))
-            job.on_over()
+            self._refuse(job, Done(None, errno.EIO, reason))
 
     @staticmethod
     def _stop_clock(worker: Worker) -> None:

@@ -34,7 +34,10 @@ class Bell:
         self._rings_at = now + seconds
         self._timer = threading.Timer(seconds, self.ring)
         self._timer.daemon = True
-        self._timer.start()
+        try:
+            self._timer.start()
+        except RuntimeError:  # no thread can be started: the core's sleep ends by itself after some seconds
+            self._timer = None
 
     def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
