@@ -3,7 +3,7 @@
 #
 #   make demo PYTHON=python3.12      another interpreter (3.11 or later)
 #   make test ARGS="-k ring -x"      arguments for pytest
-#   make test JOBS="-n 2 --dist loadfile"   two files at a time
+#   make test JOBS="-n 0"            one test after another
 
 PYTHON ?= python3
 VENV   := .venv
@@ -21,9 +21,9 @@ help: ## this list
 demo: $(VENV)/.base ## boots the system, runs three agents, shows and kills one, shuts down
 	@$(BIN)/python demo/demo.py
 
-#: One test after another: some are about time, and a busy machine can fail them. On all processors, in half the time:
-#: make test JOBS="-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
-JOBS ?= -n 0
+#: How many tests run at a time: one for each processor, four at most. Those of a file stay together and share its
+#: systems; the order of files is that of tests/conftest.py. Tests about time run alone (tests/alone.py).
+JOBS ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.dev ## all tests
 	$(BIN)/python -m pytest $(JOBS) $(ARGS)

@@ -34,9 +34,10 @@ from aiosd import procfs
 from libaios import wire
 from libaios.client import Client
 from libaios.home import Home
+from tests.alone import pytest_configure_node, pytest_runtest_protocol
 from tests.realmodels import gemma3, smollm2
 
-__all__ = ["gemma3", "smollm2"]  # fixtures for all tests
+__all__ = ["gemma3", "pytest_configure_node", "pytest_runtest_protocol", "smollm2"]  # fixtures and hooks for all tests
 
 # The machine is shared: how long one example takes says nothing about the code.
 hypothesis.settings.register_profile("aiosd", deadline=None, print_blob=True)

@@ -240,6 +240,7 @@ def test_interrupted_texts_are_compared_through_the_whole_system(tmp_path):
     assert "MISSED" in exactness.line(row | {"same_texts": 0.75})
 
 
+@pytest.mark.alone
 def test_busy_neighbours_leave_a_fair_share(tmp_path):
     assert [busy.fair(threads, k, 2) for threads, k in ((1, 1), (1, 2), (2, 1), (2, 2))] == [1, 2 / 3, 2 / 3, 0.5]
     options = busy.parse(["--rounds", "1", "--tokens", "4"])

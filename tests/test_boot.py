@@ -340,6 +340,7 @@ def test_a_home_with_rubbish_where_the_socket_should_be(fresh_aiosd: Fresh) -> N
     assert system.start().status()["state"] == "ready"
 
 
+@pytest.mark.alone
 def test_idle_system_costs_next_to_nothing(aiosd: System) -> None:
     """Some seconds may have work left by what ran before; idle is a time without any, and it comes soon."""
 

@@ -72,3 +72,41 @@ def test_leaks_and_hangs_fail_a_test(tmp_path: Path) -> None:
 
 def test_files_that_begin_first_are_there() -> None:
     assert [name for name in LONGEST if not CONFTEST.with_name(f"test_{name}.py").exists()] == []
+
+
+BESIDE = """
+import time
+import pytest
+
+@pytest.mark.parametrize("number", range(20))
+def test_beside(number, spans):
+    time.sleep(0.01)
+"""
+SPANS = """
+import os, pathlib, time
+import pytest
+from tests.alone import pytest_configure_node, pytest_runtest_protocol
+
+@pytest.fixture
+def spans(request):
+    began = time.monotonic()
+    yield
+    name = "alone" if request.node.get_closest_marker("alone") else "beside"
+    with open(pathlib.Path(__file__).with_name("spans"), "a") as file:
+        file.write(f"{name} {began} {time.monotonic()}\\n")
+"""
+
+
+def test_one_that_is_marked_runs_alone(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(SPANS)
+    (tmp_path / "test_beside.py").write_text(BESIDE)
+    (tmp_path / "test_alone.py").write_text(BESIDE + "\npytestmark = pytest.mark.alone\n")
+    options = ["-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    command = [sys.executable, "-m", "pytest", *options, "-o", "markers=alone: x", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert "40 passed" in done.stdout, done.stdout + done.stderr
+    lines = [line.split() for line in (tmp_path / "spans").read_text().splitlines()]
+    spans = [(name, float(began), float(ended)) for name, began, ended in lines]
+    for name, began, ended in spans:
+        beside = [span for span in spans if span[1] < ended and span[2] > began]
+        assert name != "alone" or len(beside) == 1, beside

@@ -28,6 +28,8 @@ from tests.ticker import Ticker
 
 Fresh = Callable[..., System]
 
+pytestmark = pytest.mark.alone  # how soon a hang is found
+
 STREAM = """
 import sys
 import libaios as aios

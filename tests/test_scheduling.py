@@ -18,6 +18,8 @@ from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
 
+pytestmark = pytest.mark.alone  # shares of the model
+
 ENDLESS = """
 import libaios as aios
 while True:
