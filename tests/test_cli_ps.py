@@ -300,6 +300,18 @@ def test_on_a_terminal_lines_fit(aiosd: System) -> None:
     assert any(re.search(rf"\b{pid}\b", line) for line in lines)
 
 
+@pytest.mark.parametrize("command", ["aios-ps -e", "TERM=xterm aios-ps -e --watch 60"])
+def test_a_terminal_that_does_not_know_its_size_is_80_by_24(aiosd: System, command: str) -> None:
+    terminal = Terminal(aiosd, "sh", "-i")
+    try:
+        terminal.expect("READY> $")
+        terminal.resize(0, 0)
+        terminal.command(command)
+        terminal.expect("supervisor")
+    finally:
+        terminal.close()
+
+
 def test_a_zombie_is_shown_with_e_and_by_pid(aiosd: System, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text("import libaios as aios\nprint(aios.proc.spawn('true'), flush=True)\ninput()\n")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiosd.commands import figures, picture, table
+from aiosd.commands import figures, picture, screen, table
 from aiosd.commands.picture import Rate, Sample, View
 from tests.conftest import System, command_line, eventually
 from tests.test_cli_ps import proc
@@ -101,7 +101,20 @@ def test_a_line_that_is_too_long_is_broken_between_figures() -> None:
         "      guesses 88%",
     ]
     assert lines[-2:] == [machine.removesuffix(" disk 161.9G free"), "      disk 161.9G free"]
-    assert len(picture.head(status, 40, 0.0, machine)) == 6, "a narrow window keeps its lines for agents"
+
+
+def test_a_narrow_window_keeps_its_lines_for_agents() -> None:
+    machine = "12 CPUs 99% busy, load 14.64 16.08 19.23, memory 17.4G of 123.5G, disk 161.9G free"
+    clock, *lines = picture.head(STATUS, 60, 0.0, machine)
+    assert re.fullmatch(r"aios-top \d\d:\d\d:\d\d, up 1 min 15 s", clock)
+    assert lines == [
+        "agents 3: 2 R, 1 S, at most 333 at once; 5 open calls",
+        "nano  slots 5 of 32  5 running  0 waiting  7 preempted",
+        "      1,234.6 tokens/s  prefill 4,100/s  step 6.4 ms",
+        "      contexts: slot 5 (96.0K), ram 3 (1.0M of 1.0G)",
+        "12 CPUs 99% busy, load 14.64 16.08 19.23",
+    ]
+    assert len(picture.head(STATUS, 20, 0.0, machine)) == 6
 
 
 def test_the_store_is_shown_when_it_is_used() -> None:
@@ -148,6 +161,23 @@ def test_agents_are_sorted_by_what_they_use() -> None:
 def test_which_agents_are_shown() -> None:
     assert listed("mem", system=True) == [1, 6, 7, 5]
     assert listed("pid", names=["a", "c"]) == [6, 7]
+
+
+def headers(width: int, sort: str = "rate", name: str = "storyteller") -> list[str]:
+    agents = [proc(7, name=name, mem_bytes=9 << 20, ctx_kept=380, ctx_place="slot")]
+    title, _, (line,) = picture.rows(Sample(0.0, {}, agents), {}, View(sort), width)
+    assert line.endswith(name[:16]) or width < 24
+    return title.split()
+
+
+def test_a_narrow_window_leaves_out_what_matters_least() -> None:
+    everything = ["PID", "STAT", "NI", "TOK/S", "TOKENS", "CACHED", "CTX", "MEM", "%CPU", "TIME", "NAME"]
+    assert headers(79) == everything
+    assert headers(59) == ["PID", "STAT", "NI", "TOK/S", "TOKENS", "CTX", "MEM", "%CPU", "NAME"]
+    assert headers(59, "cached") == ["PID", "STAT", "TOK/S", "TOKENS", "CACHED", "CTX", "MEM", "%CPU", "NAME"]
+    assert headers(39) == ["PID", "STAT", "TOK/S", "TOKENS", "MEM", "NAME"]
+    assert headers(12, "pid") == ["PID", "NAME"]
+    assert headers(79, name="n" * 64) == everything, "a long name is cut"
 
 
 def test_an_agent_cannot_move_the_cursor() -> None:
@@ -407,6 +437,17 @@ def test_another_size(tmux: Callable[..., Tmux], sleepers: list[str]) -> None:
     window("resize-window", "-x", "100", "-y", "30")
     assert window.shows("second$")
     assert len(window.screen()) == 30
+
+
+def test_a_small_window(tmux: Callable[..., Tmux], sleepers: list[str]) -> None:
+    window = tmux()
+    window("resize-window", "-x", "60", "-y", "15")
+    assert window.shows(rf"^ +{sleepers[1]} S .*second$")
+    assert window.shows(r"^q quit .*r renice  \(2 agents by rate\)$")
+    assert max(map(len, window.screen())) <= 60
+    window.type("?")
+    assert window.shows("any key leaves it")
+    assert max(map(len, screen.KEYS.splitlines())) <= 60, "and nothing of that page is cut"
 
 
 def test_signal_and_renice_the_chosen_agent(aiosd: System, tmux: Callable[..., Tmux], sleepers: list[str]) -> None:

@@ -79,22 +79,24 @@ def head(status: dict[str, Any], width: int, clock: float, machine: str = "") ->
     models = status.get("models", [])
     indent = max((len(table.printable(model.get("name", "?"))) for model in models), default=0)
     for model in models:
-        lines += _model(model, min(indent, 12))
+        lines += _model(model, min(indent, 12), with_bar=width >= FOLDED_FROM)
     lines += _notes(status)
     lines += [machine] * bool(machine)
     return [table.cut(part, width) for line in lines for part in _folded(line, width)]
 
 
 def _folded(line: str, width: int) -> list[str]:
-    """A line that is too long, broken between its figures. Not in a narrow window: agents need its lines more."""
+    """A line that is too long, broken between its figures. In a narrow window it ends there: agents need the lines."""
     lines: list[str] = []
-    while FOLDED_FROM <= width < table.cells(line):
+    while table.cells(line) > width:
         breaks = [found for found in BETWEEN.finditer(line) if found.start() > len(INDENT)]
-        fitting = [found.end() for found in breaks if table.cells(line[: found.end()].rstrip()) <= width]
+        fitting = [found for found in breaks if table.cells(line[: found.end()].rstrip()) <= width]
         if not fitting:
             break
-        lines.append(line[: fitting[-1]].rstrip())
-        line = INDENT + line[fitting[-1] :]
+        if width < FOLDED_FROM:
+            return [line[: fitting[-1].start()]]
+        lines.append(line[: fitting[-1].end()].rstrip())
+        line = INDENT + line[fitting[-1].end() :]
     return [*lines, line]
 
 
@@ -115,13 +117,13 @@ def _agents(status: dict[str, Any]) -> str:
     return f"{text}; {calls} open call{'s' * (calls != 1)}"
 
 
-def _model(model: dict[str, Any], indent: int) -> list[str]:
+def _model(model: dict[str, Any], indent: int, with_bar: bool) -> list[str]:
     name, stats = table.printable(str(model.get("name", "?"))), model.get("stats") or {}
     title = f"{name[:indent]:{indent}}  "
     if model.get("state") != "ready":
         why = f" ({model['last_death']})" if model.get("last_death") else ""
         return [f"{title}{model.get('state', '?')}{why}"]
-    lines = [_join(_slots(stats)), _join(_speed(stats)), _join(_tiers(stats.get("tiers")))]
+    lines = [_join(_slots(stats, with_bar)), _join(_speed(stats)), _join(_tiers(stats.get("tiers")))]
     return [(" " * len(title) if number else title) + line for number, line in enumerate(filter(None, lines))]
 
 
@@ -144,13 +146,13 @@ def _join(parts: Sequence[str]) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def _slots(stats: dict[str, Any]) -> list[str]:
+def _slots(stats: dict[str, Any], with_bar: bool) -> list[str]:
     slots = stats.get("slots")
     parts = []
     if isinstance(slots, dict) and slots.get("total"):
         used, total = slots.get("used", 0), slots["total"]
         full = min(BAR, -(-used * BAR // total))
-        parts += [f"slots {used} of {total}", f"[{'#' * full}{'.' * (BAR - full)}]"]
+        parts += [f"slots {used} of {total}", f"[{'#' * full}{'.' * (BAR - full)}]" if with_bar else ""]
     for name, words in (("running", "running"), ("waiting", "waiting"), ("preemptions", "preempted")):
         if name in stats:
             parts.append(f"{stats[name]} {words}")
@@ -191,6 +193,8 @@ def _tiers(tiers: Any) -> list[str]:
 #: The columns from left to right. Sorting starts with the largest value, but for those in SMALLEST_FIRST.
 ORDER = ("pid", "stat", "ni", "rate", "tokens", "cached", "ctx", "mem", "cpu", "time", "name")
 SMALLEST_FIRST = ("pid", "stat", "ni", "name")
+#: What a narrow window leaves out, the first one first, but for the column of the sort.
+SPARED = ("cached", "time", "ni", "ctx", "cpu", "mem", "tokens", "stat", "rate")
 
 
 def columns(usage: dict[int, Rate]) -> dict[str, Column]:
@@ -220,7 +224,8 @@ def rows(sample: Sample, usage: dict[int, Rate], view: View, width: int) -> tupl
     shown.sort(key=known[view.sort].value, reverse=descending)
     mark = {view.sort: known[view.sort].header + ("-" if descending else "+")} if view.reverse else {}
     chosen = [(mark.get(key, known[key].header), known[key]) for key in ORDER]
-    lines = table.render(shown, chosen, width=width)
+    spared = [known[key] for key in SPARED if key != view.sort]
+    lines = table.render(shown, chosen, width=width, spared=spared)
     return lines[0], [p.pid for p in shown], lines[1:]
 
 

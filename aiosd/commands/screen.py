@@ -28,16 +28,22 @@ ESCAPE, ENTER, BACKSPACE = 27, (10, 13, curses.KEY_ENTER), (8, 127, curses.KEY_B
 NOTE_S = 4.0  # seconds for which the result of a key is shown
 
 KEYS = """\
-up, down, PgUp, PgDn, Home, End   choose an agent (else k and r ask for a pid)
-k        send it a signal         r        renice it
-< >      sort by another column   R        the other way round
-T M C P N  sort by tokens, memory, context, pid, name;  U by tokens/s
-e        aiosd's own processes    d        seconds between two pictures
-space    a new picture now        q        quit
-h ?      this page; any key leaves it"""
+up, down, PgUp, PgDn   choose an agent (k and r ask for a
+Home, End              pid where none is chosen)
+k                      send a signal
+r                      renice
+< >                    sort by another column
+R                      sort the other way round
+T M C P N U            sort by tokens, memory, context, pid,
+                       name, tokens/s
+e                      show aiosd's own processes, too
+d                      seconds between two pictures
+space                  a new picture now
+q                      quit
+h ?                    this page; any key leaves it"""
 
 SORT_KEYS = {"T": "tokens", "M": "mem", "C": "ctx", "P": "pid", "N": "name", "U": "rate"}
-FOOT = "q quit  h help  k signal  r renice  < > sort"
+FOOT = ("q quit", "h help", "k signal", "r renice", "< > sort")
 
 
 def run(client: Client, view: View, delay: float, iterations: int | None) -> int:
@@ -205,7 +211,7 @@ class _Screen:
         curses.reset_prog_mode()
 
     def _resize(self) -> None:
-        size = os.get_terminal_size(1)
+        size = table.terminal_size(1)
         curses.resizeterm(size.lines, size.columns)
         self.window.clear()
 
@@ -324,7 +330,7 @@ class _Screen:
             self._put(0, "aios-top: waiting for aiosd", width, height)
         else:
             self._draw_sample(self.new, height, width)
-        self._put(height - 1, self._foot(), width, height, curses.A_DIM)
+        self._put(height - 1, self._foot(width), width, height, curses.A_DIM)
         self.window.refresh()
 
     def _draw_sample(self, sample: Sample, height: int, width: int) -> None:
@@ -345,13 +351,17 @@ class _Screen:
             chosen = pid == self.chosen
             self._put(y, (">" if chosen else " ") + line, width, height, curses.A_BOLD if chosen else curses.A_NORMAL)
 
-    def _foot(self) -> str:
+    def _foot(self, width: int) -> str:
         if self.question is not None:
             return f"{self.question.text}{self.question.typed}_"
         if self.note and time.monotonic() >= self.note_until:
             self.note = ""
+        if self.note:
+            return self.note
         more = len(self.pids)
-        return self.note or f"{FOOT}  ({more} agent{'s' * (more != 1)} by {self.view.sort})"
+        shown = f"({more} agent{'s' * (more != 1)} by {self.view.sort})"
+        fitting = [n for n in range(len(FOOT) + 1) if len("  ".join([*FOOT[:n], shown])) <= width]
+        return "  ".join([*FOOT[: max(fitting, default=0)], shown])
 
     def _put(self, y: int, text: str, width: int, height: int, how: int = 0) -> None:
         if 0 <= y < height and width > 1:

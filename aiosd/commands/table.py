@@ -21,6 +21,8 @@ from libaios.wire import ProcInfo
 
 Value = int | float | str
 
+LAST_LEAST = 16  # cells of the last column for which other columns may be left out
+
 
 class Column:
     """Not a dataclass, because creating one would take longer than printing a table."""
@@ -121,7 +123,14 @@ def line_width() -> int | None:
     if not sys.stdout.isatty():
         return None
     columns = os.environ.get("COLUMNS", "")
-    return int(columns) if columns.isdecimal() and int(columns) else os.get_terminal_size(1).columns
+    return int(columns) if columns.isdecimal() and int(columns) else terminal_size(1).columns
+
+
+def terminal_size(fd: int) -> os.terminal_size:
+    """The size of a terminal. One that does not know its own (a serial line, a pty that nobody has given a size) is
+    taken for one of 80 × 24."""
+    size = os.get_terminal_size(fd)
+    return os.terminal_size((size.columns or 80, size.lines or 24))
 
 
 def tokens(p: ProcInfo) -> int:
@@ -273,8 +282,10 @@ def render(
     branches: Sequence[str] = (),
     headers: bool = True,
     width: int | None = None,
+    spared: Sequence[Column] = (),
 ) -> list[str]:
-    """The lines of the table, cut to `width`. Without a line of headers if all headers are empty."""
+    """The lines of the table, cut to `width`. Without a line of headers if all headers are empty. Where the lines would
+    be too long, the columns of `spared` are left out, one after another, as many as necessary."""
     texts = [[c.text(p) for _, c in chosen] for p in processes]
     if branches:
         drawn = next((i for i, (_, c) in enumerate(chosen) if c in (COLUMNS["name"], COLUMNS["command"])), None)
@@ -284,13 +295,27 @@ def render(
     if headers and any(header for header, _ in chosen):
         texts.insert(0, [printable(header) for header, _ in chosen])
     widths = [max((cells(row[i]) for row in texts), default=0) for i in range(len(chosen))]
+    places = [i for column in spared for i, (_, c) in enumerate(chosen) if c is column]
+    kept = _fitting(widths, places, width)
     lines = []
     for row in texts:
-        padded = [_pad(text, w, c.left) for text, w, (_, c) in zip(row, widths, chosen, strict=True)]
+        padded = [_pad(row[i], widths[i], chosen[i][1].left) for i in kept]
         if chosen[-1][1].left:
             padded[-1] = row[-1]
         lines.append(cut(" ".join(padded), width))
     return lines
+
+
+def _fitting(widths: Sequence[int], spared: Iterable[int], width: int | None) -> list[int]:
+    """Which of the columns are shown if those of `spared` are left out, the first one first, until the others fit. The
+    last column may be cut, so that one long name does not take the place of figures."""
+    needed = [*widths[:-1], min(widths[-1], LAST_LEAST)]
+    kept = list(range(len(widths)))
+    for i in spared:
+        if width is None or sum(needed[k] for k in kept) + len(kept) - 1 <= width:
+            break
+        kept.remove(i)
+    return kept
 
 
 def _pad(text: str, width: int, left: bool) -> str:

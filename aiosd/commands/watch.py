@@ -10,6 +10,7 @@ import time
 import tty
 from collections.abc import Callable
 
+from aiosd.commands import table
 from aiosd.commands.terminal import Ended, RawMode, in_foreground
 
 ENTER = "\x1b[?1049h\x1b[?25l"  # the second screen of the terminal, without a cursor
@@ -63,7 +64,7 @@ def _quits(keys: RawMode, until: float) -> bool:
 
 def _screen(lines: list[str], title: str) -> str:
     """The text that fills the screen from its first line, cut so that nothing scrolls."""
-    size = os.get_terminal_size(1)
+    size = table.terminal_size(1)
     room = max(size.lines - 2, 1)
     shown = [title[: size.columns], *lines[:room]]
     if len(lines) > room:
