@@ -199,7 +199,7 @@ def one_owner(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     found["adding one, with its vector, mean wall ms"] = (time.monotonic() - wall) * 1e3 / single
     found["adding with 1,000 a commit, with its vector, CPU ms each"] = filling * 1e3 / (options.notes - single)
     found |= searching(store, owner, given, queries, rng)
-    found["file, bytes a note"] = store.database.stats()["file_bytes"] / options.notes
+    found["file, bytes a note"] = store.database.stats()["database_bytes"] / options.notes
     store.database.close()
     before, began, cpu = rss(), time.monotonic(), time.process_time()
     store = Store(folder)

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 import libaios as aios
+from aiosd.store.main import combined
 from libaios import agent, sto, wire
 from libaios.client import Client
 from libaios.home import Home
@@ -268,8 +269,26 @@ def test_the_command(system: System, tmp_path: Path) -> None:
     assert run("empty-trash", *of) == "1 removed\n"
     assert run("cat", "notes/plan", *of, code=1) == "aios-sto: there is no file 'notes/plan'\n"
     assert run("rm", "none", *of, code=1) == "aios-sto: there is no file 'none'\n"
+
+
+def test_the_status_has_each_figure_under_a_name_of_its_own(system: System, tmp_path: Path) -> None:
+    """The database's size and that of what is kept as files; deaths of a service and of its workers."""
+    (tmp_path / "large").write_bytes(bytes(123456))
+    system.run("aios-sto", "put", str(tmp_path / "large"), "--of", "agent:large", check=True)
     services = {service["name"]: service for service in system.status()["services"]}
-    assert {"file_bytes", "mounts"} <= set(services["store"]["stats"])
+    stats = services["store"]["stats"]
+    assert (stats["file_bytes"] >= 123456, stats["database_bytes"] % 4096) == (True, 0)
+    assert stats["database_bytes"] > 0
+    for service in services.values():
+        assert not set(service) & set(service["stats"])
+    shown = system.run("aiosd", "status", "-v", check=True).stdout
+    assert all(f"\n  {label} " in shown for label in ("size of the database", "size of files", "worker deaths"))
+
+
+def test_two_figures_of_one_name_are_a_mistake() -> None:
+    assert combined([{"a": 1}, {"b": 2}]) == {"a": 1, "b": 2}
+    with pytest.raises(AssertionError, match="two figures are named"):
+        combined([{"a": 1}, {"a": 2}])
 
 
 # ── the ReAct agent ───────────────────────────────────────────────────────────────────────────────────────

@@ -66,6 +66,7 @@ LABELS = {
     "most_bytes": "size at most",
     "faults": "read from the disk",
     "history": "evicted ones known",
+    "database_bytes": "size of the database",
     "file_bytes": "size of files",
     "free_bytes": "free on the disk",
     "ballast_bytes": "reserve on the disk",

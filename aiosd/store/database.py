@@ -390,7 +390,7 @@ class Database:
         return Raw(reply)
 
     def stats(self) -> dict[str, int]:
-        return {"file_bytes": self.path.stat().st_size, "schema": VERSION, **self.counts, **self.room.stats()}
+        return {"database_bytes": self.path.stat().st_size, "schema": VERSION, **self.counts, **self.room.stats()}
 
     # ── errors ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -18,7 +18,7 @@ from libaios.channel import Channel
 from libaios.wire import Sys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from aiosd.store.meaning import Embedder
     from aiosd.store.memory import NoteStore
@@ -125,7 +125,7 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
 
     def stats() -> dict[str, Any]:
         parts = (memory.cache, database, storage, meaning, memory.words)
-        return {name: value for part in parts for name, value in part.stats().items()}
+        return combined(part.stats() for part in parts)
 
     def gone(peer: int) -> None:
         with database.transaction():
@@ -164,6 +164,15 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     finally:
         storage.mounts.close()
         database.close()
+
+
+def combined(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of all parts. No two may have the same name, because one would hide the other."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        assert not found.keys() & part.keys(), f"two figures are named {found.keys() & part.keys()}"
+        found |= part
+    return found
 
 
 def _embedder(spec: StoreSpec) -> Embedder | None:

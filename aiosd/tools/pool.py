@@ -166,7 +166,7 @@ class Pool:
         return {
             "workers": len(self._workers),
             "busy": sum(worker.job is not None for worker in self._workers),
-            "deaths": self.deaths,
+            "worker_deaths": self.deaths,
             "servers": self._servers.running,
         }
 
