@@ -177,6 +177,21 @@ def test_second_aiosd_on_the_same_home(aiosd: System) -> None:
     assert aiosd.status()["state"] == "ready"
 
 
+def test_a_second_home_does_not_take_the_socket_of_the_first(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    """Homes by the XDG rules: their data lie apart, but the folder of the socket is that of the user."""
+    (tmp_path / "run").mkdir(mode=0o700)
+    env = {"AIOS_HOME": "", "XDG_RUNTIME_DIR": str(tmp_path / "run")}
+    first, second = ({**env, "XDG_STATE_HOME": str(tmp_path / name)} for name in ("first", "second"))
+    system = fresh_aiosd(start=False)
+    system.run("aiosd", "-d", env=first, check=True)
+    try:
+        done = system.run("aiosd", "-d", env=second)
+        assert (done.returncode, "another aiosd has the socket" in one_line(done.stderr)) == (1, True)
+        assert "/first/aios" in system.run("aiosd", "status", env=first, check=True).stdout
+    finally:
+        system.run("aiosd", "stop", env=first, check=True)
+
+
 @pytest.mark.parametrize(
     ("command", "code"),
     [

@@ -42,7 +42,7 @@ def main(settings: Settings) -> int:
     """Run the whole system in the foreground; returns its exit code."""
     home = settings.home
     prepare(home)
-    lock = take_lock(home)
+    locks = take_locks(home)
     listener = bind(home)
     settings = dataclasses.replace(settings, door=endpoint.listen(settings.gateway), passages=passage.make())
     _raise_nofile()
@@ -61,7 +61,8 @@ def main(settings: Settings) -> int:
         for path in {home.socket, home.root / home.socket.name}:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        os.close(lock)
+        for lock in locks:
+            os.close(lock)
 
 
 def prepare(home: Home) -> None:
@@ -88,22 +89,32 @@ def _check_private(folder: Path) -> None:
         raise UsageError(f"{folder} can be changed by every user; make it private with: chmod o-w {folder}")
 
 
-def take_lock(home: Home) -> int:
-    """Take the lock of the home. It is held as long as the returned descriptor is open, here or in the supervisor."""
-    fd = os.open(home.data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def take_locks(home: Home) -> list[int]:
+    """Take the lock of the home, and where the socket lies elsewhere, that of its folder: another home of this user may
+    have the same (under sudo, or with another HOME). They are held as long as the returned descriptors are open, here
+    or in the supervisor."""
+    locks = [_take_lock(home.data, f"already running in {home.root}")]
+    if home.socket.parent != home.root:
+        why = f"start this one with --home DIR or AIOS_HOME: another aiosd has the socket {home.socket}"
+        locks.append(_take_lock(home.socket.parent, why))
+    return locks
+
+
+def _take_lock(folder: Path, why_not: str) -> int:
+    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as err:
         holder = os.read(fd, 32).decode(errors="replace").strip()
         os.close(fd)
-        raise UsageError(f"already running in {home.root} (pid {holder or 'unknown'})") from err
+        raise UsageError(f"{why_not} (pid {holder or 'unknown'})") from err
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())
     return fd
 
 
 def bind(home: Home) -> socket.socket:
-    """Listen on the control socket. An existing one belongs to a dead aiosd, because this process holds the lock.
+    """Listen on the control socket. An existing one belongs to a dead aiosd, because this process holds the locks.
 
     The folder is reached through /proc/self/fd, because a socket's path is limited to 107 bytes.
     """
