@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -25,6 +26,7 @@ from libaios import wire
 from libaios.client import NoKernel
 from libaios.home import Home
 from libaios.sandbox import CERTIFICATES
+from libaios.wire import Sys
 from tests import impatient
 from tests.conftest import System, eventually
 
@@ -757,6 +759,33 @@ def test_version(fresh_aiosd: Fresh, program: str) -> None:
 
 def test_commands_of_bin_are_those_of_the_package() -> None:
     assert {path.name for path in (Path(__file__).parent.parent / "bin").iterdir()} == set(MODULES)
+
+
+@pytest.mark.parametrize("lost", [Sys.STATUS, Sys.SHUTDOWN])
+def test_a_system_that_ends_before_it_replies_to_stop_has_been_stopped(
+    monkeypatch: pytest.MonkeyPatch, lost: Sys
+) -> None:
+    """As for the second of two `aiosd stop` at once."""
+    guardian = subprocess.Popen(["true"])
+
+    class Ending:
+        def __enter__(self) -> Ending:
+            return self
+
+        def __exit__(self, *exc: object) -> None:
+            pass
+
+        def call(self, number: Sys, *args: object, **options: object) -> dict[str, int]:
+            if number is lost:
+                raise OSError(errno.ENOTCONN, "aiosd is gone")
+            return {"pid": guardian.pid}
+
+    monkeypatch.setattr(edge, "connect", Ending)
+    monkeypatch.setattr(cli, "_pid_of_lock", lambda: guardian.pid)
+    try:
+        cli._stop(30.0)
+    finally:
+        guardian.wait()
 
 
 def test_a_system_that_ends_by_itself_before_it_is_told_to_is_restarted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import select
 import signal
@@ -350,8 +351,10 @@ def _stop(timeout: float) -> None:
                 raise err from None
             with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
                 signal.pidfd_send_signal(guardian, signal.SIGTERM)  # it runs, but its kernel does not reply
-        except ConnectionError:
-            pass  # it ended before it replied
+        except OSError as err:
+            if not (isinstance(err, ConnectionError) or err.errno == errno.ENOTCONN):
+                raise
+            guardian = _pidfd_of_lock() if guardian < 0 else guardian  # it ends, and will not reply any more
         if guardian >= 0 and not _ended(guardian, end - time.monotonic()):
             raise edge.CommandFailed(f"has not ended within {timeout:g} s")
     finally:
