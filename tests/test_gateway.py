@@ -396,6 +396,8 @@ def test_silent_connections_keep_nobody_out(aiosd: System, agent: Agent) -> None
 def test_paths_that_do_not_exist_are_told_from_methods(agent: Agent) -> None:
     assert agent.post("/v1/nothing", method="GET")[0] == 404
     assert agent.post(CHAT, method="GET")[0] == 405
+    for path, method, words in (("/api/pull", "POST", "there is nothing"), ("/api/chat", "GET", "GET is not allowed")):
+        assert agent.post(path, method=method)[1]["error"].startswith(words), "a text, as Ollama's clients expect"
     assert agent.post("/health", method="GET", headers={"Authorization": None}) == (200, {"status": "ok"})
     metrics = agent.do(path="/metrics", method="GET", headers={"Authorization": None})
     assert 'aios_gateway_requests_total{status="404"} ' in metrics["body"]

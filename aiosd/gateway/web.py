@@ -383,11 +383,18 @@ class App:
                 request.words = {name: word for name, word in match.groupdict().items() if word is not None}
                 request.error_form = one.error_form
                 return one
+        request.error_form = self._error_form_near(request.path)
         methods = self._methods(request.path)
         if not methods:
             raise self._nothing_at(request)
         request.extra.append((b"allow", ", ".join(_with_head(methods)).encode()))
         raise Problem(405, f"{request.method} is not allowed here; {' and '.join(methods)} is")
+
+    def _error_form_near(self, path: str) -> Callable[[Problem], dict[str, Any]]:
+        """That of the API which the path belongs to by its first part: whoever asks there knows no other."""
+        first = path.strip("/").partition("/")[0]
+        near = (one for one in self._routes if one.name.strip("/").partition("/")[0] == first)
+        return next((one.error_form for one in near), openai_error)
 
     def _nothing_at(self, request: HttpRequest) -> Problem:
         """A 404 that lists the paths that exist."""
