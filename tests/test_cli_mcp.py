@@ -16,6 +16,7 @@ import pytest
 
 from aiosd.sandbox.box import LEVELS
 from tests.conftest import System
+from tests.test_jobcontrol import Terminal
 
 pytest.importorskip("mcp")
 from mcp import Client, StdioServerParameters, stdio_client
@@ -101,6 +102,24 @@ def test_only_what_was_named_is_offered(aiosd: System) -> None:
         assert await call(client, "shell", command="id") == ("no such tool: shell", True)
 
     with_client(aiosd, act, "--only", "ps, calc")
+
+
+def test_names_that_there_are_not_are_named(aiosd: System) -> None:
+    done = aiosd.run("aiosd", "mcp", "--only", "ps,calc,pss", stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert done.stderr.startswith("aiosd: --only: no such tool: pss (there are: calc, ")
+
+
+def test_a_person_who_starts_it_at_a_terminal_is_told_what_it_waits_for(aiosd: System) -> None:
+    terminal = Terminal(aiosd, "sh", "-i")
+    try:
+        terminal.expect("READY> $")
+        terminal.command("aiosd mcp")
+        terminal.expect("aiosd: waits for an MCP client on stdin")
+        terminal.type("\x03")
+        assert terminal.exit_code() == 130
+    finally:
+        terminal.close()
 
 
 def test_it_goes_on_when_aiosd_was_started_again(fresh_aiosd: Callable[..., System]) -> None:

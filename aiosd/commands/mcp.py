@@ -6,6 +6,8 @@ $ cat mcp.json
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from aiosd.commands import edge
@@ -33,7 +35,11 @@ def mcp(only: str | None) -> int:
         if not (err.name or "").startswith("mcp"):
             raise
         raise edge.CommandFailed("this needs packages that are not installed: pip install 'aiosd[mcp]'") from None
-    with edge.connect():
-        pass  # a system that does not run is reported where people see it
     names = None if only is None else frozenset(name.strip() for name in only.split(",") if name.strip())
+    with edge.connect() as client:  # a system that does not run is reported where people see it
+        there = mcpserver.known(client)
+    if names is not None and (unknown := sorted(names.difference(there))):
+        edge.complain("aiosd", f"--only: no such tool: {', '.join(unknown)} (there are: {', '.join(there)})")
+    if sys.stdin.isatty():
+        edge.complain("aiosd", "waits for an MCP client on stdin, but that is a terminal; Ctrl-C ends it")
     return mcpserver.serve(names)

@@ -30,8 +30,9 @@ from aiosd.commands import mcpcalls
 from aiosd.tools.definition import Function, functions_of
 from aiosd.tools.spec import MCP
 from libaios import agent, aio
+from libaios.client import Client
 from libaios.tool import result_text
-from libaios.wire import ToolInfo
+from libaios.wire import NoArgs, Sys, ToolInfo
 
 McpContext = ServerRequestContext[Any]
 
@@ -41,6 +42,12 @@ READING = frozenset((
     "read_stored", "stored_history",
 ))  # fmt: skip
 ABOUT = "Agents of aiosd, which runs on this machine: start, list, end them; their tools, with notes and stored files."
+
+
+def known(client: Client) -> list[str]:
+    """The names of all that can be offered."""
+    tools = client.call(Sys.TOOL_LIST, NoArgs(), list[ToolInfo])
+    return sorted({*functions_of(vars(mcpcalls)), *(tool.name for tool in tools if not tool.source.startswith(MCP))})
 
 
 def serve(only: frozenset[str] | None) -> int:
