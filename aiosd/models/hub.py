@@ -64,6 +64,7 @@ def pull(repo: str, quant: str, report: Report) -> FoundModel:
                 model = _cached(repo, quant, "")
                 report(f"{repo}: the hub cannot be reached; what is on this machine serves")
                 return model
+            raise WorldError(f"{repo}: the hub cannot be reached: {_first_line(err)}") from err
         raise WorldError(f"{repo}: {_first_line(err)}") from err
     choice = quants.choose([sibling.rfilename for sibling in info.siblings or ()], quant, repo)
     if quant == "" and choice.quant not in ("", quants.DEFAULT):
@@ -176,4 +177,5 @@ def _answered(err: Exception) -> bool:
 
 
 def _first_line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0]
+    line = (str(err).strip() or type(err).__name__).splitlines()[0]
+    return re.sub(r"^\[Errno -?[0-9]+\] ", "", line)
