@@ -124,7 +124,8 @@ class Exchange:
                 self._connections.keep(connection)
                 connection = None
         except Exception as error:  # of any kind: a call whose thread has ended in silence would wait for ever
-            why = str(error) or type(error).__name__
+            words = error.strerror if isinstance(error, OSError) else ""  # else its number would stand before them
+            why = words or str(error) or type(error).__name__
             self._post(self, ConnectionLost(safe_line(_without(key, why))))
         finally:
             if connection is not None:
