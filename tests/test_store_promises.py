@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,16 +19,19 @@ from aiosd.kernel.access import Access
 from aiosd.kernel.calls import CallTable
 from aiosd.kernel.copies import Copies
 from aiosd.kernel.dispatch import Dispatcher
-from aiosd.kernel.peer import Call, Peer
-from aiosd.kernel.service import Asker
+from aiosd.kernel.peer import AgentPeer, Call, ClientPeer, Peer
+from aiosd.kernel.service import Asker, Owner, Service, Services
+from aiosd.store import owners
 from aiosd.store.database import Database
 from aiosd.store.grouping import GroupServer
 from aiosd.store.memory import NoteStore
 from aiosd.store.promises import Promises
 from aiosd.store.room import DiskReserve
 from aiosd.store.storage import Storage
-from libaios import wire
+from libaios import mem, sto, wire
 from libaios.channel import Channel
+from libaios.plan import plan_of, steps_of
+from libaios.stream import FrameSocket
 from libaios.wire import Sys
 from tests.test_store_commit import FakeChannel
 
@@ -55,6 +59,8 @@ class Kernel:
         handlers = self.memory.handlers() | self.storage.handlers()
         self.server = GroupServer(cast(Channel, self), handlers, group=database, on_used=self.memory.used)
         promises.take_back = self.server.take_back
+        self.server.ahead = {Sys.MEM_GET: self.memory.get_ahead, Sys.STO_READ: self.storage.read_at_once}
+        self.ahead = False  # whether it keeps copies of what was just written
         self.copies = Copies()
         self.peers = {pid: Peer(pid, None) for pid in CALLERS}
         self.asked: dict[link.CallKey, link.Ask] = {}
@@ -65,7 +71,7 @@ class Kernel:
 
     def ask(self, pid: int, sys: Sys, args: Any) -> link.Ask:
         self.number += 1
-        made = link.Ask((pid, self.number), CALLERS[pid], sys, Raw(wire.encode(args)))
+        made = link.Ask((pid, self.number), CALLERS[pid], sys, Raw(wire.encode(args)), ahead=self.ahead)
         self.asked[made.key] = made
         return made
 
@@ -76,19 +82,42 @@ class Kernel:
 
     def turn(self, *asks: link.Ask, told: bool = True) -> None:
         self.server._turn(list(asks))
+        self.take(told)
+        self.check()
+
+    def made(self, pid: int, sys: Sys, args: Any, copies: bool) -> None:
+        """An agent makes a call: there is a copy of its answer, or it goes to the store."""
+        copy = self.peers[pid].copies.get((sys, wire.encode(args))) if copies else None
+        if copy is not None:
+            copy.used[copy.promise] = copy.used.get(copy.promise, 0) + 1
+            return
+        self.report_used()
+        self.server._turn([self.ask(pid, sys, args)])
+        self.take(told=False)
+
+    def report_used(self) -> None:
+        self.server._turn([link.CopiesUsed(dict(self.copies.used))])
+        self.copies.used.clear()
+
+    def take(self, told: bool) -> None:
         sent, self.sent = self.sent, []
         for message in sent:
             if isinstance(message, link.Stale):
                 self.copies.stale(message.promises)
             elif isinstance(message, link.Answered):
-                ask = self.asked[message.key]
+                ask, ahead = self.asked[message.key], message.ahead
+                if ahead is not None:
+                    assert self.ahead
+                    assert ahead.sys in READING
+                    assert ask.sys not in READING
+                    assert len(ahead.body) <= link.LARGEST_COPY
+                    self.copies.keep(self.peers[ask.key[0]], (ahead.sys, ahead.args), ahead.promise, ahead.body)
                 if message.promise:
                     assert ask.sys in READING
                     key = ask.sys, bytes(ask.args)
                     self.copies.keep(self.peers[ask.key[0]], key, message.promise, message.body)
                 elif ask.sys not in READING and told:
                     self.check()
-        self.check()
 
     def check(self) -> None:
         for pid, peer in self.peers.items():
@@ -124,10 +153,11 @@ TURNS = st.lists(
 
 
 @settings(deadline=None, max_examples=20)
-@given(TURNS)
-def test_what_the_kernel_keeps_is_what_the_store_would_answer(turns: Any) -> None:
+@given(TURNS, st.booleans())
+def test_what_the_kernel_keeps_is_what_the_store_would_answer(turns: Any, ahead: bool) -> None:
     with TemporaryDirectory() as folder:
         kernel = Kernel(Path(folder))
+        kernel.ahead = ahead
         try:
             for fails, calls in turns:
                 for pid, (sys, _) in calls:
@@ -171,6 +201,97 @@ def test_each_that_has_read_it_reads_it_anew_after_a_change(kernel: Kernel) -> N
     assert [peer.copied_bytes for peer in kernel.peers.values()] == [0] * 4
 
 
+def key_of(plan: Any) -> tuple[int, bytes]:
+    """The key of a copy for this call of the SDK."""
+    request = wire.decode_request(wire.encode((1, plan.sys, plan.args)))
+    return request.sys, bytes(request.args)
+
+
+def test_what_an_agent_has_just_written_is_kept_for_it_alone(kernel: Kernel) -> None:
+    kernel.ahead = True
+    kernel.turn(
+        kernel.ask(7, Sys.MEM_ADD, wire.MemAdd("one", "k")),
+        kernel.ask(8, Sys.MEM_ADD, wire.MemAdd("two")),
+        kernel.ask(8, Sys.STO_WRITE, wire.StoWrite("f", b"1")),
+    )
+    by_key, by_id = (key_of(plan_of(mem.get)(which)) for which in ("k", 2))
+    file = key_of(next(steps_of(sto.read)("f")))
+    assert [list(kernel.peers[pid].copies) for pid in (7, 8, 9)] == [[by_key], [by_id, file], []]
+    kernel.turn(
+        kernel.ask(8, Sys.MEM_ADD, wire.MemAdd("newer", "k")),
+        kernel.ask(7, Sys.MEM_UPDATE, wire.MemUpdate(2, "newer")),
+        kernel.ask(7, Sys.STO_WRITE, wire.StoWrite("f", b"2")),
+    )
+    assert [list(kernel.peers[pid].copies) for pid in (7, 8, 9)] == [[by_id, file], [by_key], []]
+
+
+def test_of_two_writers_in_one_turn_both_get_what_is_there_after_it(kernel: Kernel) -> None:
+    kernel.ahead = True
+    kernel.turn(*(kernel.ask(pid, Sys.MEM_ADD, wire.MemAdd(f"of {pid}", "k")) for pid in (7, 8)))
+    bodies = [copy.body for pid in (7, 8) for copy in kernel.peers[pid].copies.values()]
+    assert [msgspec.msgpack.decode(body, type=wire.Note).text for body in bodies] == ["of 8", "of 8"]
+    kernel.turn(kernel.ask(7, Sys.MEM_ADD, wire.MemAdd("again", "k")), kernel.ask(8, Sys.MEM_REMOVE, wire.MemGet("k")))
+    assert kernel.copies.bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("sys", "args"),
+    [
+        (Sys.MEM_ADD, wire.MemAdd("ends", "e", ttl_s=1000.0)),
+        (Sys.MEM_UPDATE, wire.MemUpdate("shared", "by key")),
+        (Sys.MEM_ADD, wire.MemAdd("x" * (16 << 10), "long")),
+        (Sys.MEM_ADD, wire.MemAdd("é" * (12 << 10), "long in bytes")),
+        (Sys.STO_WRITE, wire.StoWrite("f", b"more", append=True)),
+        (Sys.STO_WRITE, wire.StoWrite("of all", b"1", of="group")),
+        (Sys.STO_WRITE, wire.StoWrite("long", b"x" * (16 << 10))),
+        (Sys.STO_WRITE, wire.StoWrite("empty", b"")),
+    ],
+)
+def test_what_is_not_kept_for_its_writer(kernel: Kernel, sys: Sys, args: Any) -> None:
+    kernel.turn(kernel.ask(7, Sys.MEM_ADD, wire.MemAdd("of all", "shared", shared=True)))
+    kernel.ahead = True
+    kernel.turn(kernel.ask(7, sys, args))
+    assert not kernel.peers[7].copies
+
+
+def test_a_rule_about_reading_files_holds_for_what_was_just_written(kernel: Kernel) -> None:
+    kernel.ahead = True
+    kernel.storage.consent.ruled = lambda call: call == "sto_read"
+    kernel.turn(kernel.ask(7, Sys.STO_WRITE, wire.StoWrite("f", b"1")))
+    assert not kernel.peers[7].copies
+
+
+def test_no_copy_is_made_of_what_was_not_committed(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise wire.error(5, "the disk is gone")
+
+    kernel.ahead = True
+    monkeypatch.setattr(kernel.database.memos, "write", lost)
+    kernel.turn(kernel.ask(7, Sys.MEM_ADD, wire.MemAdd("one", "k")), told=False)
+    assert (len(kernel.copies._kept), len(kernel.memory.promises)) == (0, 0)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.tuples(KEYS, st.booleans()), min_size=1))
+def test_reads_are_counted_alike_wherever_they_are_answered(steps: Any) -> None:
+    """By the store alone, and with copies of what was read and written."""
+    counted = []
+    for ahead in (False, True):
+        with TemporaryDirectory() as folder:
+            kernel = Kernel(Path(folder))
+            kernel.ahead = ahead
+            try:
+                for key, writes in steps:
+                    args = wire.MemAdd("x", key) if writes else wire.MemGet(key)
+                    kernel.made(7, Sys.MEM_ADD if writes else Sys.MEM_GET, args, copies=ahead)
+                kernel.report_used()
+                own = kernel.memory.cache.stats_of(owners.own(CALLERS[7]))
+                counted.append((own, kernel.memory.cache.stats(), kernel.memory.cache.clock))
+            finally:
+                kernel.close()
+    assert counted[0] == counted[1]
+
+
 def test_what_may_change_by_itself_is_not_promised(kernel: Kernel) -> None:
     """A note with an end; a group's note by its key, in whose place an own one may come."""
     kernel.turn(
@@ -190,7 +311,7 @@ def test_what_has_no_room_goes_oldest_first(monkeypatch: pytest.MonkeyPatch) -> 
         kept.keep(one, (81, b"%d" % number), number + 1, b"x")
     assert next(iter(one.copies)) == (81, b"2")
     assert len(one.copies) == copies.OF_PEER
-    kept.keep(one, (81, b"large"), 100, b"x" * copies.LARGEST)
+    kept.keep(one, (81, b"large"), 100, b"x" * link.LARGEST_COPY)
     assert (81, b"large") not in one.copies
     for number in range(5):
         kept.keep(other, (81, b"%d" % number), number + 1, b"x" * 14_000)
@@ -221,6 +342,42 @@ def test_a_copy_is_given_only_where_the_call_would_be_done_at_once(why: str) -> 
     else:
         assert answer is not None
         assert (bytes(wire.decode_reply(answer).body), asked, kept.used) == (wire.encode("one"), [], {5: 1})
+
+
+def test_an_agent_that_only_writes_gets_few_copies_until_it_reads_one() -> None:
+    calls = cast(CallTable, SimpleNamespace(finish=lambda call, body: None, set_timeout=lambda *_: None))
+    service = Service("store", "store", "store", calls, cast(Owner, None))
+    services = Services()
+    services.add(service)
+    asker = Asker(services, calls, lambda call: CALLERS[7], {})
+    proc = cast(Any, SimpleNamespace(pid=7, restarts=0, row=[0] * 20, calls=0))
+    peer = AgentPeer(proc, cast(Channel, SimpleNamespace(outbox_bytes=0)))
+    person = ClientPeer(cast(FrameSocket, SimpleNamespace(pending=0)), 0, None, lambda: None)
+
+    def asked(peer: Peer, sys: Sys, args: Any, promise: int = 0, number: int = 1) -> bool:
+        """Whether the store may send a copy with its answer. It does, if so."""
+        call = Call(peer, number, wire.TABLE[sys])
+        asker.ask(call, args, wire.raw(args))
+        ask = service.calls[call.key].message
+        assert isinstance(ask, link.Ask)
+        ahead = link.Ahead(Sys.MEM_GET, wire.encode(wire.MemGet("k")), b"1", 5) if ask.ahead and not promise else None
+        service.on_message(link.Answered(call.key, b"1", 0, promise, ahead))
+        return ask.ahead
+
+    def writes(count: int) -> list[bool]:
+        return [asked(peer, Sys.MEM_ADD, wire.MemAdd("x", "k")) for _ in range(count)]
+
+    most = copies.MOST_UNREAD
+    assert writes(most + 2) == [True] * most + [False] * 2
+    assert not asked(peer, Sys.MEM_GET, wire.MemGet("other"), promise=6)
+    rights = SimpleNamespace(is_free=lambda row: True)
+    dispatcher = Dispatcher(cast(Any, None), cast(Access, rights), asker, {}, lambda key: None)
+    assert dispatcher.answer(peer, wire.encode((2, Sys.MEM_GET, wire.MemGet("other")))) is not None
+    assert writes(1) == [False], "a copy of what it has read itself does not count"
+    assert asked(peer, Sys.MEM_ADD, wire.MemAdd("x", "k"), number=copies.PROBED)
+    assert dispatcher.answer(peer, wire.encode((3, Sys.MEM_GET, wire.MemGet("k")))) is not None
+    assert writes(most + 2) == [True] * most + [False] * 2
+    assert not asked(person, Sys.MEM_ADD, wire.MemAdd("x", "k"))
 
 
 def test_promises_are_bounded_and_their_uses_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,19 @@ for line in sys.stdin:
         aios.sto.write("f", text.encode())
     print(aios.mem.get("k").text, aios.sto.read("f").decode(), flush=True)
 """
+#: Writes what the line has, or reads it.
+WRITE = """
+import sys, libaios as aios
+for line in sys.stdin:
+    if text := line.strip():
+        note = aios.mem.add(text)
+        aios.mem.add(text, key="k")
+        aios.sto.write("f", text.encode())
+        print("written", flush=True)
+    else:
+        print(aios.mem.get(note).text, aios.mem.get("k").text, aios.sto.read("f").decode(), flush=True)
+print(aios.mem.stats()["hits"], flush=True)
+"""
 LIST = "import libaios as aios\nprint([note.text for note in aios.mem.list()])\n"
 
 
@@ -182,3 +195,28 @@ def test_what_was_read_once_needs_no_store_until_it_changes(fresh_aiosd: Callabl
     assert reads(0) == "four four"
     for job in agents:
         job.communicate("")
+
+
+def test_an_agent_reads_what_it_has_just_written_without_the_store(
+    fresh_aiosd: Callable[..., System], tmp_path: Path
+) -> None:
+    aiosd = fresh_aiosd()
+    (script := tmp_path / "write.py").write_text(WRITE)
+    job = aiosd.popen("aios-run", str(script))
+
+    def does(text: str) -> str:
+        assert job.stdin is not None
+        assert job.stdout is not None
+        job.stdin.write(f"{text}\n")
+        job.stdin.flush()
+        return str(job.stdout.readline().strip())
+
+    for text in ("one", "two"):
+        assert does(text) == "written"
+        store = psutil.Process(ospid(aiosd))
+        store.suspend()
+        try:
+            assert does("") == f"{text} {text} {text}"
+        finally:
+            store.resume()
+    assert job.communicate("")[0].strip() == "4", "the reads of notes are counted"

@@ -25,6 +25,8 @@ from libaios.wire import Generate, Limits, Logprobs, Template, ToolCall, Usage
 
 CallKey = tuple[int, int]  # (peer: agent pid, or -client id; call id)
 
+LARGEST_COPY = 16 << 10  # bytes of an answer that the kernel keeps, at most
+
 
 # ── kernel → service ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -62,7 +64,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
     `settled`: this peer's ONCE calls with a lower id are over: their replies have reached the peer, and none of them
     will be submitted again; 0: that is not known. `life`: how often the peer was started again; its call ids begin anew
     each time. `approved`: the digest of the deed that the call may do. `moved`: another process of this service had it,
-    and had not begun it."""
+    and had not begun it. `ahead`: with the answer may come that to the call that is likely to follow."""
 
     key: CallKey
     caller: Caller
@@ -73,6 +75,7 @@ class Ask(Struct, array_like=True, frozen=True, tag=True):
     life: int = 0
     approved: bytes = b""
     moved: bool = False
+    ahead: bool = False
 
 
 class Submit(Struct, array_like=True, frozen=True, tag=True):
@@ -283,15 +286,26 @@ class GenerationDone(Struct, array_like=True, frozen=True, tag=True):
     spent: Spent | None = None  # the charge for the prompt that is still missing, or is given back
 
 
+class Ahead(Struct, array_like=True, frozen=True):
+    """The answer to a call that was not made yet, with a promise as in `Answered`."""
+
+    sys: int
+    args: bytes  # as the caller would send them
+    body: bytes
+    promise: int
+
+
 class Answered(Struct, array_like=True, frozen=True, tag=True):
     """The final answer to an `Ask`: `body` is the reply's, already encoded. `prompt_tokens` are charged to the caller.
     `promise`: a number, not 0: until the service names it in `Stale` the caller would get this answer again for the
-    same call, so the kernel may give it from memory."""
+    same call, so the kernel may give it from memory. `ahead`: what the same caller would get for another call, which it
+    is likely to make next."""
 
     key: CallKey
     body: bytes
     prompt_tokens: int = 0
     promise: int = 0
+    ahead: Ahead | None = None
 
 
 class Stale(Struct, array_like=True, frozen=True, tag=True):

@@ -33,6 +33,8 @@ from dataclasses import dataclass, field
 from types import GeneratorType
 from typing import Any, NamedTuple
 
+import msgspec
+
 from aiosd.access.deed import Deed, Subject, Unapproved
 from aiosd.access.rules import AccessPolicy, Act
 from aiosd.ipc import link
@@ -111,6 +113,17 @@ class Lasting(NamedTuple):
     promise: int
 
 
+class Followed(NamedTuple):
+    """What a function returns if the caller of `ask` is likely to make another call next. The answer to that is made
+    when the effects of this call are durable, by a function of `Server.ahead`: as the handler of the other call, but it
+    counts nothing, and may return None. If it is `Lasting` it goes along with the answer to this call."""
+
+    body: Any
+    ask: link.Ask
+    sys: int
+    args: Any
+
+
 class Pause(NamedTuple):
     """What a call yields that cannot go on. It is resumed when anything has come, and at `until` (monotonic clock) at
     the latest; with 0 after all others have had their turn."""
@@ -165,6 +178,7 @@ class Server:
     charge: Callable[[Any], int] = lambda body: 0  # tokens that the caller pays for this answer
     on_used: Callable[[dict[int, int]], None] = lambda counts: None  # promised answers that the kernel has given again
     on_begin: Callable[[], None] = lambda: None  # called when a new kernel begins, which has no promise
+    ahead: Mapping[int, Handler] = field(default_factory=dict)  # the answers to calls that may follow
     background: Callable[[], float] = lambda: SLEEP_S  # called in each round; for how many seconds it can wait then
     _answers: OrderedDict[link.CallKey, _KeptAnswer] = field(default_factory=OrderedDict)
     _bytes: int = 0
@@ -435,13 +449,17 @@ class Server:
 
     def _answered(self, key: link.CallKey, body: object) -> None:
         promise = 0
+        followed: Followed | None = None
         if isinstance(body, Lasting):
             body, promise = body
+        elif isinstance(body, Followed):
+            followed, body = body, body.body
         encoded = wire.encode(body)
         if len(encoded) > wire.MAX_FRAME - 1024:
             self._failed(key, wire.error(errno.EMSGSIZE, f"an answer of {len(encoded)} bytes; ask for less at a time"))
         else:
-            self._finish(key, link.Answered(key, encoded, self.charge(body), promise), len(encoded))
+            answer = link.Answered(key, encoded, self.charge(body), promise)
+            self._finish(key, answer, len(encoded), followed)
 
     def _failed(self, key: link.CallKey, err: Exception) -> None:
         if isinstance(err, Unapproved):
@@ -461,14 +479,17 @@ class Server:
             self._turned_back.popitem(last=False)
         self.send(link.Needs(key, deed))
 
-    def _finish(self, key: link.CallKey, message: link.Answered | link.Failed, size: int) -> None:
+    def _finish(
+        self, key: link.CallKey, message: link.Answered | link.Failed, size: int, followed: Followed | None = None
+    ) -> None:
         if key in self._offsets:  # its answer was to come later
             self._end(key)
-        self._out(message, size)
+        self._out(message, size, followed)
 
-    def _out(self, message: link.Answered | link.Failed, size: int) -> None:
+    def _out(self, message: link.Answered | link.Failed, size: int, followed: Followed | None = None) -> None:
         key = message.key
-        self.send(message)
+        ahead = self._made_ahead(followed) if followed is not None else None
+        self.send(message if ahead is None else msgspec.structs.replace(message, ahead=ahead))
         begun = self._lives.pop(key, _NOT_BEGUN)
         if begun is _SHORT or (begun.repeats and size > SMALL):
             return
@@ -481,6 +502,16 @@ class Server:
             dropped, answer = self._answers.popitem(last=False)
             self._newcomers.drop(dropped)
             self._bytes -= answer.size
+
+    def _made_ahead(self, followed: Followed) -> link.Ahead | None:
+        """The answer to the call that is expected, if the kernel may keep a copy of it."""
+        found = self.ahead[followed.sys](followed.ask, followed.args)
+        if not isinstance(found, Lasting):
+            return None
+        body = wire.encode(found.body)
+        if len(body) > link.LARGEST_COPY:
+            return None
+        return link.Ahead(followed.sys, wire.encode(followed.args), body, found.promise)
 
     def _end(self, key: link.CallKey) -> None:
         """End a call that goes on in steps: it is over or cancelled."""

@@ -151,6 +151,8 @@ class Dispatcher:
         if not self._rights.is_free(row) or any(call.row.by == row.by for call in peer.calls.values()):
             return None
         copy.used[copy.promise] = copy.used.get(copy.promise, 0) + 1
+        if copy.ahead:
+            peer.unread = 0
         return copy.body
 
     def _failed(self, call: Call, err: Exception) -> None:

@@ -71,6 +71,7 @@ class Copy(NamedTuple):
     promise: int
     size: int
     used: dict[int, int]  # by promise: how often copies were given
+    ahead: bool  # its peer had not made the call
 
 
 class Peer:
@@ -88,6 +89,7 @@ class Peer:
         "proc",
         "source",
         "strange",
+        "unread",
     )
 
     def __init__(self, ident: int, proc: Proc | None) -> None:
@@ -102,6 +104,7 @@ class Peer:
         self.source: EventSource | None = None  # while the kernel polls it
         self.copies: dict[CopyKey, Copy] = {}  # copies of answers that it has got, see `copies`
         self.copied_bytes = 0
+        self.unread = 0  # copies made ahead for it since it has last read one
 
     def send(self, payload: bytes) -> None:
         raise NotImplementedError

@@ -29,7 +29,7 @@ from msgspec import Raw
 from aiosd.access.deed import Deed
 from aiosd.ipc import link
 from aiosd.kernel.calls import CallTable
-from aiosd.kernel.copies import Copies
+from aiosd.kernel.copies import Copies, is_worth_it
 from aiosd.kernel.events import EventSource
 from aiosd.kernel.peer import AgentPeer, Call
 from libaios import wire
@@ -255,7 +255,7 @@ class Service:
                     if message.prompt_tokens:
                         self.owner.charge(self, call, message.prompt_tokens)
                     self.calls_of_all.finish(call, Raw(message.body))
-                    if message.promise:  # only now, after its caller got it
+                    if message.promise or message.ahead is not None:  # only now, after its caller got it
                         self._keep(opened, message)
             case link.Stale():
                 self.copies.stale(message.promises)
@@ -317,11 +317,15 @@ class Service:
         """Take what the service reports about itself."""
 
     def _keep(self, opened: ServiceCall, answer: link.Answered) -> None:
-        """Keep a copy for an agent that makes the same call again. (A person's calls each come from another
-        process.)"""
-        if isinstance(opened.message, link.Ask) and isinstance(opened.call.peer, AgentPeer):
-            key = opened.message.sys, bytes(opened.message.args)
-            self.copies.keep(opened.call.peer, key, answer.promise, answer.body)
+        """Keep copies for an agent that makes the same call again, or the one that is expected. (A person's calls each
+        come from another process.)"""
+        ask, peer, ahead = opened.message, opened.call.peer, answer.ahead
+        if not isinstance(ask, link.Ask) or not isinstance(peer, AgentPeer):
+            return
+        if answer.promise:
+            self.copies.keep(peer, (ask.sys, bytes(ask.args)), answer.promise, answer.body)
+        if ahead is not None:
+            self.copies.keep(peer, (ahead.sys, ahead.args), ahead.promise, ahead.body, ahead=True)
 
     def _take(self, key: link.CallKey) -> ServiceCall | None:
         """The call that a reply is for. None: it was cancelled, and the service had not received that yet. (The agent
@@ -382,8 +386,11 @@ class Asker:
         call.forget = lambda: service.cancel(call)
         self._calls.set_timeout(call, getattr(args, "timeout_s", None), "answer")
         settled = _settled(call, service) if row.again is Again.ONCE else 0
-        life = call.peer.proc.restarts if isinstance(call.peer, AgentPeer) and call.peer.proc is not None else 0
-        service.submit(call, link.Ask(call.key, self._caller_of(call), row.sys, raw, call.again, settled, life))
+        agent = call.peer if isinstance(call.peer, AgentPeer) else None
+        life = agent.proc.restarts if agent is not None and agent.proc is not None else 0
+        ahead = agent is not None and is_worth_it(agent, call.id)
+        caller = self._caller_of(call)
+        service.submit(call, link.Ask(call.key, caller, row.sys, raw, call.again, settled, life, ahead=ahead))
 
 
 def _settled(call: Call, service: Service) -> int:

@@ -14,9 +14,12 @@ from functools import partial
 from typing import Protocol
 
 from aiosd.ipc import link
-from aiosd.ipc.service import Server, as_failed
+from aiosd.ipc.service import Followed, Server, as_failed
 
 logger = logging.getLogger("store")
+
+#: An answer, its size, and what is expected after it.
+_Held = tuple[link.Answered | link.Failed, int, Followed | None]
 
 BUSY_S = 0.02  # for this time after a message more messages are expected
 
@@ -46,7 +49,7 @@ class Nothing:
 @dataclass(slots=True)
 class GroupServer(Server):
     group: Group = field(default_factory=Nothing)
-    _held: list[tuple[link.Answered | link.Failed, int]] = field(default_factory=list)  # answers before their commit
+    _held: list[_Held] = field(default_factory=list)  # answers before their commit
     _came: float = 0.0  # when the last messages came
 
     @property
@@ -89,19 +92,19 @@ class GroupServer(Server):
             self.group.commit()
         except OSError as err:
             self._held = [
-                (as_failed(message.key, err) if isinstance(message, link.Answered) else message, 0)
-                for message, _ in self._held
+                (as_failed(message.key, err) if isinstance(message, link.Answered) else message, 0, None)
+                for message, _, _ in self._held
             ]
         self._release()
 
     def _release(self) -> None:
         """Send the answers, because their effects are durable."""
         held, self._held = self._held, []
-        for message, size in held:
-            Server._out(self, message, size)
+        for message, size, followed in held:
+            Server._out(self, message, size, followed)
 
-    def _out(self, message: link.Answered | link.Failed, size: int) -> None:
+    def _out(self, message: link.Answered | link.Failed, size: int, followed: Followed | None = None) -> None:
         if self.group.open:
-            self._held.append((message, size))
+            self._held.append((message, size, followed))
         else:
-            Server._out(self, message, size)
+            Server._out(self, message, size, followed)

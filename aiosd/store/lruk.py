@@ -92,6 +92,11 @@ class LruK(Generic[Value]):
         self._touch(key, entry)
         return entry.value
 
+    def peek(self, key: Hashable) -> Value | None:
+        """The value, without a reference to it."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry.value
+
     def again(self, key: Hashable, times: int) -> None:
         """As `times` calls of `get`, one right after the other: the value was used by holders of a copy."""
         entry = self._entries.get(key)

@@ -153,6 +153,7 @@ def main(channel: Channel, spec: StoreSpec, rounds: Rounds) -> int:
     consent.require, consent.ruled = server.require, lambda call: server.policy.concerns(call, False)
     promises = memory.promises = storage.files.promises
     promises.take_back, server.on_begin, server.on_used = server.take_back, promises.void, memory.used
+    server.ahead = {Sys.MEM_GET: memory.get_ahead, Sys.STO_READ: storage.read_at_once}
     ticker = Ticker(server.timers, storage.background)
     for fd in storage.watched:
         server.watch(fd, ticker.now)

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from aiosd.ipc import link
-from aiosd.ipc.service import Lasting, Pause
+from aiosd.ipc.service import Followed, Lasting, Pause
 from aiosd.store import owners, plainly
 from aiosd.store.consent import Consent
 from aiosd.store.database import Database
@@ -97,18 +97,26 @@ class NoteStore:
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
 
     def get(self, ask: link.Ask, args: wire.MemGet) -> Any:
-        own = owners.own(ask.caller)
-        wanted = args.note if isinstance(args.note, int) else self._ids.get((own, args.note))
-        held = self.cache.get(wanted, own) if wanted is not None else None
-        if held is not None and not self._over(held[1]):
-            name, note = held
-            if wanted != args.note:
-                seen = name == own and note.key == args.note
-            else:
-                seen = name == own or name == owners.group(ask.caller)
-            if seen:
-                return self._promised(note, args)
-        return self._promised(self._find(ask.caller, args.note), args)
+        return self._promised(self._held(ask.caller, args.note) or self._find(ask.caller, args.note), args)
+
+    def get_ahead(self, ask: link.Ask, args: wire.MemGet) -> Any:
+        """The same for a call that is not made yet, if the note is in memory."""
+        note = self._held(ask.caller, args.note, counts=False)
+        return None if note is None else self._promised(note, args)
+
+    def _held(self, caller: link.Caller, which: int | str, counts: bool = True) -> Note | None:
+        """The note that the caller means, if it is in memory."""
+        own = owners.own(caller)
+        wanted = which if isinstance(which, int) else self._ids.get((own, which))
+        if wanted is None:
+            return None
+        held = self.cache.get(wanted, own) if counts else self.cache.peek(wanted)
+        if held is None or self._over(held[1]):
+            return None
+        name, note = held
+        if wanted != which:
+            return note if name == own and note.key == which else None
+        return note if name == own or name == owners.group(caller) else None
 
     def _promised(self, note: Note, args: wire.MemGet) -> Any:
         """The answer with a promise: as long as the note does not change, the same caller gets the same answer. (Not
@@ -211,7 +219,8 @@ class NoteStore:
             kept.append((name, note))
             return note.id
 
-        return self._changed(self._in_quota(ask, lambda: self._db.once(ask, effect, bare=True)), kept)
+        reply = self._in_quota(ask, lambda: self._db.once(ask, effect, bare=True))
+        return self._changed(ask, reply, kept, None if args.shared else args.key)
 
     def update(self, ask: link.Ask, args: wire.MemUpdate) -> Any:
         kept: list[tuple[str, Note]] = []
@@ -234,7 +243,8 @@ class NoteStore:
             kept.append((name, self._write(name, note, old, ask.caller)))
             return note.version
 
-        return self._changed(self._in_quota(ask, lambda: self._db.once(ask, effect)), kept)
+        reply = self._in_quota(ask, lambda: self._db.once(ask, effect))
+        return self._changed(ask, reply, kept, args.note)
 
     def remove(self, ask: link.Ask, args: wire.MemGet) -> Any:
         gone: list[int] = []
@@ -486,10 +496,13 @@ class NoteStore:
     def _over(self, note: Note) -> bool:
         return note.expires is not None and note.expires <= self._clock()
 
-    def _changed(self, reply: Any, kept: Iterable[tuple[str, Note]]) -> Any:
-        """Give the reply, and update the copies in memory after the commit."""
+    def _changed(self, ask: link.Ask, reply: Any, kept: Sequence[tuple[str, Note]], which: int | str | None) -> Any:
+        """Give the reply, and update the copies in memory after the commit. `which`: the name by which the caller is
+        likely to read the note next; None: its id."""
         for name, note in kept:
             self._keep(name, note)
+            if ask.ahead and len(note.text) <= link.LARGEST_COPY:
+                return Followed(reply, ask, Sys.MEM_GET, wire.MemGet(note.id if which is None else which))
         return reply
 
     def _keep(self, name: str, note: Note) -> None:

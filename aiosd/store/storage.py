@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aiosd.ipc import link
-from aiosd.ipc.service import Lasting, Pause
+from aiosd.ipc.service import Followed, Lasting, Pause
 from aiosd.store import owners, spaces
 from aiosd.store.consent import Consent
 from aiosd.store.contents import Contents
@@ -97,9 +97,9 @@ class Storage:
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, ask: link.Ask, args: wire.StoRead) -> Any:
-        return self._read_at_once(ask, args) or self._read_in_steps(ask, args)
+        return self.read_at_once(ask, args) or self._read_in_steps(ask, args)
 
-    def _read_at_once(self, ask: link.Ask, args: wire.StoRead) -> Any:
+    def read_at_once(self, ask: link.Ask, args: wire.StoRead) -> Any:
         """A fast way for most reads, those of a small file of the caller's own. None: this is another case."""
         if args.of or self.consent.ruled("sto_read"):
             return None
@@ -180,7 +180,10 @@ class Storage:
             size, parts = self._appended(owner, old, args.data) if args.append else self._whole(owner, args.data)
             return self._add(ask, owner, path, old, size, parts, before)
 
-        return self._db.once(ask, effect)
+        reply = self._db.once(ask, effect)
+        if not ask.ahead or args.append or args.of or len(args.data) > link.LARGEST_COPY:
+            return reply
+        return Followed(reply, ask, Sys.STO_READ, wire.StoRead(args.path))
 
     def _whole(self, owner: int, data: bytes) -> tuple[int, list[int]]:
         return len(data), [self.contents.put(owner, data)] if data else []
