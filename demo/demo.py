@@ -135,14 +135,14 @@ def show(terminal: Terminal) -> int:
     wait_for(terminal, {"endless", *CLERKS})
     terminal.type("aios-ps -e")
 
-    terminal.say("the one that never ends is ended; 143 is 128 + SIGTERM")
+    terminal.say("end the one that never ends by itself; 143 is 128 + SIGTERM")
     terminal.type("aios-kill endless")
     print(f"exit code {terminal.type(f'aios-wait {endless}')}")
 
-    terminal.say("the others did not notice")
+    terminal.say("the others go on undisturbed")
     terminal.wait()
 
-    terminal.say("a guest: a tool for its model; a rule, and the sandbox in which all agents are, against the rest")
+    terminal.say("a guest: its model may call a tool; a rule denies another tool, and its sandbox hides a file")
     terminal.type("tail -n 1 ../aiosd.toml")
     terminal.type("aios-run -g guests --tool-calls 5 guests/guest.py keys.txt")
     if terminal.sandbox() != "none":
