@@ -1,4 +1,4 @@
-"""The meter of processor time: never more than was used, all of it where parents wait, nothing twice."""
+"""Accounting of processor time: never too much, complete where parents wait for children, and nothing twice."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Linux:
             self.all.append(child)
 
     def end(self, process: Process, ignored: bool) -> None:
-        """`ignored`: its parent does not want to know; Linux then adds its time to nothing."""
+        """End a process. `ignored`: its parent ignores SIGCHLD, so Linux adds its time to no other process."""
         if process is self.root or process.ended:
             return
         process.ended = True
@@ -69,7 +69,7 @@ class Linux:
         self.all.remove(process)
 
     def sample(self, between: Process | None = None) -> Iterator[ProcessSample]:
-        """Parents first. `between`: is waited for after its parent was looked at, and before it is."""
+        """Sample all processes, parents first. `between`: a process that is waited for after its parent was sampled."""
         seen = []
         todo = [self.root]
         for process in todo:

@@ -51,7 +51,7 @@ def with_a(schema: Schema) -> dict[str, Any]:
 
 
 PROPERTIES: list[tuple[Schema, list[Any], list[Any]]] = [
-    # what no grammar keeps, values that must remain possible, values that are still refused
+    # schemas that no grammar keeps, values that must remain possible, values that are still refused
     ({"type": "string", "pattern": r"(?<!x)y"}, ["y", "free"], [1, None]),
     ({"type": "string", "pattern": r"\bword\b", "maxLength": 8}, ["a word b"], [1, "more than eight characters"]),
     ({"type": "string", "pattern": r"(a)\1"}, ["aa"], [[]]),

@@ -1,4 +1,4 @@
-"""Every text of a grammar is JSON and valid against its schema; what no grammar can keep is refused with a sentence.
+"""Every text of a grammar is JSON and valid against its schema; schemas without a grammar are refused with a sentence.
 
 The texts are drawn by random walks through llama.cpp's own grammar, byte by byte, and judged by a validator of
 the tests' own (`minischema`).
@@ -27,7 +27,7 @@ from tests import tinymodels
 from tests.minischema import valid
 from tests.pace import cheap
 
-#: Drawn more often, so that walks come to an end.
+#: Characters that are drawn more often, so that walks end.
 CLOSING = {bytes([byte]) for byte in b'"}],:0'}
 
 
