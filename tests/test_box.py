@@ -155,9 +155,7 @@ def test_a_workspace_lies_below_its_folder_whatever_the_program_is_called(progra
 # ── what a person's program may read without a grant ──────────────────────────────────────────────────────
 
 
-def test_a_script_may_read_its_folder_and_at_home_only_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_may_read_its_folder_and_at_home_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
     (home / "project").mkdir(parents=True)
     (home / "project" / "a.py").touch()

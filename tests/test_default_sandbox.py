@@ -1,5 +1,4 @@
-"""The default sandbox: agents run in the strongest one that the machine offers, and the examples of README work in it.
-"""
+"""The default sandbox: agents run in the strongest one of the machine, and the examples of README work in it."""
 
 from __future__ import annotations
 

@@ -390,9 +390,7 @@ def test_states_that_cannot_be_cut_stay_within_their_budget(
 
 
 @pytest.mark.parametrize("ram", [1 << 24, 200_000, 60_000, 0])
-def test_buffers_for_copies_count_in_the_budget(
-    any_loaded: loading.LoadedModel, tmp_path: Path, ram: int
-) -> None:
+def test_buffers_for_copies_count_in_the_budget(any_loaded: loading.LoadedModel, tmp_path: Path, ram: int) -> None:
     any_loaded.context.drop_buffers()
     bench = engine(any_loaded, tmp_path, ram=ram, policy=Restless(1))
     any_loaded.context.drop_buffers()  # of the sample

@@ -207,7 +207,9 @@ def test_an_interrupted_download_goes_on(hub: Hub, aiosd_command: Command, tmp_p
     assert list((tmp_path / "hf/hub").rglob("*.aiosd")) == []
 
 
-def test_a_file_that_was_damaged_on_its_way_is_refused(hub: Hub, aiosd_command: Command, tmp_path: Path, tiny: Path) -> None:
+def test_a_file_that_was_damaged_on_its_way_is_refused(
+    hub: Hub, aiosd_command: Command, tmp_path: Path, tiny: Path
+) -> None:
     hub.files[REPO] = {"t-Q4_K_M.gguf": tiny.read_bytes()}
     hub.wrong_bytes = True
     done = aiosd_command("pull", REPO)
@@ -251,7 +253,9 @@ def test_a_hub_that_cannot_be_reached(hub: Hub, aiosd_command: Command, tiny: Pa
         ("name", "'name' names no model of a hub (such as hf:ORG/NAME or hf:ORG/NAME:Q4_K_M)"),
     ],
 )
-def test_a_file_that_cannot_be_fetched_is_one_line(hub: Hub, aiosd_command: Command, tiny: Path, word: str, words: str) -> None:
+def test_a_file_that_cannot_be_fetched_is_one_line(
+    hub: Hub, aiosd_command: Command, tiny: Path, word: str, words: str
+) -> None:
     hub.files[REPO] = {"t-Q4_K_M.gguf": tiny.read_bytes()}
     done = aiosd_command("pull", word)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"aiosd: {words}\n")

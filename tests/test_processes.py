@@ -197,7 +197,9 @@ def test_only_children_can_be_waited_for(aiosd: System, agent: Write) -> None:
     assert run(aiosd, script) == "1: is part of aiosd itself (see aiosd status, aiosd stop)\n999999: no such agent\n"
 
 
-def test_a_program_that_cannot_be_started_is_an_error_with_its_errno(aiosd: System, agent: Write, tmp_path: Path) -> None:
+def test_a_program_that_cannot_be_started_is_an_error_with_its_errno(
+    aiosd: System, agent: Write, tmp_path: Path
+) -> None:
     (tmp_path / "plain").write_text("text")
     script = agent("""
         for target in ("nonesuch", "nonesuch.py", "./plain", "./"):

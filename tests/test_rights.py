@@ -363,7 +363,9 @@ def test_root_does_not_serve_in_a_folder_of_another_user(fresh_aiosd: Fresh, tmp
 
 
 @needs_root
-def test_root_does_not_serve_with_a_socket_in_a_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_does_not_serve_with_a_socket_in_a_folder_of_another_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AIOS_HOME", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))

@@ -104,7 +104,9 @@ def test_an_agent_that_was_forked_ahead_has_nothing_of_others(aiosd: System, fol
     assert done.stdout == "0\n\n"
 
 
-def test_a_new_agent_has_nothing_of_others_after_restarts_of_agents_and_of_the_kernel(fresh_aiosd: Fresh, folder: Path) -> None:
+def test_a_new_agent_has_nothing_of_others_after_restarts_of_agents_and_of_the_kernel(
+    fresh_aiosd: Fresh, folder: Path
+) -> None:
     """An agent that is started again still has its letter, and the next kernel has its command line."""
     system = fresh_aiosd()
     (folder / "again.py").write_text("import os\nprint(os.environ['KEY'], flush=True)\nos.kill(os.getpid(), 9)\n")

@@ -459,7 +459,9 @@ def test_a_search_does_not_wait_for_a_large_index_for_ever(
     assert store.found("feline", 2) == ["feline", "kitten"]
 
 
-def test_an_index_with_many_dead_rows_is_read_again(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_with_many_dead_rows_is_read_again(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(index, "WORN_LEAST", 3)
     store = make(Fake())
     notes = store.add("kitten", "tea")

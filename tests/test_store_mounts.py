@@ -114,7 +114,9 @@ def test_reading_returns_the_present_content(store: Store, folder: Path) -> None
     refused(errno.ENOENT, lambda: store.read("docs/a.txt"))
 
 
-def test_after_an_overflow_of_events_the_folder_is_read_again(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_an_overflow_of_events_the_folder_is_read_again(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mount(store, folder)
     watcher = store.storage.mounts._inotify
     assert watcher is not None

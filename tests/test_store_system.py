@@ -150,7 +150,9 @@ def test_inspect_shows_what_an_agent_keeps(fresh_aiosd: Callable[..., System], t
     job.communicate("")
 
 
-def test_reading_a_note_again_needs_no_store_until_it_changes(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+def test_reading_a_note_again_needs_no_store_until_it_changes(
+    fresh_aiosd: Callable[..., System], tmp_path: Path
+) -> None:
     aiosd = fresh_aiosd()
     (script := tmp_path / "read.py").write_text(READ)
     agents = [aiosd.popen("aios-run", "--name", "reader", str(script)) for _ in range(2)]

@@ -233,9 +233,7 @@ print(sorted(int(note.text.split()[1]) for note in aios.mem.list(limit=1000)) ==
 """
 
 
-def test_a_note_added_while_the_kernel_dies_exists_once(
-    fresh_aiosd: Callable[..., System], tmp_path: Path
-) -> None:
+def test_a_note_added_while_the_kernel_dies_exists_once(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
     system = fresh_aiosd()
     (tmp_path / "many.py").write_text(MANY)
     pid = system.run("aios-run", "-d", "--name", "many", str(tmp_path / "many.py"), check=True).stdout.strip()

@@ -129,7 +129,9 @@ class Nano(nn.Module):
         near, far = pairs * 3 // 16, pairs * 7 // 16
         told = 2 * (pairs - far)  # width of the message from block 0 to block 1
         embd = self.token_embd.weight
-        embd.mul_(0.08 * s.width**0.5 / embd.norm(dim=1, keepdim=True))  # equal norms: a long one would attract attention
+        embd.mul_(
+            0.08 * s.width**0.5 / embd.norm(dim=1, keepdim=True)
+        )  # equal norms: a long one would attract attention
         embd[:, 0] = 3 * embd.std()  # the same for all tokens: the head of block 0 matches by it
         embd[:, -told:] = self.space[-told:] = self.space[0] = 0  # room for the message
         look = nn.init.orthogonal_(torch.empty(told, s.width))
