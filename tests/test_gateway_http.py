@@ -353,7 +353,7 @@ def test_of_many_connections_at_once_none_is_lost(monkeypatch: pytest.MonkeyPatc
     asyncio.run(run())
 
 
-def test_slow_connections_are_closed_when_all_places_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bodies_are_aborted_when_all_memory_for_bodies_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiosd.gateway import accounts
 
     class User:

@@ -355,7 +355,7 @@ def test_messages_to_agents_that_die_do_not_fill_the_journal() -> None:
         assert sum(os.fstat(fd).st_size for fd in made._fds) < 4 * COMPACT_BYTES
 
 
-def test_delivered_messages_are_kept_for_a_limited_time() -> None:
+def test_the_kept_delivered_messages_have_a_bound() -> None:
     for made in journal({1}):
         obj = wire.raw(bytes(1 << 20))
         for number in range(40):

@@ -50,7 +50,7 @@ def test_what_was_paid_and_not_used_is_given_back() -> None:
     assert second.pay(5, 5) == ""
 
 
-def test_an_unused_purse_takes_the_kernels_next_figure() -> None:
+def test_an_unused_purse_is_filled_by_the_kernels_figure_after_a_while() -> None:
     purses = Purses()
     for now, left, expected in ((0.0, 10, ""), (KEEP_S / 2, 10, "tokens"), (2 * KEEP_S, 10, "")):
         account = purses.open((1, 1), [PurseShare(2, left, None)], now)

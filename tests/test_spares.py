@@ -113,7 +113,7 @@ def test_spares_end_when_they_are_not_needed(aiosd: System, tmp_path: Path) -> N
     assert eventually(lambda: not spares(aiosd))
 
 
-def test_killed_spares_are_replaced(aiosd: System, tmp_path: Path) -> None:
+def test_agents_start_although_spares_were_killed(aiosd: System, tmp_path: Path) -> None:
     crowd(aiosd, tmp_path, 3)
     for process in spares(aiosd)[::2]:
         os.kill(process.pid, signal.SIGKILL)

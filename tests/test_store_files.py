@@ -420,7 +420,7 @@ TAKEN_BACK: dict[str, Callable[[Store], Any]] = {
 
 
 @pytest.mark.parametrize("what", TAKEN_BACK)
-def test_a_share_that_ends_while_a_search_waits_is_not_searched(tmp_path: Path, what: str) -> None:
+def test_files_taken_back_while_a_search_waits_are_not_found(tmp_path: Path, what: str) -> None:
     """The search waits for the embedder, or until the index is loaded."""
     embedder = Fake()
     with contextlib.closing(Store(tmp_path, embedder=embedder)) as store:
