@@ -139,7 +139,7 @@ def audit(system: System) -> list[dict[str, Any]]:
 # ── nobody listens ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_denial_names_its_rule_and_nobody_waits(system: System, agent: str) -> None:
+def test_a_denial_names_its_rule_and_comes_at_once(system: System, agent: str) -> None:
     shell = 'aios.tool.call("shell", command="true")'
     kill = "aios.proc.kill(aios.proc.getpid(), 10)"
     write = 'aios.tool.call("write_file", path="keep/../keep/a", content="x")'
@@ -297,7 +297,7 @@ def test_an_ask_ends_with_its_call_and_with_its_agent(
     assert listener.next().state == "gone"
 
 
-def test_when_the_last_listener_leaves_nobody_waits_any_more(system: System, start: Start, agent: str) -> None:
+def test_when_the_last_listener_leaves_waiting_calls_are_denied(system: System, start: Start, agent: str) -> None:
     with Client(Home(str(system.home))) as client:
         listener = Listener(client)
         running = start(agent, CALC)
@@ -408,7 +408,7 @@ def an_ask(what: str, resources: list[tuple[str, str]], details: list[tuple[str,
     return Asked("6f1b20c9", "d", 7, "clerk", "web", what, False, resources, details, "a rule", always, time.time())
 
 
-def test_one_line_tells_what_would_happen() -> None:
+def test_one_line_describes_what_would_happen() -> None:
     renice = an_ask("nice", [("group", "web")], [("agent", "clerk(7)"), ("nice", "from 0 to -5")])
     assert asks.in_short(renice) == "nice (group web, agent clerk(7), nice from 0 to -5)"
     written = an_ask("sto_write", [("path", "a.txt")], [("file", "a.txt"), ("text", "one\ntwo"), ("why", "x" * 61)])

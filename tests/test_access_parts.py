@@ -180,7 +180,7 @@ def test_who_listens_to_whom(which: dict[str, Any], hears: bool, world: Callable
             made.ask()
 
 
-def test_a_new_kernel_waits_for_those_who_listened_to_the_old_one(world: Callable[..., World]) -> None:
+def test_a_new_kernel_waits_for_the_listeners_of_the_old_one(world: Callable[..., World]) -> None:
     made = world(reborn=True)
     assert made.ask(again=True) is False
     made.after(BACK_S - 1)

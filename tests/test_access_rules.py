@@ -256,7 +256,7 @@ def test_without_resources_it_is_for_these_very_arguments() -> None:
     assert not entry.covers(ME, msgspec.structs.replace(one, details=[("command", "ls; rm -rf .")]))
 
 
-def test_a_text_that_is_cut_says_so_and_still_counts_as_a_whole() -> None:
+def test_a_cut_text_is_marked_and_still_counts_as_a_whole() -> None:
     long = "x" * (DETAIL_CHARS + 10)
     _, text = detail("text", long)
     assert "10 more characters, not shown" in text

@@ -59,7 +59,7 @@ def reader(log: str) -> Iterator[LogReader]:
 # ── the index ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_index_tells_how_much_was_written_before(tmp_path: Path) -> None:
+def test_index_has_how_much_was_written_before_a_time(tmp_path: Path) -> None:
     path = tmp_path / "7.idx"
     path.write_bytes(
         b"".join(struct.pack("<dQ", t, size) for t, size in ((10.0, 100), (11.0, 150), (20.0, 900))) + b"half"

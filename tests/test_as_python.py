@@ -325,7 +325,7 @@ def test_an_error_of_a_call_shows_the_scripts_lines_and_one_more(aiosd: System, 
     assert done.stderr.splitlines()[-1].startswith("ChildProcessError: ")
 
 
-def test_a_full_disk_is_told(aiosd: System, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(aiosd: System, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("print('lost')")
     with open("/dev/full", "w") as full:
         done = aiosd.run("aios-run", tmp_path / "a.py", stdout=full, env={"PYTHONUNBUFFERED": ""})

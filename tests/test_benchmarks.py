@@ -246,8 +246,9 @@ def test_busy_neighbours_leave_a_fair_share(tmp_path):
     options = busy.parse(["--rounds", "1", "--tokens", "4"])
     rows = busy.cell(str(write(tmp_path / "m.gguf", vocab=512)), 1, options)
     assert [row["busy"] for row in rows] == [1, 2]
-    assert "MISSED" in busy.line(rows[0] | {"ratio": 0.79})
-    assert "MISSED" not in busy.line(rows[0] | {"ratio": 0.81})
+    bar = rows[0]["bar"]  # it depends on the number of cores
+    assert "MISSED" in busy.line(rows[0] | {"ratio": bar - 0.01})
+    assert "MISSED" not in busy.line(rows[0] | {"ratio": bar + 0.01})
 
 
 def test_guesses_are_measured_against_none_through_the_whole_system(tmp_path):

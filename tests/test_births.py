@@ -74,7 +74,7 @@ def test_a_birth_is_over_with_its_process_though_another_holds_its_socket() -> N
         assert epoll.poll(0) == []
 
 
-def test_a_program_that_cannot_be_looked_up_holds_up_no_other_agent(fresh_aiosd: Fresh, slow: Path) -> None:
+def test_a_look_up_that_hangs_delays_no_other_agent(fresh_aiosd: Fresh, slow: Path) -> None:
     system = fresh_aiosd()
     run = system.popen("aios-run", slow)
     assert eventually(lambda: system.run("aios-run", "--", "echo", "others", check=True).stdout == "others\n")
@@ -254,7 +254,7 @@ def test_one_that_has_rung_reports_that(ward: Ward) -> None:
     bell.close()
 
 
-def test_a_report_says_why_it_cannot(ward: Ward) -> None:
+def test_a_report_has_the_reason_of_a_failure(ward: Ward) -> None:
     birth = ward.expect()
     Report(ward.theirs[0].detach()).refuse(FileNotFoundError(2, ""), "x.py: not found")
     ward.births.ended(birth.agent)
@@ -292,7 +292,7 @@ def test_one_that_is_stopped_has_more_time(ward: Ward) -> None:
         child.kill()
 
 
-def test_a_kernel_that_asks_again_is_answered(ward: Ward) -> None:
+def test_a_kernel_that_sends_a_fork_again_is_answered(ward: Ward) -> None:
     birth = ward.expect()
     for epoch in (1, 2):
         assert ward.births.claim(birth.agent, epoch)

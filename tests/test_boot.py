@@ -64,7 +64,7 @@ def test_the_store_imports_no_numpy_before_it_needs_it(fresh_aiosd: Fresh) -> No
     assert "numpy" not in maps["store"]
 
 
-def test_status_tells_where_what_runs(aiosd: System) -> None:
+def test_status_shows_what_runs(aiosd: System) -> None:
     status = aiosd.status()
     assert status["home"] == str(aiosd.home)
     assert status["pid"] == aiosd.daemon.pid
@@ -86,7 +86,7 @@ def test_processes_are_named_as_promised(aiosd: System) -> None:
     assert {"supervisor", "kernel", "llm"} <= names
 
 
-def test_flags_stand_over_environment_and_file(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+def test_flags_override_environment_and_file(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     system = fresh_aiosd("--slots", "3", "--ctx", "2048")
     (model,) = system.status()["models"]
     assert model["info"]["n_slots"] == 3
@@ -154,7 +154,7 @@ def test_background_returns_when_it_serves(fresh_aiosd: Fresh) -> None:
     assert eventually(lambda: not system.processes())
 
 
-def test_background_says_why_it_did_not_come_up(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+def test_background_reports_why_the_start_failed(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     system = fresh_aiosd(start=False)
     done = system.run("aiosd", "-d", "--model", tmp_path / "nowhere.gguf")
     assert done.returncode == 1
@@ -207,7 +207,7 @@ def test_a_second_home_does_not_take_the_socket_of_the_first(fresh_aiosd: Fresh,
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_without_a_kernel_each_command_says_so(fresh_aiosd: Fresh, command: list[str], code: int) -> None:
+def test_without_a_kernel_each_command_reports_that(fresh_aiosd: Fresh, command: list[str], code: int) -> None:
     done = fresh_aiosd(start=False).run(*command)
     assert (done.returncode, done.stdout) == (code, "")
     assert one_line(done.stderr).startswith(command[0])

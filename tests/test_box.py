@@ -76,7 +76,7 @@ def sandboxes(tmp_path: Path) -> Sandboxes:
 
 @pytest.mark.parametrize("path", ["home/data", "home/data/store", "home", "."])
 @pytest.mark.parametrize("kind", ["read", "write"])
-def test_nobody_grants_the_data_of_aiosd(path: str, kind: str, tmp_path: Path) -> None:
+def test_the_data_of_aiosd_cannot_be_granted(path: str, kind: str, tmp_path: Path) -> None:
     """There are the approvals, the audit, and other agents' files."""
     wish = wire.Sandbox(**{kind: [os.path.normpath(tmp_path / path)]})
     with pytest.raises(OSError, match="aiosd's own data is there"):
@@ -402,7 +402,7 @@ def test_calls_that_depend_on_their_arguments(number: int, args: tuple[int, ...]
     assert run(filter.program(True, doors=True), number, *args) == online
 
 
-def test_without_a_door_no_listener_is_asked() -> None:
+def test_without_a_door_no_listener_is_notified() -> None:
     assert run(filter.program(False, doors=False), 41, 2, 1, 0) == EAFNOSUPPORT
     assert run(filter.program(True, doors=False), 41, 1, 1, 0) == EAFNOSUPPORT
 
@@ -414,7 +414,9 @@ def test_without_a_door_no_listener_is_asked() -> None:
     (1, 0x1FFF, 0, 0, 8), (2, 0x3FFF, 0, 0, 8), (3, 0x7FFF, 0, 0, 8), (4, 0x7FFF, 3, 0, 16), (6, 0xFFFF, 3, 3, 24),
     (9, 0xFFFF, 3, 3, 24),
 ])  # fmt: skip
-def test_an_older_linux_is_asked_for_what_it_knows(version: int, files: int, net: int, scoped: int, size: int) -> None:
+def test_an_older_linux_gets_only_rights_that_it_has(
+    version: int, files: int, net: int, scoped: int, size: int
+) -> None:
     assert landlock.ruleset(version) == landlock.Ruleset(files, net, scoped, size)
 
 

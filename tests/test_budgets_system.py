@@ -118,7 +118,7 @@ def test_an_agent_beyond_a_sampled_budget_is_ended(
     assert f"agent {found['pid']}: {words}" in system.log()
 
 
-def test_a_fork_bomb_in_a_sandbox_is_ended_and_nobody_else(fresh_aiosd: Fresh, write: Write) -> None:
+def test_a_fork_bomb_in_a_sandbox_is_ended_and_no_other_agent(fresh_aiosd: Fresh, write: Write) -> None:
     """Linux counts no processes of root, and otherwise all processes of the user, so aiosd's kernel counts. The bomb
     ends by itself at 2,048, so that the machine survives if it is not stopped. On a single processor the bomb may delay
     the kernel for so long that it is replaced; so the test has a system of its own."""
@@ -194,7 +194,7 @@ def test_files_and_the_store_count_as_disk(system: System, write: Write) -> None
     assert (done.returncode, "disk budget of 1.0M exceeded" in done.stderr) == (124, True)
 
 
-def test_an_agent_is_told_when_a_budget_runs_short(system: System, write: Write) -> None:
+def test_an_agent_gets_a_message_when_a_budget_runs_short(system: System, write: Write) -> None:
     script = write("""
         for _ in range(4): aios.tool.call("calc", expression="1")
         print(aios.msg.recv(timeout=30))
@@ -204,7 +204,7 @@ def test_an_agent_is_told_when_a_budget_runs_short(system: System, write: Write)
     assert done.stdout == "(1, {'budget': 'tool_calls', 'used': 4.0, 'limit': 5, 'group': ''})\n"
 
 
-def test_inspect_says_what_is_exact_and_what_lags(system: System, write: Write) -> None:
+def test_inspect_shows_which_figures_are_exact_and_which_lag(system: System, write: Write) -> None:
     script = write("print(aios.proc.getpid(), flush=True); aios.msg.recv()")
     job = system.popen("aios-run", "--tokens", "5", "--memory", "1G", script)
     assert job.stdout is not None

@@ -160,7 +160,7 @@ def test_a_busy_reader_is_not_rung_for_every_frame(ends: Ends) -> None:
     assert len(os.read(ends.kernel.fileno(), 100)) == 1
 
 
-def test_a_limited_receive_says_that_there_is_more(ends: Ends) -> None:
+def test_a_limited_receive_reports_that_there_is_more(ends: Ends) -> None:
     for number in range(5):
         ends.agent.send(bytes([number]))
     assert ends.kernel.receive(3) == [b"\0", b"\1", b"\2"]

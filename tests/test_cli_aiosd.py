@@ -182,7 +182,7 @@ def test_two_models_of_one_name(load: Load) -> None:
         ("[[agent]]\nfile = 'a'\nargs = 'x y'\n", "line 3: args: 'x y' is no list of texts"),
     ],
 )
-def test_an_error_in_the_file_tells_its_place(load: Load, tmp_path: Path, toml: str, words: str) -> None:
+def test_an_error_in_the_file_names_its_place(load: Load, tmp_path: Path, toml: str, words: str) -> None:
     with pytest.raises(UsageError) as told:
         load(toml)
     assert str(tmp_path / "aiosd.toml") in str(told.value)
@@ -190,7 +190,7 @@ def test_an_error_in_the_file_tells_its_place(load: Load, tmp_path: Path, toml: 
     assert "\n" not in str(told.value)
 
 
-def test_an_error_in_the_environment_tells_the_variable(load: Load) -> None:
+def test_an_error_in_the_environment_names_the_variable(load: Load) -> None:
     with pytest.raises(UsageError, match="AIOSD_SLOTS: 'x' is no whole number"):
         load(environ={"AIOSD_SLOTS": "x"})
 
@@ -273,7 +273,7 @@ def test_shares_of_groups(load: Load, toml: str) -> None:
     assert load(toml, {"AIOSD_SHARES": "web=1"}).shares == {"web": 1.0}
 
 
-def test_the_settings_know_the_policies_that_there_are() -> None:
+def test_the_settings_have_all_policies() -> None:
     assert policy.NAMES == keys.POLICIES
 
 
@@ -418,7 +418,7 @@ def test_background_starter_that_is_interrupted_takes_the_system_down(fresh_aios
     assert eventually(lambda: not system.processes())
 
 
-def test_a_home_that_cannot_be_made_is_told_with_a_way_out(fresh_aiosd: Fresh) -> None:
+def test_a_home_that_cannot_be_made_is_reported_with_a_remedy(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd(start=False)
     for options in ([], ["-d"]):
         done = system.run("aiosd", *options, env={"AIOS_HOME": "/proc/nowhere"})
@@ -691,7 +691,7 @@ def complete(aiosd: System, line: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_completion_knows_options_pids_and_names(aiosd: System) -> None:
+def test_completion_has_options_pids_and_names(aiosd: System) -> None:
     pid = aiosd.run("aios-run", "-d", "--name", "completed", "--", "sleep", "300", check=True).stdout.strip()
     assert complete(aiosd, "aios-kill comp") == ["completed"]
     assert pid in complete(aiosd, "aios-wait ")
@@ -721,7 +721,7 @@ def test_completion_knows_options_pids_and_names(aiosd: System) -> None:
         ("aiosd set stop_timeout ", []),
     ],
 )
-def test_completion_knows_words(fresh_aiosd: Fresh, line: str, words: list[str]) -> None:
+def test_completion_has_words(fresh_aiosd: Fresh, line: str, words: list[str]) -> None:
     assert complete(fresh_aiosd(start=False), line) == words
 
 

@@ -184,7 +184,7 @@ def test_it_ends_when_its_reader_has_gone(aiosd: System) -> None:
     aiosd.run("aios-kill", pid, check=True)
 
 
-def test_signals_are_passed_on_while_the_reader_stands_still(aiosd: System) -> None:
+def test_signals_are_passed_on_while_the_reader_does_not_read(aiosd: System) -> None:
     output, printing = os.pipe()
     try:
         view = aiosd.popen(
@@ -440,7 +440,7 @@ def test_dt_has_a_size_where_there_is_no_terminal(aiosd: System) -> None:
     assert aiosd.run("aios-attach", held(aiosd, "stty size; tty")).stdout.startswith("24 80\n/dev/pts/")
 
 
-def test_dt_what_does_not_start_is_told_as_by_aios_run(aiosd: System, fresh_aiosd: Fresh) -> None:
+def test_dt_a_failed_start_is_reported_as_by_aios_run(aiosd: System, fresh_aiosd: Fresh) -> None:
     done = aiosd.run("aios-run", "-dt", "--", "no-such-program")
     assert (done.returncode, done.stderr) == (127, "aios-run: no-such-program: not found\n")
     none = fresh_aiosd(start=False).run("aios-run", "-dt", "--", "true")

@@ -358,7 +358,7 @@ def test_inspect_is_a_list_of_records(aiosd: System) -> None:
     aiosd.run("aios-kill", *pids, check=True)
 
 
-def test_inspect_tells_what_it_found_and_what_not(aiosd: System) -> None:
+def test_inspect_reports_found_and_unknown_agents(aiosd: System) -> None:
     pid = start(aiosd, "exit 3")
     aiosd.run("aios-wait", pid)
     done = aiosd.run("aios-inspect", pid, "nobody", "999999")

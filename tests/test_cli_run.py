@@ -469,7 +469,7 @@ def test_a_used_up_budget_is_reported_on_stderr(aiosd: System) -> None:
     assert done.stderr.endswith(": time budget of 0.3 s used up\n")
 
 
-def test_detached_prints_the_pid_and_is_gone(aiosd: System) -> None:
+def test_detached_prints_the_pid_and_returns(aiosd: System) -> None:
     done = aiosd.run("aios-run", "-d", "--", "sh", "-c", "echo hidden; sleep 300", check=True)
     pid = done.stdout.strip()
     assert pid.isdigit()

@@ -116,7 +116,7 @@ def test_a_prompt_is_charged_when_it_is_sent(make: Make) -> None:
     assert refused.prompts(key) == 0
 
 
-def test_a_new_kernel_is_told_all_that_was_charged(make: Make) -> None:
+def test_a_new_kernel_gets_all_that_was_charged(make: Make) -> None:
     bench = make(status(500), hangs("one "))
     key = bench.submit()
     bench.until(lambda: bench.deltas(key))

@@ -121,7 +121,7 @@ def test_it_is_never_more_than_was_used_and_never_less_than_before(actions: list
         before = meter.total_s
 
 
-def test_what_is_seen_of_a_process_that_nobody_waits_for_stays_counted() -> None:
+def test_sampled_time_of_a_process_without_a_wait_stays_counted() -> None:
     linux, meter = Linux(), CpuMeter()
     linux.fork(linux.root)
     child = linux.all[1]
@@ -151,7 +151,7 @@ def test_a_successor_goes_on_where_the_dead_one_was() -> None:
     assert CpuMeter(2.0).update([ProcessSample((1, 0), 1.5, 0.25)]) == 0.0
 
 
-def test_the_end_tells_what_no_sample_has_shown() -> None:
+def test_the_end_adds_time_after_the_last_sample() -> None:
     meter = CpuMeter()
     assert meter.end(0.7) == 0.7
     meter = CpuMeter()

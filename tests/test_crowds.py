@@ -214,7 +214,7 @@ def test_a_long_line_of_ancestors_is_walked_once(chain: ProcTable) -> None:
 # ── waiting ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_stop_of_thousands_asks_each_once_or_twice() -> None:
+def test_a_stop_of_thousands_looks_at_each_once_or_twice() -> None:
     table = table_of(make(pid) for pid in range(2, MANY + 2))
     house = House(table)
     asked: list[int] = []
@@ -293,7 +293,7 @@ def core_with(parked: Callable[[int], None]) -> Core:
     )
 
 
-def test_a_core_that_confirms_tells_of_that_peer_alone() -> None:
+def test_a_confirmation_of_a_core_is_about_one_peer() -> None:
     from aiosd.ipc import link
 
     told: list[int] = []

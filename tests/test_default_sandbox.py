@@ -42,7 +42,7 @@ def script(folder: Path, code: str, name: str = "agent.py") -> str:
     return name
 
 
-def test_agents_are_in_the_strongest_sandbox_and_the_status_says_so(system: System) -> None:
+def test_agents_are_in_the_strongest_sandbox_and_the_status_shows_it(system: System) -> None:
     found = system.status()["sandbox"]
     assert found["default"] == found["possible"]
     line = next(line for line in system.run("aiosd", "status").stdout.splitlines() if line.startswith("  sandbox"))
@@ -172,7 +172,7 @@ def test_keys_that_a_program_may_have_missed_are_named(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
 
 
-def test_that_files_beside_a_script_in_tmp_do_not_stay_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_reports_that_files_beside_a_script_in_tmp_do_not_stay(capsys: pytest.CaptureFixture[str]) -> None:
     """In other folders writing beside the script fails. In /tmp it succeeds, but in a memory of the agent's own."""
 
     def told(script: str, sandbox: str) -> list[str]:

@@ -153,7 +153,7 @@ def test_of_a_stopped_agent_nothing_is_counted_until_it_goes_on(aiosd: System, w
     aiosd.run("aios-kill", "-KILL", "family", "other", check=True)
 
 
-def test_a_child_that_is_being_forked_when_its_parent_stops_stands_still_too(aiosd: System, write: Write) -> None:
+def test_a_child_that_is_being_forked_when_its_parent_stops_is_stopped_too(aiosd: System, write: Write) -> None:
     write("aios.llm.complete('Once', max_tokens=1500, ignore_eos=True)", "child.py")
     parent = write("""
         print(aios.proc.getpid(), flush=True)

@@ -269,7 +269,7 @@ def test_a_model_that_makes_no_vectors_is_reported_at_the_start(models: Path) ->
         system.destroy()
 
 
-def test_the_store_says_the_same_of_a_model_that_is_not_there() -> None:
+def test_the_store_reports_a_missing_model_in_the_same_words() -> None:
     """The store or the model's core may look first."""
     with pytest.raises(UsageError, match=r"^nothing: /nothing.gguf: no such file \(aiosd models lists"):
         _embedder(StoreSpec("/", 0, 0, 0, 0, model="nothing", model_path="/nothing.gguf"))

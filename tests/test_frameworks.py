@@ -20,7 +20,7 @@ CHEAP = {
 
 
 @pytest.mark.parametrize("name", CHEAP)
-def test_a_framework_asks_calls_a_tool_and_answers(aiosd: System, name: str) -> None:
+def test_a_framework_calls_model_and_tool_and_answers(aiosd: System, name: str) -> None:
     """With the embedded model, which was trained on this tool."""
     python = python_of(name)
     if not python.exists():

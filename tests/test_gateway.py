@@ -169,7 +169,7 @@ STRANGERS: list[tuple[dict[str, Any], int, str | None]] = [
 ]
 
 
-def test_what_a_page_from_elsewhere_asks_is_refused(agent: Agent) -> None:
+def test_requests_of_a_page_from_elsewhere_are_refused(agent: Agent) -> None:
     for headers, status, code in STRANGERS:
         assert agent.error(CHAT, {"messages": HELLO}, headers=headers)[::2] == (status, code), headers
 
@@ -393,7 +393,7 @@ def test_silent_connections_keep_no_other_out(aiosd: System, agent: Agent) -> No
             one.close()
 
 
-def test_paths_that_do_not_exist_are_told_from_methods(agent: Agent) -> None:
+def test_unknown_paths_and_wrong_methods_are_distinguished(agent: Agent) -> None:
     assert agent.post("/v1/nothing", method="GET")[0] == 404
     assert agent.post(CHAT, method="GET")[0] == 405
     for path, method, words in (("/api/pull", "POST", "there is nothing"), ("/api/chat", "GET", "GET is not allowed")):

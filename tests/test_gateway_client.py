@@ -176,7 +176,7 @@ def test_ollamas_tools_forms_and_models(aiosd: System, agent: Agent) -> None:
     assert agent.post("/api/chat", {**body, "messages": image})[0] == 400
 
 
-def test_ollamas_ways_to_ask_for_nothing(aiosd: System, agent: Agent) -> None:
+def test_ollamas_empty_requests(aiosd: System, agent: Agent) -> None:
     """Programs send such requests to load a model, or to check whether there is a server."""
     for path, body in (("/api/generate", {"prompt": "", "keep_alive": 0}), ("/api/chat", {"messages": []})):
         status, found = agent.post(path, {"model": "nano:latest", **body})

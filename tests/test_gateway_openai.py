@@ -177,7 +177,7 @@ def test_the_older_functions_are_tools(agent: Agent) -> None:
     assert "tool_calls" not in choice["message"]
 
 
-def test_an_answer_has_the_form_that_was_asked_for(agent: Agent) -> None:
+def test_an_answer_has_the_requested_form(agent: Agent) -> None:
     choice = agent.post(CHAT, {"messages": USER, "response_format": SCHEMA})[1]["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert list(json.loads(choice["message"]["content"])) == ["n"]
@@ -375,7 +375,7 @@ def test_completions_take_texts_and_ids_one_or_many(agent: Agent) -> None:
     assert agent.error(COMPLETION, {"prompt": ["Once", 5]})[:2] == (400, "prompt")
 
 
-def test_completions_tell_their_token_ids(agent: Agent) -> None:
+def test_completions_have_their_token_ids(agent: Agent) -> None:
     body = {"prompt": [300, 301], "max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     _, whole = agent.post("/v1/completions", body)
     ids = whole["choices"][0]["token_ids"]
@@ -539,7 +539,7 @@ def test_a_stream_that_waits_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch
     asyncio.run(run())
 
 
-def test_a_tool_is_strict_only_where_it_says_so() -> None:
+def test_a_tool_is_strict_only_if_it_is_declared_so() -> None:
     """In this API a tool's schema that no grammar can keep is no reason to refuse a request; an answer's schema is."""
     given = [{"type": "function", "function": {"name": name, "parameters": {}, **strict}}
              for name, strict in (("a", {}), ("b", {"strict": True}), ("c", {"strict": None}))]  # fmt: skip

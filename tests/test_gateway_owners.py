@@ -192,7 +192,7 @@ def asked(system: System, sock: socket.socket | None = None, **headers: str) -> 
 WRONG = ("Bearer ollama", "Bearer aios-" + "x" * 43, "Bearer " + "x" * 5000, "Bearer processes:1:1", "Bearer gate:1")
 
 
-def test_a_persons_program_is_told_how_to_get_a_token(aiosd: System) -> None:
+def test_a_persons_program_gets_an_error_that_says_how_to_get_a_token(aiosd: System) -> None:
     given = [{}, {"Authorization": "Basic !"}, *({"Authorization": text} for text in WRONG)]
     found = [asked(aiosd, **headers) for headers in given]
     assert [(status, error["code"]) for status, error in found] == [

@@ -528,7 +528,7 @@ def test_a_paused_stream_goes_on_though_another_reply_emptied_the_outbox() -> No
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_agent_that_asks_for_what_takes_long_gets_short_turns() -> None:
+def test_an_agent_with_expensive_calls_gets_short_turns() -> None:
     """And long ones again when it no longer does so. The time of a turn is bounded, whatever the calls are."""
     now = 0.0
 
@@ -759,7 +759,7 @@ while True:
     assert end(client, pid)[0] == -9
 
 
-def test_a_spawn_that_is_cancelled_and_asked_for_again_is_one_process(client: Client, tmp_path: Path) -> None:
+def test_a_spawn_that_is_cancelled_and_sent_again_is_one_process(client: Client, tmp_path: Path) -> None:
     """Otherwise both answers of the supervisor would belong to the same call."""
     before = client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"]
     code = """
@@ -780,7 +780,7 @@ print("done")
     assert client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"] == before
 
 
-def test_a_spawn_that_is_answered_and_asked_for_again_is_answered_again(client: Client, tmp_path: Path) -> None:
+def test_a_spawn_that_is_answered_and_sent_again_is_answered_again(client: Client, tmp_path: Path) -> None:
     """The agent has rung, and the supervisor may not have read yet that its birth is over."""
     (tmp_path / "child.py").write_text("")
     code = """

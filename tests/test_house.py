@@ -173,7 +173,7 @@ def test_a_command_imports_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["aiosd.commands.ps", "aiosd.commands.kill", "aiosd.commands.wait"])
-def test_a_command_that_asks_one_question_starts_fast(module: str) -> None:
+def test_a_command_with_a_single_call_starts_fast(module: str) -> None:
     """Each of these modules would take a twentieth of the command's time or more."""
     slow = ["asyncio", "logging", "multiprocessing", "pathlib", "pickle", "dataclasses", "unicodedata", "subprocess"]
     assert loaded_by(module, slow) == []

@@ -255,7 +255,7 @@ def test_closing_the_terminal_hangs_its_agent_up(shell: Terminal, aiosd: System)
     assert eventually(lambda: stat_of(aiosd, "orphan") is None)
 
 
-def test_window_size_changes_are_told(shell: Terminal) -> None:
+def test_window_size_changes_are_passed_on(shell: Terminal) -> None:
     shell.command("aios-run -- sh -c 'trap \"echo resized; exit 3\" WINCH; echo up; while :; do sleep 0.05; done'")
     shell.expect("up\n")
     shell.resize(30, 100)
@@ -429,7 +429,7 @@ def test_t_without_a_terminal_on_stdin(aiosd: System, text: str) -> None:
     assert done.stdout.count("two") == 2 * text.count("two")  # the echo, and cat's output
 
 
-def test_t_signals_are_passed_on_while_the_reader_stands_still(aiosd: System) -> None:
+def test_t_signals_are_passed_on_while_the_reader_does_not_read(aiosd: System) -> None:
     output, printing = os.pipe()
     try:
         run = aiosd.popen("aios-run", "-t", "--name", "loud", "--", "yes", stdout=printing)

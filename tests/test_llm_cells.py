@@ -381,7 +381,7 @@ def test_memory_is_for_cells_and_a_slot_may_have_them_all() -> None:
         choose(ctx=2048, kv_memory=1000 * per_token)
 
 
-def test_the_layout_is_told(loaded: loading.LoadedModel, bench: Bench) -> None:
+def test_the_layout_is_in_the_status(loaded: loading.LoadedModel, bench: Bench) -> None:
     assert loaded.kv_layout == f"unified, {TOTAL} cells (asked for)"
     assert loaded.kv_bytes == TOTAL * modelfile.read(loaded.path).kv_bytes_per_token()
     assert loaded.attention.startswith("llama.cpp (--kv-layout unified")

@@ -111,7 +111,7 @@ def test_broken_and_hostile_templates_are_refused(source: str) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
-def test_a_template_that_marks_what_was_generated_and_one_that_wants_a_list_of_tools() -> None:
+def test_a_template_with_generation_marks_and_one_that_needs_a_list_of_tools() -> None:
     source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{{ tools | length }}"
     assert ChatTemplate(source, "", "").render(normal_messages(user("x")), None) == "x0"
 

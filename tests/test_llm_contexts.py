@@ -574,7 +574,7 @@ def test_a_leader_that_is_cancelled_leaves_its_followers_running(
     check(bench)
 
 
-def test_a_parked_leader_does_not_hold_up_others(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
+def test_a_parked_leader_does_not_delay_others(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     system = [5 + i % 200 for i in range(400)]
     bench.submit([*system, 1], peer=1, max_tokens=2)

@@ -155,7 +155,7 @@ def generate(kernel: Kernel, key: link.CallKey, **sampling: Any) -> None:
     kernel.send(link.Submit(key, Generate(prompt="hello", sampling=options)))
 
 
-def test_tokens_begin_as_the_model_expects_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_tokens_begin_with_the_start_token_on_request(tmp_path: Path) -> None:
     kernel = Kernel(tinymodels.write(tmp_path / "bos.gguf", d=8, layers=1, heads=1, kv_heads=1, ff=8, add_bos=True))
     kernel.of(link.Loaded)
     found = []

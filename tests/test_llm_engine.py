@@ -256,7 +256,7 @@ def test_a_call_has_times_and_a_beginning_before_its_end(bench: Bench) -> None:
     assert usage.decode_s >= 0
 
 
-def test_no_tokens_asked_for_is_an_end_at_once(bench: Bench) -> None:
+def test_a_request_for_no_tokens_ends_at_once(bench: Bench) -> None:
     key = bench.submit("hello", max_tokens=0)
     assert not bench.engine.has_work
     assert bench.end(key).finish_reason == "length"

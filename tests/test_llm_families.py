@@ -423,7 +423,7 @@ def test_a_call_within_thoughts_is_no_call(models: dict[str, llama.Model]) -> No
 # ── templates that cannot ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_arguments_as_text_for_templates_that_want_them_so() -> None:
+def test_arguments_as_text_for_templates_that_need_it() -> None:
     source = (
         "{{ tools | length }}{% for t in tools %}{{ t.function.name }}{% endfor %}{% for m in messages %}"
         "{{ '|' + m.role + ':' + m.content }}{% for c in m.tool_calls or [] %}"

@@ -116,7 +116,7 @@ def test_a_refusal_comes_back_as_one(front: Front) -> None:
     assert msgspec.msgpack.decode(tokens)
 
 
-def test_a_text_begins_as_the_model_expects_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_a_text_begins_with_the_start_token_on_request(tmp_path: Path) -> None:
     file = tinymodels.write(tmp_path / "bos.gguf", d=8, layers=1, heads=1, kv_heads=1, ff=8, add_bos=True)
     model = llama.Model(str(file), 0, lambda fraction: None)
     front = Front(str(file), 1 << 17)
@@ -160,7 +160,7 @@ MANY = [{"role": "user", "content": "hello"}] * 20_000
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_no_loop_of_a_template_holds_up_the_core(loop: str) -> None:
+def test_no_loop_of_a_template_blocks_the_core(loop: str) -> None:
     template = ChatTemplate(LOOPS[loop] + "ok", "", "")
     template.quick = True
 
@@ -241,7 +241,7 @@ def test_generations_go_on_while_a_long_text_is_worked_on(kernel: Kernel) -> Non
     assert kernel.errors == ""
 
 
-def test_long_texts_of_contexts_and_embeddings_hold_up_nothing(path: Path) -> None:  # noqa: F811
+def test_long_texts_of_contexts_and_embeddings_block_nothing(path: Path) -> None:  # noqa: F811
     """Their template and their tokens are made by the front process, too: the stream ends before it has started."""
     outside = Kernel(path, ctx=4096)
     outside.of(link.Loaded)

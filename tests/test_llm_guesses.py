@@ -431,7 +431,7 @@ def test_the_real_guesser_finds_a_copy(loaded: loading.Loaded, monkeypatch: pyte
         ({"lookahead": 3}, "looks up to 3 tokens ahead: asked for; a step of "),
     ],
 )
-def test_what_is_in_force_is_said(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+def test_status_shows_the_setting_in_force(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     llama.start()
     loaded = load(tinymodels.write(tmp_path / "tiny.gguf", f16=True), **changes)
     assert loaded.ahead.described.startswith(why)

@@ -235,7 +235,7 @@ def test_what_the_window_has_lost_is_not_taken_for_there(loaded: loading.LoadedM
     assert context.cut(0, 100)
 
 
-def test_status_says_what_is_switched_off(bench: Bench) -> None:
+def test_status_shows_what_is_switched_off(bench: Bench) -> None:
     assert ("cannot be cut by tokens" in str(bench.engine.stats())) == bench.loaded.model.recurrent
 
 

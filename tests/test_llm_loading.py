@@ -134,7 +134,7 @@ def test_kv_cache_larger_than_the_memory(path: Path, monkeypatch: pytest.MonkeyP
         ({"kv_memory": 1000, "slots": None}, "one slot needs"),
     ],
 )
-def test_what_is_asked_for_is_kept_or_refused(path: Path, options: dict[str, Any], why: str) -> None:
+def test_options_are_honoured_or_refused(path: Path, options: dict[str, Any], why: str) -> None:
     assert why in refusal(path, **options)
 
 

@@ -258,7 +258,7 @@ def test_tokens_outside_of_the_vocabulary_are_refused(bench: Bench, wrong: dict[
     assert next(iter(wrong)) in failed.message
 
 
-def test_usage_tells_how_much_of_the_context_is_left(bench: Bench) -> None:
+def test_usage_has_the_rest_of_the_context(bench: Bench) -> None:
     end = result(bench, "hello", max_tokens=20)
     used = end.usage.prompt_tokens + end.usage.completion_tokens
     assert end.usage.context_left == pytest.approx(1 - used / bench.loaded.ctx)

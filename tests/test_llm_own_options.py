@@ -101,7 +101,7 @@ def test_a_stretched_model_has_longer_contexts(path: Path) -> None:
     loaded.close()
 
 
-def test_rope_is_described_as_it_was_asked_for() -> None:
+def test_rope_is_described_as_it_was_set() -> None:
     assert rope.described(ModelSpec("m", "m")) == ""
     spec = ModelSpec("m", "m", rope_scaling="yarn", rope_freq_scale=0.25, yarn_orig_ctx=512)
     assert rope.described(spec) == "rope_scaling yarn, rope_freq_scale 0.25, yarn_orig_ctx 512"

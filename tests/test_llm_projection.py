@@ -127,7 +127,7 @@ def test_one_tool_does_not_keep_others_from_being_offered(dialect: Any) -> None:
         call_rules(dialect, normal_tools([tool("good", good), tool("bad", BAD)]), Converter())
 
 
-def test_what_a_model_is_shown_does_not_say_how_arguments_are_checked() -> None:
+def test_the_prompt_does_not_show_how_arguments_are_checked() -> None:
     given = [tool("a", BAD, strict=False), tool("b", BAD, strict=True), tool("c", BAD)]
     assert loose_tools(given) == {"a"}
     assert all("strict" not in one["function"] for one in normal_tools(given))

@@ -120,7 +120,7 @@ def test_an_answer_that_breaks_its_schema_is_no_answer(make: Make) -> None:
     assert len(given_out.endpoint.asked) == 1
 
 
-def test_tool_calls_go_as_the_api_wants_them(make: Make) -> None:
+def test_tool_calls_are_sent_in_the_form_of_the_api(make: Make) -> None:
     bench = make(answers("x"))
     turn = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "f", "arguments": {"x": 1}}]}
     bench.end(bench.submit(messages=[*USER, turn, {"role": "tool", "tool_call_id": "c1", "content": "2"}]))

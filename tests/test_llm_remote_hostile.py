@@ -155,7 +155,7 @@ def test_a_retry_after_of_any_kind_is_a_time(text: str) -> None:
     assert 0 <= exchange.seconds(text) < float("inf")
 
 
-def test_a_pause_that_is_no_number_holds_up_nothing(make: Make) -> None:
+def test_an_invalid_pause_delays_nothing(make: Make) -> None:
     bench = make(status(503, headers={"Retry-After": "nan"}), answers("x"))
     assert bench.text(bench.submit()) == "x"
 

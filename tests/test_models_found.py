@@ -234,7 +234,7 @@ def split(source: Path, folder: Path, tensors_per_file: int = 4) -> list[Path]:
     return sorted(folder.glob("tiny-*-of-*.gguf"))
 
 
-def test_any_part_stands_for_the_whole(home: Path, tiny: Path) -> None:
+def test_any_part_names_the_whole_model(home: Path, tiny: Path) -> None:
     files = split(tiny, home / "parts")
     assert len(files) > 1
     for file in files:
@@ -256,7 +256,7 @@ def test_a_split_model_is_listed_once(home: Path, tiny: Path) -> None:
 # ── what a listing tells ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_listing_tells_what_the_file_says(home: Path, tiny: Path) -> None:
+def test_a_listing_shows_the_data_of_the_file(home: Path, tiny: Path) -> None:
     put(tiny, home / ".cache/aiosd/models/a-Q4_0.gguf")
     row = found.row(found.find("a-q4_0"), 1 << 40)
     assert (row["ctx"], row["family"], row["quantisation"], row["fits"]) == (4096, "llama", "Q4_0", True)
@@ -307,7 +307,7 @@ def test_places_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model.gguf", ""),
     ],
 )
-def test_a_name_tells_the_quantisation(name: str, quant: str) -> None:
+def test_the_quantisation_is_read_from_the_name(name: str, quant: str) -> None:
     assert quants.of_name(name) == quant
 
 

@@ -80,7 +80,7 @@ def test_command_has_a_test(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_installed_command_tells_its_version(command: str) -> None:
+def test_installed_command_prints_its_version(command: str) -> None:
     path = Path(sys.executable).parent / command
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False, cwd="/")
     assert (done.returncode, done.stderr) == (0, "")
@@ -143,7 +143,7 @@ def test_every_requirement_is_pinned_for_make() -> None:
         ("  -- Looking for pthread.h", "before"),
     ],
 )
-def test_set_up_tells_its_phase(line: str, phase: str) -> None:
+def test_set_up_shows_its_phase(line: str, phase: str) -> None:
     assert bootstrap.phase_in(line.encode(), "before") == phase
 
 
@@ -152,7 +152,7 @@ def test_set_up_is_read_by_an_old_python() -> None:
     ast.parse((ROOT / "tools/bootstrap.py").read_text(), feature_version=(3, 6))
 
 
-def test_set_up_says_what_to_install_when_there_is_no_compiler(
+def test_set_up_names_what_to_install_when_there_is_no_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -302,7 +302,7 @@ def test_the_check_of_a_gpu_is_a_script_that_bash_can_read() -> None:
     assert all((ROOT / name).exists() for name in mentioned)
 
 
-def test_the_check_of_a_gpu_tells_that_there_is_none(tmp_path: Path) -> None:
+def test_the_check_of_a_gpu_reports_that_there_is_none(tmp_path: Path) -> None:
     for tool in ("bash", "dirname", "realpath"):
         (tmp_path / tool).symlink_to(shutil.which(tool) or tool)
     env = {"PATH": str(tmp_path)}

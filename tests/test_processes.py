@@ -480,7 +480,7 @@ def test_a_forked_child_has_no_connection_and_its_commands_have(aiosd: System, a
     assert "forked" in run(aiosd, script)
 
 
-def test_inspect_tells_how_an_agent_ended(aiosd: System) -> None:
+def test_inspect_shows_how_an_agent_ended(aiosd: System) -> None:
     pid = aiosd.run("aios-run", "-d", "--time", "0.1", "--", "sleep", "1000", check=True).stdout.strip()
     assert aiosd.run("aios-wait", pid).returncode == 124
     (found,) = json.loads(aiosd.run("aios-inspect", pid, check=True).stdout)

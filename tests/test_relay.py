@@ -109,7 +109,7 @@ def test_an_end_is_sent_twice_only_after_an_unfinished_line(held: Hold) -> None:
 
 
 @pytest.mark.deadline(30)
-def test_a_reader_that_stands_still_is_not_waited_for(held: Hold) -> None:
+def test_a_reader_that_does_not_read_is_not_waited_for(held: Hold) -> None:
     source, typing = pipe(held)
     output, printing = pipe(held)
     filled = fill(printing)

@@ -99,7 +99,7 @@ def running() -> Iterator[Running]:
     os.close(made.bell)
 
 
-def test_a_call_that_waits_holds_up_no_other(running: Running) -> None:
+def test_a_call_that_waits_delays_no_other(running: Running) -> None:
     assert running.until(lambda message: isinstance(message, link.Loaded)).info == {"n": 1}
     running.ask(1, "slow")
     assert eventually(lambda: running.worked_on and running.channel.work.call is None)

@@ -343,7 +343,7 @@ MADE_ANEW = (
 
 
 @pytest.mark.parametrize("name", MADE_ANEW)
-def test_what_is_made_from_other_rows_is_made_anew(
+def test_tables_made_from_other_rows_are_made_again(
     filled: tuple[Path, dict[int, Row]], tmp_path: Path, name: str
 ) -> None:
     path = copy(filled, tmp_path)
@@ -392,7 +392,9 @@ def test_an_index_of_rows_that_are_lost_stays(filled: tuple[Path, dict[int, Row]
         assert len(listed) > len(wanted) // 2
 
 
-def test_pages_of_what_was_made_anew_are_no_lost_rows(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+def test_pages_of_tables_that_were_made_again_are_no_lost_rows(
+    filled: tuple[Path, dict[int, Row]], tmp_path: Path
+) -> None:
     """No page refers to them, and their content looks like an author."""
     path = copy(filled, tmp_path)
     flip(path, roots.read(path).roots["note_words_idx"])
