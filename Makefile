@@ -1,5 +1,5 @@
-# `make help` lists the targets. Nothing has to be installed by hand: each target sets up what it needs in
-# .venv, once; a stamp in there remembers it until one of the files it was made from changes.
+# `make help` lists the targets. Nothing has to be installed by hand: each target sets up what it needs in .venv, once.
+# A stamp there records this until one of the files that the set-up depends on changes.
 #
 #   make demo PYTHON=python3.12      another interpreter (3.11 or later)
 #   make test ARGS="-k ring -x"      arguments for pytest
@@ -28,11 +28,11 @@ JOBS ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.dev ## all tests
 	$(BIN)/python -m pytest $(JOBS) $(ARGS)
 
-#: What finds most mistakes in the least time: the pure parts, and one real system.
+#: The tests that find most mistakes in the least time: the pure parts, and one real system.
 CHECK := house packaging explain books budget proc pids ledger journal ring channel stream timers heartbeat supervisor \
          agentlog restart service hostile aio llm_policy llm_prefix llm_text llm_sampling llm_core processes
 
-check: $(VENV)/.dev ## a slice of the tests, for while you work
+check: $(VENV)/.dev ## a quick selection of the tests
 	$(BIN)/python -m pytest -q $(JOBS) $(CHECK:%=tests/test_%.py) $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
@@ -51,10 +51,10 @@ nano: $(VENV)/.nano ## trains the embedded model again from its seeds
 peers: $(VENV)/.bench ## llama-server and its benchmarks, natively built, for benchmarks/ to compare with
 	@$(PYTHON) tools/peers.py $(VENV)
 
-frameworks: $(VENV)/.dev ## frameworks for agents, each in an environment of its own, run as agents (ARGS="openai autogen": some)
+frameworks: $(VENV)/.dev ## runs frameworks for agents, each in an environment of its own, as agents (ARGS="openai autogen": some)
 	@$(BIN)/python -m tools.frameworks $(ARGS)
 
-#: Has a .venv of its own: its packages are not ours.
+#: chromadb has an environment of its own, because its packages differ from ours.
 CHROMA := build/peers/chroma
 
 chroma: $(CHROMA)/.installed ## chromadb, for benchmarks/store.py and search.py to compare with, 500 MB
@@ -67,7 +67,7 @@ $(CHROMA)/.installed:
 models: $(VENV)/.base ## real models for tests and benchmarks, 350 MB (ARGS=smollm2: one of them)
 	@$(BIN)/python -m tools.models $(ARGS)
 
-embedder: $(VENV)/.base ## what finds notes by their meaning, 46 MB (ARGS=--static: a table, 8 MB)
+embedder: $(VENV)/.base ## the model for search by meaning, 46 MB (ARGS=--static: a table, 8 MB)
 	@$(BIN)/aiosd get-embedder $(ARGS)
 
 mcp-servers: $(VENV)/.base ## real MCP servers for the tests, 300 MB (ARGS=time: one of them; three need npm)
@@ -77,15 +77,15 @@ install: $(VENV)/.base ## only the set-up: .venv with the package and its comman
 
 STAGES := $(VENV)/.base $(VENV)/.dev $(VENV)/.nano $(VENV)/.bench
 
-# Another llama.cpp than the one in .venv is asked for: CMAKE_ARGS=-DGGML_CUDA=on make install
+# Build llama.cpp again if CMAKE_ARGS differs from that of .venv: CMAKE_ARGS=-DGGML_CUDA=on make install
 ifdef CMAKE_ARGS
 ifneq ($(strip $(CMAKE_ARGS)),$(shell cat $(VENV)/.cmake_args 2>/dev/null))
 $(STAGES): again
 endif
 endif
 
-# Each has all of .base, and marks that as done, too. bootstrap.py takes a lock, so that `make -j` may build several at a
-# time.
+# Each stage includes .base, and marks it as done, too. bootstrap.py takes a lock, so that `make -j` may build several
+# stages at a time.
 $(STAGES): $(VENV)/.%: $(RECIPE)
 	@$(PYTHON) tools/bootstrap.py $(VENV) $*
 

@@ -1,5 +1,5 @@
-"""What setup.cfg cannot say: the parts in C. Without a compiler the rest works, with llama.cpp's own attention, tokens
-drawn by numpy, and no sandbox."""
+"""The parts in C, which setup.cfg cannot describe. Without a compiler the rest works: with llama.cpp's own attention,
+tokens drawn by numpy, and no sandbox."""
 
 from setuptools import Extension, setup
 
@@ -22,7 +22,7 @@ setup(
         Extension(
             "aiosd.llm._sampling",
             sources=["aiosd/llm/native/sampling.c"],
-            # Without -ffp-contract=off the same seed gives another text here and there than numpy's.
+            # Without -ffp-contract=off the same seed sometimes gives another text than with numpy.
             extra_compile_args=["-O3", "-ffp-contract=off"],
             optional=True,
         ),

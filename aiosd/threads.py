@@ -1,8 +1,8 @@
 """Threads beside a loop.
 
-Linux may have no room for another one: the processes of agents count for the same limits (of the user, of a
-container). Python raises RuntimeError then. Here that is an OSError with EAGAIN, as `os.fork` raises it: a failure of
-the world, after which the work is done later or refused, and no bug, which would end the whole process.
+Linux may refuse to start another one: the processes of agents count for the same limits (of the user, of a
+container). Python raises RuntimeError then. Here that is an OSError with EAGAIN, as `os.fork` raises it, because it is
+no bug, which would end the whole process: the work is done later or refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def start(run: Callable[[], object], name: str, daemon: bool = True) -> threadin
 
 
 def submit(executor: Executor, work: Callable[[], T]) -> Future[T]:
-    """Have it done in a thread of the executor, which starts one if it needs it. Raises OSError (EAGAIN)."""
+    """Run `work` in a thread of the executor, which starts one if necessary. Raises OSError (EAGAIN)."""
     try:
         return executor.submit(work)
     except RuntimeError:

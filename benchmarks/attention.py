@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Our attention against llama.cpp's two on the same model, in one process, turn by turn.
+"""aiosd's own attention against llama.cpp's two, on the same model, in one process.
 
-A decode step of n sequences behind a beginning that all share; a batch of short prompts behind it; and the beginning
-itself as one prompt. For llama.cpp plain and with flash attention, each sequence with a copy of the beginning in its
-slot; for ours the same, and standing on one base. Milliseconds, medians of alternating rounds; the ratio is the better
-of llama.cpp's over ours on a base (for the beginning itself: over ours).
+What is measured: a decode step of n sequences that share a beginning of `prefix` tokens, a batch of short prompts after
+that beginning, and the prefill of the beginning itself. The kinds of attention: llama.cpp's plain and its flash
+attention, where each slot has a copy of the beginning; ours with such copies; and ours with one base for all. Times are
+milliseconds, medians of alternating rounds. The ratio is llama.cpp's better time over ours with a base (for the
+beginning itself: over ours without).
 
     $ taskset -c 0,1 python benchmarks/attention.py
     model    n  prefix  what      plain  flash   ours  on base  llama.cpp/ours
@@ -34,7 +35,7 @@ KINDS = ("plain", "flash", "ours", "base")
 
 
 class Side:
-    """A context with `n` sequences, each behind the same `prefix` tokens."""
+    """A context with `n` sequences, each of which begins with the same `prefix` tokens."""
 
     def __init__(self, model: Any, kind: str, n: int, prefix: int, threads: int) -> None:
         from aiosd.llm import llama
@@ -66,7 +67,7 @@ class Side:
                 self.context.copy(0, slot)
 
     def run(self, slots: int, start: int, size: int) -> float:
-        """Seconds for `size` tokens of each of the first slots, from position `start` on."""
+        """Seconds to decode `size` tokens in each of the first `slots` slots, from position `start` on."""
         batch, total = self.batch, slots * size
         batch.size = total
         batch.tokens[:total] = (np.arange(total) * 7919 + start) % self.model.n_vocab
@@ -110,7 +111,7 @@ def cell(name: str, n: int, prefix: int, options: argparse.Namespace) -> list[di
     for round_ in range(options.rounds + 1):
         for side in sides if round_ % 2 else sides[::-1]:
             for what, measure in (("decode", side.decode), ("prompts", side.prompts)):
-                if round_:  # the first warms up
+                if round_:  # the first round is for warming up
                     times[what][side.kind].append(measure() * 1000)
                 else:
                     measure()
@@ -140,7 +141,7 @@ def line(row: dict[str, Any]) -> str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", help="nano, small, another shape of models.py, or a GGUF")
-    parser.add_argument("--n", type=int, help="sequences (else a few cells)")
+    parser.add_argument("--n", type=int, help="sequences (default: several numbers)")
     parser.add_argument("--prefix", type=int, help="shared tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

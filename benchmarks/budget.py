@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How far an agent gets beyond each kind of budget.
+"""By how much an agent can exceed each kind of budget.
 
     $ python benchmarks/budget.py
     kind                     budget    beyond it   at most   lag
@@ -8,10 +8,10 @@
     memory                     200M          61M         -  0.06 s
     …
 
-Every agent does what it can to get far: many call at once, many fork, memory is taken as fast as it comes. What is
-counted must not be beyond its budget at all. Of what is sampled this shows the worst of `--rounds`: by how much an
-agent was over its budget when it was ended, and how long after it had gone over it. Exit code 1: something is beyond
-what it may be.
+Every agent tries to exceed its budget by as much as it can: by many calls at once, many forks, or allocating memory as
+fast as possible. Budgets that are counted must not be exceeded at all. For those that are sampled this shows the worst
+of `--rounds`: by how much an agent was over its budget when it was ended, and how long it had been over it. Exit code
+1: a budget was exceeded by more than its bound.
 
 Results go to benchmarks/results/budget.json.
 """
@@ -59,7 +59,7 @@ for one in threads: one.start()
 for one in threads: one.join()
 """
 
-#: Four generations at once, and beside them one that asks how much they hold.
+#: Four generations at once; meanwhile the main thread asks how many tokens of context they hold.
 HOLD = """
 import threading
 def generate(number):
@@ -102,7 +102,7 @@ for one in threads: one.start()
 for one in threads: one.join()
 """
 
-#: Takes memory as fast as Linux gives it; says how much it has, and since when it has too much.
+#: Allocates memory as fast as Linux gives it; prints after each block how much it has, and the time.
 MEMORY = """
 import mmap
 limit, have = int(sys.argv[1]), 30 << 20
@@ -120,7 +120,7 @@ for _ in range(3):
 while True: pass
 """
 
-#: Each child burns a little and ends, and its parent waits for it.
+#: Each child uses the processor for 30 ms and ends, and its parent waits for it.
 SHORT = """
 while True:
     if not os.fork():
@@ -158,8 +158,8 @@ IGNORES = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile T
 
 @dataclass(frozen=True)
 class Case:
-    """`beyond`: from what the agent printed and `aios-inspect` to (how far beyond, seconds after it went over).
-    `bound`: how far it may be; None: that is only stated."""
+    """`beyond`: from the agent's output and `aios-inspect` computes (by how much the budget was exceeded, for how many
+    seconds). `bound`: by how much it may be exceeded; None: this is only shown."""
 
     name: str
     kind: str
@@ -172,7 +172,7 @@ class Case:
 
 
 def used(kind: str) -> Callable[[list[str], dict[str, Any]], tuple[float, float | None]]:
-    """What the kernel has counted, beyond the limit."""
+    """By how much the kernel's own count exceeds the limit."""
 
     def beyond(lines: list[str], found: dict[str, Any]) -> tuple[float, float | None]:
         one = found["budgets"][0]["kinds"][kind]
@@ -182,7 +182,7 @@ def used(kind: str) -> Callable[[list[str], dict[str, Any]], tuple[float, float 
 
 
 def answered(limit: int) -> Callable[[list[str], dict[str, Any]], tuple[float, float | None]]:
-    """What the agents have counted themselves."""
+    """By how much the agents' own count exceeds the limit."""
     return lambda lines, found: (max(sum(map(int, lines)) - limit, 0), None)
 
 
@@ -191,7 +191,7 @@ def seconds(limit: float) -> Callable[[list[str], dict[str, Any]], tuple[float, 
 
 
 def grown(limit: int) -> Callable[[list[str], dict[str, Any]], tuple[float, float | None]]:
-    """From lines with a size and a time: how large it was at the end, and since when it was too large."""
+    """From lines with a size and a time: by how much the last size exceeds the limit, and for how long."""
 
     def beyond(lines: list[str], found: dict[str, Any]) -> tuple[float, float | None]:
         rows = [(int(size), float(at)) for size, at in (line.split() for line in lines)]
@@ -245,7 +245,7 @@ def run(system: harness.Aiosd, case: Case, number: int) -> tuple[float, float | 
     done = subprocess.run(argv, env=system.env, cwd=system.home, capture_output=True, text=True, timeout=120)
     pid = int(done.stderr.split()[0])
     (found,) = json.loads(system.call("aios-inspect", str(pid)))
-    if done.returncode != 124 and case.script not in (CHILDREN, EMBED):  # these may end before the budget does
+    if done.returncode != 124 and case.script not in (CHILDREN, EMBED):  # these may end before their budget is used up
         sys.exit(f"{case.name}: exit code {done.returncode}\n{done.stderr}")
     return case.beyond(done.stdout.split("\n")[:-1], found)
 
@@ -275,7 +275,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="where the results go")
-    parser.add_argument("wanted", nargs="*", help="words in the names of kinds; else all")
+    parser.add_argument("wanted", nargs="*", help="only kinds whose names contain one of these words")
     args = parser.parse_args()
     print(f"{'kind':30}{'budget':>8}{'beyond it':>12}{'at most':>10}{'lag':>10}")
     rows = measure(args.rounds, args.wanted)

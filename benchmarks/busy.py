@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""How fast the model is beside neighbours that never sleep: agents compute too, on the same cores.
+"""How fast the model is beside processes that use the processor all the time, as agents that compute do.
 
-A few agents generate while k processes burn a core each, in turns with none; tokens/s with them over tokens/s without,
-against what a fair scheduler leaves the core: its T threads and k neighbours on C cores get C/(T+k) of a core each, at
-most a whole one. The bar is 0.8 of that: threads that wait for each other, spinning, fall far below it.
+A few agents generate while k such neighbours run, in turns with none. The figure is tokens/s with neighbours over
+tokens/s without. It is compared with what a fair scheduler leaves to the model: T threads and k neighbours on C cores
+get C/(T+k) of a core each, and at most a whole one. The bar is 0.8 of that; threads that spin while they wait for each
+other fall far below it.
 
     $ taskset -c 0,1 python benchmarks/busy.py
     model   threads  busy  quiet tok/s  busy tok/s  ratio  fair   bar
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import harness  # noqa: E402  the checkout comes first
 
-SHARE = 0.8  # of what is fair
+SHARE = 0.8  # of the fair part
 AGENTS = 4
 
 SCRIPT = (
@@ -55,7 +56,7 @@ def tokens_per_s(agents: list[harness.Client], tokens: int, busy: int) -> float:
 
 
 def cell(name: str, threads: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each number of neighbours."""
+    """One row for each number of neighbours."""
     cores = len(os.sched_getaffinity(0))
     pairs: dict[int, list[tuple[float, float]]] = {busy: [] for busy in options.busy}
     flags = ["--slots", str(AGENTS), "--ctx", "1024", "--threads", str(threads)]
@@ -96,10 +97,10 @@ def line(row: dict[str, Any]) -> str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", help="nano, a shape of models.py, or a GGUF (nano, small)")
-    parser.add_argument("--threads", type=int, action="append", help="of the model (1 and 2)")
+    parser.add_argument("--threads", type=int, action="append", help="threads of the model (1 and 2)")
     parser.add_argument("--busy", type=int, action="append", help="neighbours (1 and 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of quiet and busy")
-    parser.add_argument("--tokens", type=int, default=64, help="that each agent generates in a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs without and with neighbours")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens that each agent generates in a run")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "busy.json")
     options = parser.parse_args(argv)
     options.busy = options.busy or [1, 2]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Any part of the system killed or stopped at random moments, while fifty agents work and count.
+"""Kills and stops parts of the system at random moments, while fifty agents work and check their results.
 
     $ python benchmarks/chaos.py --faults 1000 --seed 1 --exact
     fault                 number   pause of calls (s)    of streams (s)
@@ -7,22 +7,24 @@
     kernel killed            312     0.14     0.41         0.15     0.63
     …
 
-Agents generate, stream, send messages and spawn, and check all that they get: texts against those of a time without
-faults (with --exact bit for bit; without it that a stream's text is the text of its tokens and none is missing),
-messages for their order, children for having run once and having ended with the right status. Others only call
-getpid, so that a pause shows. Beside them are victims, which exist to be killed, and attached `aios-run` commands. All
-run without a sandbox, because they write their books side by side.
+Agents generate, stream, send messages and spawn, and check all results: texts (with --exact they must equal those
+generated before any fault; without it a stream's text must be the text of its tokens, and none may be missing), the
+order of messages, and that each child ran once and ended with the right status. Others only call getpid, to measure
+pauses. Victims are agents that exist to be killed; and there are attached `aios-run` commands. All run without a
+sandbox, because they write their records into one folder.
 
-A fault is drawn from the seed: `kill -9` or SIGSTOP, of the kernel, the LLM core, a victim, an aios-run. After it the
-books are asked for (`aiosd status --check`), except that some faults follow another at once. What ends the whole
-system (supervisor, guardian) comes in rounds of its own (--rounds): agents with deaf and detached descendants, the
-blow, and two seconds later nothing may be left, and aiosd must start again.
+A fault is drawn from the seed: `kill -9` or SIGSTOP of the kernel, the LLM core, a victim, or an aios-run. After most
+faults the books are checked (`aiosd status --check`); the others are followed by the next fault at once. Deaths of the
+whole system (supervisor, guardian) have rounds of their own (--rounds): agents with detached descendants that ignore
+signals are started, then the supervisor or guardian is killed or stopped. Ten seconds later no process may be left, and
+aiosd must start again.
 
-A kernel or core that is stopped is found after five seconds of silence; --hangs says what share of the faults on
-those two are of that kind. A generation that was running at two deaths of its core gets EIO by design; such calls are
+A kernel or core that is stopped is detected after five seconds without a heartbeat; --hangs is the share of such faults
+among those on these two. A generation that was running at two deaths of its core gets EIO by design; such calls are
 counted as poisoned, and made again.
 
-Results go to benchmarks/results/chaos.json. Exit status 1 when anybody was harmed who should not have been.
+Results go to benchmarks/results/chaos.json. Exit status 1: a process was harmed that no fault was aimed at, or a result
+was wrong.
 """
 
 import argparse
@@ -47,8 +49,8 @@ sys.path.insert(0, str(ROOT))
 PROMPTS = ["Once", "The", "Remember that", "What is", "In the", "I think", "Write", "Please"]
 TEMPERATURE = 0.9
 END = "<|im_end|>"
-GAP_S = 0.03  # shorter ones are not noted
-MOMENT_S = 0.3  # about what passes between two pieces of a stream when all are busy
+GAP_S = 0.03  # shorter gaps are not recorded
+MOMENT_S = 0.3  # about the time between two pieces of a stream when all agents are busy
 PATIENCE_S = 60.0
 MARK = "AIOSD_CHAOS"
 
@@ -57,7 +59,7 @@ MARK = "AIOSD_CHAOS"
 
 
 class Worker:
-    """One agent: works until told to stop, and reports what it found."""
+    """One agent: it works until the file `stop` exists, and writes a report."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
@@ -72,7 +74,7 @@ class Worker:
         self._since = time.monotonic()
 
     def beat(self) -> None:
-        """Something came; note the gap before it if it was long."""
+        """A result has arrived; record the time since the last one if it was long."""
         now = time.monotonic()
         if now - self._since > GAP_S:
             self.found["gaps"].append((self._since, now))
@@ -86,7 +88,7 @@ class Worker:
         path.with_suffix(".new").write_text(json.dumps(self.found))
         path.with_suffix(".new").rename(path)
 
-    # what they do
+    # the kinds of agents
 
     def task(self) -> tuple[int, dict[str, Any], str | None]:
         reference = json.loads((self.folder / "reference").read_text())
@@ -136,7 +138,7 @@ class Worker:
             self.wrong(f"task {number}: {text!r} instead of {expected!r}")
         if not len(tokens) == usage.completion_tokens == options["max_tokens"]:
             self.wrong(f"task {number}: {len(tokens)} tokens, {usage.completion_tokens} in the books")
-        spelled = aios.llm.detokenize(tokens).replace(END, "")  # ignored, and no text
+        spelled = aios.llm.detokenize(tokens).replace(END, "")  # it has no text
         if spelled != text:
             self.wrong(f"task {number}: {text!r} is not the text of its tokens, {spelled!r}")
 
@@ -146,7 +148,7 @@ class Worker:
         self.found["poisoned"] += 1
 
     def send(self, peer: int) -> None:
-        """Messages in bursts, each burst acknowledged."""
+        """Send messages in bursts; the peer acknowledges each burst."""
         import libaios as aios
 
         number = 0
@@ -176,7 +178,7 @@ class Worker:
                 aios.msg.send(sender, expected)
 
     def spawn(self) -> None:
-        """Children that leave a line behind: each must have run once, and its status come once."""
+        """Spawn children that write a line: each must run once, and its status must be returned once."""
         import libaios as aios
 
         book = self.folder / f"children-{self.number}"
@@ -206,7 +208,7 @@ class Worker:
             self.begin()
 
     def idle(self) -> None:
-        """A victim: it has a generation running whenever it can."""
+        """A victim: it generates all the time."""
         import libaios as aios
 
         while True:
@@ -244,7 +246,7 @@ class System:
         return self.stderr.read_text(errors="replace")
 
     def part(self, name: str) -> int | None:
-        """The Linux pid of one of aiosd's own processes, if it is there. Asks Linux: the kernel may be dead."""
+        """The Linux pid of one of aiosd's own processes, or None. Read from /proc, because the kernel may be dead."""
         if name == "guardian":
             return self.daemon.pid
         for supervisor in children(self.daemon.pid):
@@ -274,7 +276,7 @@ def dead(ospid: int) -> bool:
 
 
 def marked() -> list[int]:
-    """Every process with our mark in its environment, but this one: whatever was started in a system of this run."""
+    """All other processes with our mark in their environment: all that were started in a system of this run."""
     mark = f"{MARK}={os.getpid()}".encode()
     found = []
     for entry in os.listdir("/proc"):
@@ -292,11 +294,11 @@ def eventually(holds: Any, timeout: float) -> Any:
     return value
 
 
-# ── a stormy night ────────────────────────────────────────────────────────────────────────────────────────
+# ── faults of single processes ────────────────────────────────────────────────────────────────────────────
 
 
 class Storm:
-    """Fifty agents at work, and faults."""
+    """The agents, and the faults while they work."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, running: System) -> None:
         self.options, self.folder, self.running = options, folder, running
@@ -304,15 +306,15 @@ class Storm:
         self.harmed: list[str] = []
         self.unbalanced: list[str] = []
         self.faults: list[dict[str, Any]] = []
-        self.workers: dict[int, str] = {}  # pid → what it does
+        self.workers: dict[int, str] = {}  # by pid: its kind and number
         self.victims: list[int] = []
         self.runs: list[tuple[subprocess.Popen[str], Path]] = []
         self.runs_done = 0
 
-    # the crew
+    # the agents
 
     def prepare(self) -> None:
-        """The texts of a time without faults."""
+        """Generate the reference texts, before any fault."""
         import libaios as aios
 
         tasks = []
@@ -345,7 +347,7 @@ class Storm:
         self.start_runs()
 
     def start_runs(self) -> None:
-        """Attached commands: their agent streams one text to their stdout and exits with 7."""
+        """Start attached commands, whose agent streams a text to stdout and exits with 7."""
         while len(self.runs) < self.options.victims:
             path = self.folder / f"run-{self.runs_done}-{len(self.runs)}-{time.monotonic_ns()}"
             with open(path, "w") as out:
@@ -353,7 +355,7 @@ class Storm:
                 self.runs.append((subprocess.Popen(argv, stdout=out, stdin=subprocess.DEVNULL, text=True), path))
 
     def look_at_runs(self) -> None:
-        """Those that have ended must have exited with 7 and printed the text."""
+        """Check the commands that have ended: status 7, and with --exact the right text."""
         for run, path in list(self.runs):
             if run.poll() is None:
                 continue
@@ -362,7 +364,7 @@ class Storm:
             task = json.loads((self.folder / "reference").read_text())["tasks"][0]
             text = path.read_text()
             if run.returncode != 7:
-                if run.returncode != 8:  # 8: poisoned
+                if run.returncode != 8:  # 8: its generation was poisoned
                     self.harmed.append(f"aios-run exited {run.returncode}")
             elif self.options.exact and text != task["text"]:
                 self.harmed.append(f"aios-run printed {text!r} instead of {task['text']!r}")
@@ -379,7 +381,7 @@ class Storm:
 
     def strike(self) -> None:
         who, how = self.draw()
-        if who in ("kernel", "llm"):  # it may be down just now: a random moment of its next life, not its first
+        if who in ("kernel", "llm"):  # wait for it before the random pause, or the fault would always hit its start
             self.find(who)
         time.sleep(self.chance.uniform(0, self.options.gap))
         strike = {"kernel": self.on_part, "llm": self.on_part, "agent": self.on_agent, "aios-run": self.on_run}[who]
@@ -388,7 +390,7 @@ class Storm:
         strike(who, how)
         fault["over"] = time.monotonic()
         self.look_at_runs()
-        if self.chance.random() < 0.75:  # else the next one comes at once
+        if self.chance.random() < 0.75:  # otherwise the next fault follows at once
             self.books(fault)
 
     def find(self, who: str) -> int:
@@ -436,12 +438,12 @@ class Storm:
             os.kill(run.pid, signal.SIGCONT)
             return
         os.kill(run.pid, signal.SIGKILL)
-        if run.wait() != -signal.SIGKILL:  # it had ended by itself
+        if run.wait() != -signal.SIGKILL:  # it had ended before the kill
             return
         self.runs.remove((run, path))
 
     def books(self, fault: dict[str, Any]) -> None:
-        """They must balance; what is on its way just now gets a moment."""
+        """The books must balance, within three seconds: calls may still be on their way."""
         from libaios.agent import connection
         from libaios.wire import Status, Sys
 
@@ -455,7 +457,7 @@ class Storm:
                 return
             time.sleep(0.05)
 
-    # the morning after
+    # the end
 
     def end(self) -> dict[str, Any]:
         import libaios as aios
@@ -530,14 +532,14 @@ class Storm:
 
 
 def pause(fault: dict[str, Any], gaps: list[tuple[float, float]]) -> float:
-    """The longest gap that a fault has begun: one that began a moment before it or while it lasted. (A gap that is
-    longer already is another fault's.)"""
+    """The longest gap that a fault has caused: one that began at most MOMENT_S before it, or while it lasted. (A gap
+    that began earlier was caused by another fault.)"""
     began = [(begin, end) for begin, end in gaps if fault["at"] - MOMENT_S <= begin <= fault["over"] <= end]
     return max((end - begin for begin, end in began), default=0.0)
 
 
 def attached(folder: Path) -> int:
-    """What an aios-run of the storm runs."""
+    """The program of an attached aios-run."""
     import libaios as aios
 
     task = json.loads((folder / "reference").read_text())["tasks"][0]
@@ -582,13 +584,13 @@ def storm(options: argparse.Namespace) -> dict[str, Any]:
         return found
 
 
-# ── the end of the world, in rounds ───────────────────────────────────────────────────────────────────────
+# ── deaths of the whole system ────────────────────────────────────────────────────────────────────────────
 
 DEAF = "trap '' TERM HUP; (setsid sh -c 'trap \"\" TERM HUP; sleep 1000' &); sleep 1000"
 
 
 def ends(options: argparse.Namespace) -> dict[str, Any]:
-    """Kill or stop supervisor and guardian, one round each in turn."""
+    """Kill the supervisor, kill the guardian, or stop the supervisor, in turn, in a new system each."""
     blows = [("supervisor", signal.SIGKILL), ("guardian", signal.SIGKILL), ("supervisor", signal.SIGSTOP)]
     found: dict[str, Any] = {"rounds": [], "left": 0}
     with tempfile.TemporaryDirectory(prefix="aios-") as home:
@@ -621,7 +623,7 @@ def ends(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> int:
-    """Print the tables; the number of things that should not have been."""
+    """Print the tables; returns the number of failures."""
     bad = 0
     if "storm" in found:
         night = found["storm"]
@@ -659,11 +661,11 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--agents", type=int, default=50)
-    parser.add_argument("--victims", type=int, default=4, help="and as many attached aios-run")
+    parser.add_argument("--victims", type=int, default=4, help="number of victims, and of attached aios-run")
     parser.add_argument("--gap", type=float, default=1.0, help="longest wait before a fault, seconds")
     parser.add_argument("--hangs", type=float, default=0.03, help="share of SIGSTOP in the faults on kernel and core")
-    parser.add_argument("--exact", action="store_true", help="texts must be those of a time without faults")
-    parser.add_argument("--threads", type=int, default=1, help="of the LLM core")
+    parser.add_argument("--exact", action="store_true", help="texts must equal those without faults")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the LLM core")
     parser.add_argument("--rounds", type=int, default=9, help="deaths of supervisor and guardian")
     parser.add_argument("--log", type=Path, help="keep the log of aiosd here")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "chaos.json")
@@ -675,7 +677,7 @@ def main() -> None:
             sys.exit(attached(Path(folder)))
         act(kind, int(number), Path(folder), rest)
         return
-    from benchmarks.harness import hardware  # here: this file is also the agents', which see this folder alone
+    from benchmarks.harness import hardware  # here, because agents run this file, too, and see only this folder
 
     machine, load = hardware(), os.getloadavg()[0]
     print(f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['linux']}, Python {machine['python']}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""kill -9 of any part of the system at random moments, while agents write; then each acknowledged write is checked.
+"""Kills parts of the system at random moments while agents write; then checks each acknowledged write.
 
     $ python benchmarks/crash.py --kills 500 --seed 1
     killed                    number   without answers (s): p50     max
@@ -8,16 +8,16 @@
     acknowledged writes        48211
     lost 0, doubled 0, torn 0, removed and still there 0
 
-Each agent adds notes (most of them several at a time), updates one note that counts, and removes its oldest notes. It
-writes into a file of its own what it is about to do and what has been acknowledged, so that a write that was under way
-when everything died is known as such: it may be there or not, but never twice and never in part. The text of a note
-follows from its number, so a torn one is seen. The counting note has a version, which must be the number of updates.
+Each agent adds notes (most of them several at a time), updates one note with a counter, and removes its oldest notes.
+In a journal of its own it records each write before it starts, and again when it is acknowledged. A write that was
+under way when everything died may have been done or not, but never twice and never in part. The text of a note follows
+from its number, so a torn one is detected. The version of the note with the counter must be the number of updates.
 
-A kill is drawn from the seed: the store, the kernel, both at once, or everything (the supervisor and the guardian),
-after which the system is started again, and its agents under their names. At the end the system is stopped, `aiosd
-fsck` must find nothing, and `aiosd export` is compared with what the agents have noted.
+A kill is drawn from the seed: of the store, the kernel, both at once, or everything (supervisor and guardian), after
+which the system and its agents are started again, under the same names. At the end the system is stopped, `aiosd fsck`
+must find nothing, and `aiosd export` is compared with the agents' journals.
 
-A call that was under way at several deaths gets EIO by design; it is counted as given up, and treated as not known.
+A call that was under way at several deaths gets EIO by design; it is counted as given up, and its result as unknown.
 
 Agents run without a sandbox. Results go to benchmarks/results/crash.json. Exit status 1 when anything is wrong.
 """
@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 AT_ONCE = 4  # notes that an agent adds at a time
-KEPT = 100  # … and how many of them it keeps
+KEPT = 100  # notes that an agent keeps; older ones are removed
 BOOT_S, PATIENCE_S = 120.0, 60.0
 TARGETS = {"store": 60, "kernel": 20, "store and kernel": 15, "everything": 5}  # percent of the kills
 
@@ -60,7 +60,7 @@ def text_of(agent: int, number: int) -> str:
 
 
 def act(agent: int, folder: Path) -> None:
-    """Write until the file `stop` is there. `journal`: a line before each write, and one after its answer."""
+    """Write until the file `stop` exists. `journal`: gets a line before each write, and one after its answer."""
     from libaios.agent import connection
     from libaios.wire import MemAdd, MemGet, MemUpdate, Sys
 
@@ -98,8 +98,8 @@ class Journal:
         self._file.write((" ".join(map(str, words)) + " .\n").encode())
 
     def counter(self, make: Any) -> int:
-        """The id of the note that counts. Made as often as the agent is started: by its key it is always the same, and
-        each time is an update of it."""
+        """The id of the note with the counter. `make` adds it with the same key at each start of the agent, which is an
+        update of it from the second time on."""
         number = self.begin("update")
         note = self.end("update", number, make)
         assert note is not None
@@ -151,7 +151,7 @@ class System:
             client.call(wire.Sys.SPAWN, spec, wire.Spawned, timeout=PATIENCE_S)
 
     def part(self, name: str) -> int:
-        """The Linux pid of a part; 0: it is not there. Asks Linux: the kernel may be dead."""
+        """The Linux pid of a part; 0: it does not run. It comes from /proc, because the kernel may be dead."""
         for supervisor in children(self.daemon.pid):
             if name == "supervisor":
                 return supervisor
@@ -188,7 +188,7 @@ def children(ospid: int) -> list[int]:
 
 
 def left(home: Path) -> list[int]:
-    """Processes of this system."""
+    """Processes of this system that are left."""
     mark, found = f"AIOS_HOME={home}".encode(), []
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError):
@@ -209,7 +209,7 @@ def eventually(holds: Any, timeout: float) -> Any:
 
 
 def storm(options: argparse.Namespace, system: System) -> list[tuple[str, float]]:
-    """The kills, each with the time until the agents had answers again."""
+    """The kills, each with the time until the agents got answers again."""
     draw, done = random.Random(options.seed), []
     for number in range(options.kills):
         before = progress(system.folder)
@@ -231,7 +231,7 @@ def progress(folder: Path) -> int:
 
 
 def verify(folder: Path, agents: int, rows: list[dict[str, Any]], names: dict[int, str]) -> dict[str, Any]:
-    """What the agents have noted against what the store has."""
+    """Compare the agents' journals with the content of the store."""
     found: dict[str, Any] = {"acknowledged": 0, "lost": [], "doubled": [], "torn": [], "still_there": [], "given_up": 0}
     for agent in range(agents):
         own = [row for row in rows if names[row["owner"]].endswith(f"/w{agent}")]
@@ -246,7 +246,7 @@ def _verify_one(agent: int, journal: str, rows: list[dict[str, Any]], found: dic
     found["acknowledged"] += len(ended)
     failed = [words for words in lines if words[0] == "lost"]
     found["given_up"] += sum(int(words[3]) == errno.EIO for words in failed)
-    known = (errno.EIO, errno.ENOTCONN)  # the system is gone, and the agent goes with it
+    known = (errno.EIO, errno.ENOTCONN)  # the system has ended, and the agent is about to
     found["lost"] += [f"w{agent}: {' '.join(words)}" for words in failed if int(words[3]) not in known]
     maybe_gone = {int(words[3]) for (kind, _), words in begun.items() if kind == "remove"}
     gone = {int(begun[key][3]) for key in ended if key[0] == "remove"}
@@ -307,7 +307,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def tracebacks(log: str) -> list[str]:
-    """Each with the line of the log before it, which names the process, and its error."""
+    """The tracebacks in the log, each with its error and the line before it, which names the process."""
     return re.findall(r"^.*\n?Traceback \(most recent call last\):\n(?:[ \t].*\n)*.*$", log, re.MULTILINE)
 
 
@@ -318,7 +318,7 @@ def command(ospid: int) -> bytes:
 
 
 def show(found: dict[str, Any]) -> int:
-    """Print the table; the number of things that are wrong."""
+    """Print the table; returns the number of failures."""
     print(f"{'killed':24}{'number':>8}{'without answers, s: p50':>28}{'max':>8}")
     for what, row in found["kills"].items():
         print(f"{what:24}{row['number']:8}{row['p50_s']:28.2f}{row['max_s']:8.2f}")

@@ -1,19 +1,20 @@
 #!/usr/bin/env python
 """Many agents on one model: aiosd against llama-server, and against one prompt at a time behind a lock.
 
-Workload W(n): n agents, each a process of its own; a shared system prompt of P tokens, 64 private tokens, 4 turns of 32
-generated tokens with 32 tokens of a tool's answer between them; greedy, token ids, random from a seed that is new in
-every run, so that nothing is cached from the run before. What counts is the makespan: from the first request to the
-last answer. All processes are up, connected and have read their order before the clock starts, on every side. Sides
-alternate (A B B A), neighbours make a pair, the median of the pairs' ratios counts; beside it stands the ratio of the
-CPU seconds of the two processes that compute, which tells more on a machine that others use.
+Workload W(n): n agents, each a process of its own. Each has a system prompt of P tokens that all share, 64 tokens of
+its own, and 4 turns of 32 generated tokens, with 32 tokens of a tool's answer between two turns. Decoding is greedy.
+Prompts are random token ids, from a seed that is new in every run, so that nothing is cached from the run before. The
+figure is the makespan: from the first request to the last answer. On every side all processes run, are connected and
+have read their order before the clock starts. Sides alternate (A B B A), neighbouring runs make a pair, and the median
+of the pairs' ratios counts. The ratio of the CPU seconds of the two processes that compute is shown, too: it means more
+on a machine that others use.
 
-llama-server runs natively built from the same llama.cpp sources (`make peers`), with as many slots as agents, each
-agent bound to its slot on a connection of its own, its prompt cache on, and flash attention as is faster for it in this
-very cell. The lock: one process with llama-cpp-python's `Llama`, warm, which keeps the last prompt's state.
+llama-server is built natively from the same llama.cpp sources (`make peers`). It has as many slots as agents, each
+agent bound to its slot on a connection of its own, its prompt cache on, and flash attention on or off, as is faster in
+this cell. The lock: one process with llama-cpp-python's `Llama`, warm, which keeps the last prompt's state.
 
-Real models (`--real`, or by name: `make models`) get real text instead: conversations of talk.py, through their own
-tokenizer and chat template, greedily and at the default temperature. The numbers of tokens are about the same then.
+Real models (`--real`, or by name: `make models`) get real text instead: conversations of talk.py, in their own
+tokenizer and chat template, greedily and at the default temperature. The numbers of tokens are then about the same.
 
     $ make peers && taskset -c 0,1 python benchmarks/crowd.py
     model      n  prefix  temp   aiosd s  server s  ratio   bar    cpu   lock s  ratio   bar
@@ -43,7 +44,7 @@ from benchmarks.harness import AGENT, HTTP, LOOP, Aiosd, Client, Server, cpu_sec
 AGENTS, PREFIXES = (1, 16, 64), (0, 512, 2048)
 PRIVATE, TURNS, GENERATED, TOOL = 64, 4, 32, 32
 NEVER_ABOVE = 1.05
-BARS = {  # where nothing is written: never above
+BARS = {  # by (agents, prefix); NEVER_ABOVE for all others
     "small": {(64, 512): 0.5, (64, 2048): 0.3},
     "smollm2": {(16, 512): 0.7, (16, 1500): 0.7, (64, 512): 0.5, (64, 1500): 0.35},
     "gemma3": {(16, 512): 0.8, (16, 1500): 0.8, (64, 512): 0.8, (64, 1500): 0.8},
@@ -51,8 +52,8 @@ BARS = {  # where nothing is written: never above
 LOCK_BARS = {64: 0.45}
 REAL, REAL_AGENTS, REAL_PREFIXES = ("smollm2", "gemma3"), (16, 64), (512, 1500)
 TEMPERATURES = (0.0, 0.8)  # of real models: greedy, and the default
-BRIEF = 4  # agents that warm both sides up before one run each (`--brief`)
-FRAME = 16  # tokens that a chat template may put around a message
+BRIEF = 4  # how many agents warm up both sides before one run each (`--brief`)
+FRAME = 16  # tokens that a chat template may add to a message
 
 TURNS_OF = """
 def turns(order):
@@ -72,7 +73,7 @@ def complete(tokens, number):
     + TURNS_OF
 )
 
-#: The same through the gateway (`--http`): a program that knows nothing of aiosd.
+#: The same through the gateway (`--http`): a program that does not use libaios.
 OURS_HTTP = (
     LOOP
     + """
@@ -131,8 +132,8 @@ serve(everybody)
 
 
 def workload(n: int, prefix: int, seed: int, vocab: int) -> list[dict[str, Any]]:
-    """What each agent is told: its first prompt and the answers of its tool. Ids below 300 are special in the models of
-    models.py, and bytes in nano."""
+    """The order of each agent: its first prompt, and the answers of its tool. Token ids below 300 are not used: they
+    are special tokens or bytes in the models of models.py and in nano."""
     rng = np.random.default_rng(seed)
 
     def words(count: int) -> list[int]:
@@ -146,18 +147,17 @@ def workload(n: int, prefix: int, seed: int, vocab: int) -> list[dict[str, Any]]
 
 
 def distinct_tokens(n: int, prefix: int) -> tuple[int, int]:
-    """(prompt tokens that somebody must compute, tokens that are generated) of a workload. The answer of the last tool
-    is never asked about."""
+    """(distinct prompt tokens, generated tokens) of a workload. The answer of the last tool belongs to no prompt."""
     return prefix + n * (PRIVATE + (TURNS - 1) * TOOL), n * TURNS * GENERATED
 
 
 def context_of(prefix: int) -> int:
-    """Tokens of the longest conversation, rounded up."""
+    """Tokens of the longest conversation, rounded up, as the context size."""
     return -(-(prefix + PRIVATE + TURNS * (GENERATED + TOOL)) // 256) * 256
 
 
 def complete_run(clients: list[Client], orders: list[dict[str, Any]]) -> float:
-    """The makespan; every agent got as many tokens as it asked for."""
+    """The makespan, after a check that every agent got as many tokens as it requested."""
     said = race(clients, orders)
     wanted = len(orders[0]["prompt"]) + TURNS * (GENERATED + TOOL)
     assert all(one["tokens"] == wanted for one in said), "an agent got fewer tokens than asked for"
@@ -169,7 +169,7 @@ def complete_run(clients: list[Client], orders: list[dict[str, Any]]) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What the agents of a cell do: their orders in the run of a number, and the scripts of both sides."""
+    """The work of a cell: the agents' orders for the run of a given number, and the scripts of both sides."""
 
     ctx: int
     orders: Callable[[int], list[dict[str, Any]]]
@@ -206,13 +206,13 @@ def talk_run(clients: list[Client], orders: list[dict[str, Any]]) -> float:
 
 # ── a cell of the grid ────────────────────────────────────────────────────────────────────────────────────
 
-Side = tuple[Callable[[list[dict[str, Any]]], float], int]  # runs a workload; the process that computes
+Side = tuple[Callable[[list[dict[str, Any]]], float], int]  # runs a workload; pid of the process that computes
 
 
 def pairs(
     ours: Side, theirs: Side, orders: Callable[[int], list[dict[str, Any]]], turns: Sequence[str]
 ) -> dict[str, Any]:
-    """Seconds of wall and CPU of both sides, whose turns these are."""
+    """Run both sides in turns; returns pairs of wall seconds and pairs of CPU seconds."""
     found: dict[str, Any] = {"aiosd_s": [], "server_s": [], "aiosd_cpu_s": [], "server_cpu_s": []}
     for salt, name in enumerate(turns, 1):
         run, pid = ours if name == "aiosd" else theirs
@@ -242,7 +242,7 @@ def cell(name: str, n: int, prefix: int, temperature: float, options: argparse.N
         theirs, row["server_flash"] = best_server(model, n, work, options)
         stack.enter_context(theirs)
         warm = BRIEF if options.brief else n
-        work.run(agents[:warm], work.orders(900)[:warm])  # as the server is by now
+        work.run(agents[:warm], work.orders(900)[:warm])  # the server is warm by now, too
         before = ours.stats()
         row |= pairs(
             (lambda told: work.run(agents, told), ours.core()),
@@ -262,7 +262,7 @@ def cell(name: str, n: int, prefix: int, temperature: float, options: argparse.N
 
 
 def best_server(model: Path, n: int, work: Work, options: argparse.Namespace) -> tuple[Server, str]:
-    """llama-server with flash attention on or off, whichever is faster here, warm."""
+    """llama-server, warm, with flash attention on or off, whichever is faster in this cell."""
     times = {}
     for i, flash in enumerate(options.flash.split(",")):
         if "," not in options.flash:
@@ -344,14 +344,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, action="append", help=f"agents {AGENTS}")
     parser.add_argument("--prefix", type=int, action="append", help=f"shared tokens {PREFIXES}; real: {REAL_PREFIXES}")
     parser.add_argument("--temperature", type=float, action="append", help=f"on real text {TEMPERATURES}")
-    parser.add_argument("--rounds", type=int, default=1, help="of four runs each (A B B A)")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of four runs (A B B A)")
     parser.add_argument("--brief", action="store_true", help="one run of each side, where a cell takes hours")
     parser.add_argument("--quick", action="store_true", help="64 agents with 512 shared tokens on the small model only")
-    parser.add_argument("--threads", type=int, default=2, help="of each side")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each side")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--http", action="store_true", help="our side through the gateway, by plain HTTP (token ids)")
-    parser.add_argument("--no-lock", action="store_true", help="without one prompt at a time, which is slow")
-    parser.add_argument("--flash", default="on,off", help="what is tried for llama-server")
+    parser.add_argument("--no-lock", action="store_true", help="leave out the side with the lock, which is slow")
+    parser.add_argument("--flash", default="on,off", help="settings to try for llama-server")
     parser.add_argument("--aiosd-options", default="", help="more options for aiosd")
     parser.add_argument("--server-options", default="", help="more options for llama-server")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "crowd.json")
@@ -368,7 +368,7 @@ def grid(options: argparse.Namespace) -> Iterator[tuple[str, int, int, float]]:
         agents = options.n or (REAL_AGENTS if real else AGENTS)
         temperatures = options.temperature or TEMPERATURES if real else (0.0,)
         for cell_of in itertools.product([name], agents, prefixes, temperatures):
-            if name != "nano" or context_of(cell_of[2]) <= 2048:  # it was trained for no more
+            if name != "nano" or context_of(cell_of[2]) <= 2048:  # nano's context
                 yield cell_of
 
 

@@ -1,20 +1,20 @@
 #!/usr/bin/env python
 """Tokens per second through the whole system against the same batch in a bare llama.cpp loop.
 
-Both sides run in this one call, interleaved (system, bare, bare, system), with the same model file, threads, context
-and prompts, greedy. The system: an aiosd in a temporary home, agents as real processes, all connected before the
-clock starts, without a sandbox, each asking for one completion of N tokens. Bare: one process that does
-`llama_decode` and arg max and nothing else, the prompts in one batch. What counts is the median of the ratios of
-neighbouring runs. Beside it stands the same ratio in CPU seconds of the two processes that compute: it tells the
-core's own share of the difference, also on a machine that others use.
+Both sides run in turns (system, bare, bare, system), with the same model file, threads, context and prompts, greedily.
+The system: an aiosd in a temporary home, with agents that are real processes without a sandbox, all connected before
+the clock starts. Each requests one completion of N tokens. Bare: one process that only calls `llama_decode` and takes
+the arg max, with all prompts in one batch. The figure is the median of the ratios of neighbouring runs. The same ratio
+of the CPU seconds of the two processes that compute is shown, too: it is the core's own share of the difference, also
+on a machine that others use.
 
     $ python benchmarks/decode.py
     model   agents    bare tok/s   system tok/s   ratio    bar   cpu ratio
     nano         1        2764.1         2395.0   0.866   0.60       0.970
     …
 
-`--engine` leaves out everything but the engine: it runs in the process of the bare loop, to see what Python's share
-of a step is. `--null` has the bare loop on both sides: how far from 1 that comes out is what the measurement is worth.
+`--engine` runs only the engine, in the process of the bare loop, to show Python's share of a step. `--null` runs the
+bare loop on both sides: the distance of this ratio from 1 is the error of the measurement.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ for line in sys.stdin:
 
 
 def prompts(count: int, salt: int) -> list[list[int]]:
-    """Different for every agent and every run: no prefix is there to be reused."""
+    """Prompts that differ for every agent and run, so that no prefix can be reused."""
     return [[20 + (salt * 7919 + agent * 131 + place * 17) % 400 for place in range(PROMPT)] for agent in range(count)]
 
 
@@ -68,7 +68,7 @@ def prompts(count: int, salt: int) -> list[list[int]]:
 
 
 class Bare:
-    """llama.cpp and nothing else. `engine`: the project's engine in the same process instead."""
+    """llama.cpp alone. `engine`: aiosd's engine in the same process instead."""
 
     def __init__(self, path: str, threads: int, engine: bool = False) -> None:
         from aiosd.llm import llama
@@ -136,7 +136,7 @@ def serve_bare(path: str, threads: int, engine: bool) -> None:
 
 
 class Child:
-    """A process that answers a line with a line."""
+    """A process that answers each line with a line."""
 
     def __init__(self, command: list[str], env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
@@ -179,7 +179,7 @@ def command(name: str) -> list[str]:
 
 
 class System:
-    """An aiosd with agents that are connected and wait."""
+    """An aiosd with agents that are connected and wait for an order."""
 
     def __init__(self, home: str, model: Path, threads: int | None) -> None:
         self.env = {**os.environ, "AIOS_HOME": home, "PYTHONPATH": str(ROOT)}
@@ -253,7 +253,7 @@ Pairs = dict[int, list[tuple[Run, Run]]]
 
 
 def compare(side: Callable[[int, int, int], float], core: int, bare: Child, rounds: int, tokens: int) -> Pairs:
-    """Pairs (ours, bare) by number of agents. `core`: the process that computes on our side."""
+    """Pairs of figures (ours, bare) by number of agents. `core`: the pid of the process that computes on our side."""
 
     def ours(count: int, salt: int) -> Run:
         before = harness.cpu_seconds(core)
@@ -266,7 +266,7 @@ def compare(side: Callable[[int, int, int], float], core: int, bare: Child, roun
 
     for count in AGENTS:
         side(count, 16, 1)
-        bare.ask([count, 16, 1])  # warm
+        bare.ask([count, 16, 1])  # warms up
         bare.answer()
     pairs: Pairs = {count: [] for count in AGENTS}
     salt = 2
@@ -307,9 +307,9 @@ def report(name: str, pairs: Pairs, **also: Any) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", help="nano, small, another shape of models.py, or a GGUF")
-    parser.add_argument("--rounds", type=int, default=3, help="of four runs each")
-    parser.add_argument("--tokens", type=int, help="generated per agent and run")
-    parser.add_argument("--threads", type=int, help="of both sides; default: what the core measures")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of four runs")
+    parser.add_argument("--tokens", type=int, help="tokens that each agent generates in a run")
+    parser.add_argument("--threads", type=int, help="threads of both sides (default: as the core measures)")
     parser.add_argument("--engine", action="store_true", help="the engine alone instead of the whole system")
     parser.add_argument("--null", action="store_true", help="a second bare loop instead of the whole system")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "decode.json")

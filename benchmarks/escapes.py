@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What an agent can do that it should not, in each level of the sandbox, and what stops it.
+"""What an agent can do that it must not do, in each level of the sandbox, and what prevents it.
 
     $ python benchmarks/escapes.py
     deed                              none           flat           flat, network
@@ -7,8 +7,8 @@
     tcp_local                         done           EAFNOSUPPORT   done (accepted)
     …
 
-The deeds are those of the tests (`tests/deeds`). Each is done in a process of its own. One that cannot be done without
-a sandbox proves nothing, and is not counted. Exit code 1: a deed was done that is not accepted.
+The deeds are those of the tests (`tests/deeds`). Each is tried in a process of its own. A deed that fails without a
+sandbox, too, proves nothing and is not counted. Exit code 1: a deed succeeded that is not accepted.
 
 Results go to benchmarks/results/escapes.json.
 """
@@ -37,7 +37,7 @@ LEVELS = {
 
 def inside(system: harness.Aiosd, stage: Stage, level: str, net: str) -> dict[str, str]:
     argv = [*harness.command("aios-run"), "--sandbox", level, "--net", net]
-    argv += ["--processes", "5000", "--read", str(stage.path.parent)]  # else it is ended for what it tries
+    argv += ["--processes", "5000", "--read", str(stage.path.parent)]  # or a budget would end it first
     with stage.for_inside() as inherited:
         done = subprocess.run(
             [*argv, str(RUN), str(stage.path)],
@@ -57,7 +57,7 @@ def accepted(level: str, net: str) -> set[str]:
 
 
 def measure() -> dict[str, dict[str, str]]:
-    """What became of each deed, by level."""
+    """The outcome of each deed, by level."""
     with harness.Aiosd(harness.model_path("nano")) as system, tempfile.TemporaryDirectory() as folder:
         supervisor = next(one["ospid"] for one in system.processes() if one["name"] == "supervisor")
         with Stage(Path(folder), system.home / "data", supervisor) as stage:
@@ -67,7 +67,7 @@ def measure() -> dict[str, dict[str, str]]:
 
 
 def wrong(found: dict[str, dict[str, str]]) -> list[str]:
-    """Deeds that were done and are not accepted."""
+    """Deeds that succeeded and are not accepted."""
     possible = {name for name, outcome in found["none"].items() if outcome == "done"}
     return [
         f"{deed} in {name}"

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
 """Does a text change when its generation is interrupted? Match rate and BLEU against the uninterrupted one.
 
-Every agent generates greedily, first alone, one after the other; then all at once on a quarter as many slots, in turns
-of 4 tokens, so that each is taken off its slot many times, its context copied away and put back into another slot, and
-has other neighbours in every batch. With `--exact` every text must be the same; without it batches of other sizes round
-otherwise, and now and then a different token wins. The paper's table 7 reports BLEU 1.0 for this.
+Every agent generates greedily: first one agent after the other, then all at once on a quarter as many slots, with a
+quantum of 4 tokens. Then each is preempted many times, its context is saved and restored into another slot, and its
+batches contain other sequences each time. With `--exact` every text must be the same. Without it batches of different
+sizes round differently, and sometimes another token is chosen. Table 7 of the AIOS paper reports BLEU 1.0 for this.
 
     $ python benchmarks/exactness.py
     model   exact  texts  preemptions  same texts  same tokens   BLEU
     nano    no        24          310      1.000        1.000   1.000
     …
 
-The embedded model gets the prompts of its held-out tasks, a random one random prompts.
+The embedded model gets the prompts of its held-out tasks, a model of random weights gets random prompts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import harness  # noqa: E402  the checkout comes first
 from benchmarks.harness import AGENT, Aiosd, race  # noqa: E402
 
-QUANTUM = 4  # tokens
+QUANTUM = 4  # in tokens
 
 WRITER = (
     AGENT
@@ -55,7 +55,7 @@ def orders(name: str, model: Path, count: int, tokens: int, seed: int) -> list[d
 
         families = list(FAMILIES)
         tasks = [make(seed * 1_000_000 + i, HELD, families[i % len(families)]) for i in range(count)]
-        # The task as a question without tools: the model writes more than a call's few tokens.
+        # The task as a question without tools, because a call of a tool has few tokens.
         return [{"messages": [{"role": "user", "content": task.prompt}], "tokens": tokens} for task in tasks]
     rng, vocab = np.random.default_rng(seed), harness.vocabulary(model)
     return [
@@ -64,7 +64,7 @@ def orders(name: str, model: Path, count: int, tokens: int, seed: int) -> list[d
     ]
 
 
-# ── how like one text is to another ───────────────────────────────────────────────────────────────────────
+# ── how similar two texts are ─────────────────────────────────────────────────────────────────────────────
 
 
 def bleu(candidate: Sequence[int], reference: Sequence[int], order: int = 4) -> float:
@@ -135,7 +135,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", help="nano, small, another shape of models.py, or a GGUF")
     parser.add_argument("--texts", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64, help="of each text at most")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens of a text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "exactness.json")

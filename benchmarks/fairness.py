@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""What one who types gets beside a crowd that computes; and whether shares are what was asked for.
+"""The latency of an interactive agent beside agents that generate without end, and the shares of different nice values.
 
-Latency: one interactive agent talks (a growing conversation, calls of 64 new prompt tokens and 32 generated, a second
-between them) on an idle system, then among 32 agents that generate without end, and have done so for a while: in their
-first seconds, until each has had a quantum, they are newcomers with the same rights as it has. Its p90 over its own on
-the idle system counts, on the same running system. With a slot for everybody (33) and with 8; under the default policy,
-under fifo, and with llama-server.
+Latency: one interactive agent has a growing conversation, with calls of 64 new prompt tokens and 32 generated ones and
+a second between them. It does so on an idle system, and then beside 32 agents that generate without end. These have run
+for a while by then, because until each has used up a quantum it has the same priority as a new call. The figure is the
+90th percentile of its latency over that on the idle system. It is measured with a slot for each agent (33) and with 8
+slots, under the default policy, under fifo, and with llama-server.
 
-Shares: 16 agents that generate without end on 8 slots, half of them with nice 5; tokens of the classes in a minute,
-over the ratio of Linux's weights for these nice values, 1024 : 335.
+Shares: 16 agents generate without end on 8 slots, half of them with nice 5. The figure is the ratio of the tokens of
+both classes in a minute, against the ratio of Linux's weights for these nice values, 1024 : 335.
 
     $ make peers && taskset -c 0,1 python benchmarks/fairness.py
     system        slots  idle p90  crowd p50    p90  × idle   bar  calls
@@ -36,7 +36,7 @@ CROWD, SLOTS, CTX = 32, (33, 8), 1024
 NEW, GENERATED, PAUSE_S = 64, 32, 1.0
 TALK = 8  # calls of one conversation
 LATENCY_BAR, SHARE_BAR = 2.5, 0.05
-WEIGHTS = {0: 1024, 5: 335}  # Linux's, kernel/sched/core.c
+WEIGHTS = {0: 1024, 5: 335}  # from Linux's kernel/sched/core.c
 
 COMPLETE = """
 def complete(tokens, number, **also):
@@ -60,7 +60,7 @@ def talk(order):
 serve(talk)
 """
 
-#: Ends when its input does: a generation under way is of no interest then.
+#: It ends when its input does, even during a generation.
 ENDLESS = """
 import os, random, threading
 def endless(order):
@@ -82,12 +82,12 @@ def order(seed: int, vocab: int, **also: Any) -> dict[str, Any]:
 
 
 def latency(talker: Client, crowd: list[Client], vocab: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Latencies of the talker alone, then among the crowd."""
+    """Latencies of the interactive agent alone, and then beside the others."""
 
     def talk(seed: int, seconds: float) -> list[float]:
         return list(race([talker], [order(seed, vocab, seconds=seconds, talk=TALK)])[0]["latencies"])
 
-    talk(1, 0.0)  # warm
+    talk(1, 0.0)  # warms up
     idle = talk(2, options.idle)
     race(crowd, [order(100 + i, vocab, ctx=CTX) for i in range(len(crowd))])
     time.sleep(options.settle)
@@ -110,7 +110,7 @@ def ours(model: Path, policy: str, slots: int, vocab: int, options: argparse.Nam
 
 
 def theirs(model: Path, slots: int, vocab: int, options: argparse.Namespace) -> dict[str, Any]:
-    """llama-server chooses slots by what they hold; a call that finds none free waits in its queue."""
+    """The same with llama-server, which chooses slots by their content. A call waits in its queue for a free slot."""
     with Server(model, slots, CTX, options.threads) as server:
         talker = server.start(1, HTTP + TALKING)[0]
         crowd = server.start(CROWD, HTTP + ENDLESS)
@@ -132,7 +132,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def shares(model: Path, vocab: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens of both classes in a window, from the process table."""
+    """The tokens of both classes within a minute, from the process table."""
     flags = ["--policy", "fair", "--slots", "8", "--ctx", str(CTX), "--threads", str(options.threads)]
     with Aiosd(model, *flags) as system:
         classes = {nice: [f"class{nice}-{i}" for i in range(8)] for nice in WEIGHTS}
@@ -166,9 +166,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="small", help="nano, small, another shape of models.py, or a GGUF")
     parser.add_argument("--slots", type=int, action="append", help=f"{SLOTS}")
     parser.add_argument("--side", action="append", help="fair, fifo, another policy, llama-server, shares")
-    parser.add_argument("--seconds", type=float, default=45.0, help="among the crowd")
+    parser.add_argument("--seconds", type=float, default=45.0, help="seconds beside the other agents")
     parser.add_argument("--idle", type=float, default=15.0, help="seconds alone")
-    parser.add_argument("--settle", type=float, default=10.0, help="seconds of the crowd before anything is counted")
+    parser.add_argument("--settle", type=float, default=10.0, help="seconds of the others before it counts")
     parser.add_argument("--share-seconds", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "fairness.json")

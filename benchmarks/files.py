@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""A large file into the store and out again, by an agent: how fast, beside a copy with `cp` on the same disk, and how
-much memory it takes in any process.
+"""An agent uploads a large file to the store and downloads it: how fast, compared with `cp` on the same disk, and how
+much memory each process needs for it.
 
     $ python benchmarks/files.py --gigabytes 1
                              s       MB/s   × cp
@@ -12,9 +12,9 @@ much memory it takes in any process.
     agent                   28        34       6     64             3.1   kept
     …
 
-The file is random bytes, so that no piece is like another. Memory is the resident set (`VmHWM`, which is reset before);
-"more" is what the file has cost. Results go to benchmarks/results/files.json. Exit status 1 when the bar is missed or
-a byte is wrong.
+The file is random bytes, so that no two pieces are equal. Memory is the resident set: its peak (`VmHWM`) is reset
+before. "more" is the difference. Results go to benchmarks/results/files.json. Exit status 1: the bar is missed, or a
+byte is wrong.
 """
 
 import argparse

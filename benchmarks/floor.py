@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""How far the whole system is from what this machine could do at best with this model and workload.
+"""How near the whole system is to the shortest possible time on this machine, with this model and workload.
 
-The floor: every distinct prompt token computed once, at the speed of a long prompt, and every generated token at the
-speed of llama-batched-bench with as many sequences of the workload's mean length: no processes, no sampling, no
-waiting, no moving of contexts. Both speeds are measured in this run, before and after the system's, each with flash
-attention on and off, and the better one counts. The workload is crowd.py's.
+That time, the floor, is computed: every distinct prompt token once, at the speed of one long prompt, and every
+generated token at the speed of llama-batched-bench with as many sequences of the workload's mean length. So it has no
+processes, no sampling, no waiting and no copies of contexts. Both speeds are measured before and after the system's
+run, each with flash attention on and off, and the better one counts. The workload is crowd.py's.
 
     $ make peers && taskset -c 0,1 python benchmarks/floor.py
     model    n  prefix  prefill/s  decode/s  floor s  aiosd s  floor/aiosd   bar
     small   64     512     2177.0     711.0     16.6     18.0         0.92  0.90
 
-`unified` in the JSON is the same decode with one cache for all that share the prefix: cells of the prefix are there
-only once, but everybody attends over everybody's.
+`unified` in the JSON is the same decode with one cache for all sequences: the cells of the prefix exist only once, but
+each sequence attends over the cells of all.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def mean_length(prefix: int) -> int:
 
 
 def bench(model: Path, n: int, prefix: int, threads: int, *flags: str) -> tuple[float, float]:
-    """(prompt tokens per second of one prompt, generated tokens per second of n sequences). The prompt is computed once
-    and copied into the other sequences."""
+    """(prompt tokens per second of one prompt, generated tokens per second of n sequences). The prompt is computed
+    once, and copied into the other sequences."""
     length = mean_length(prefix)
     argv = [str(harness.peer("llama-batched-bench")), "-m", str(model), "-c", str((length + GENERATED + 256) * n)]
     argv += ["-b", "2048", "-ub", "512", "-npp", str(length), "-ntg", str(GENERATED), "-npl", str(n), "-pps"]
@@ -100,7 +100,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, action="append", help="agents (64)")
     parser.add_argument("--prefix", type=int, action="append", help="shared tokens (512)")
     parser.add_argument("--rounds", type=int, default=1, help="two runs of the system between two of the bench")
-    parser.add_argument("--threads", type=int, default=2, help="of each side")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each side")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--aiosd-options", default="", help="more options for aiosd")
     parser.add_argument("--server-options", default="", help="more options for llama-batched-bench")

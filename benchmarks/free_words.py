@@ -1,11 +1,11 @@
-"""What the embedded model does with tasks in free words.
+"""How many tasks in free words the embedded model solves.
 
-`free_words.json` holds fifty tasks within what the model's card promises, put as different people would put them
-and worded without regard to the sentences it was trained on. Each goes through the whole system: aiosd is booted in a
-home that is thrown away, and every task is an agent in a folder of its own. A task is solved when the answer, the
-files and the notes are all as they must be, and nothing else was written.
+`free_words.json` has fifty tasks of the kinds that the model's card promises, in the words of different people and
+without regard to the sentences of its training. Each goes through the whole system: aiosd is booted in a temporary
+home, and every task is an agent in a folder of its own. A task is solved if the answer, the files and the notes are
+right, and nothing else was written.
 
-    $ python benchmarks/free_words.py        # here of a model in the middle of its training
+    $ python benchmarks/free_words.py        # with a model in the middle of its training
     family                solved    of  share
     arithmetic                 4     8    50%
     ...
@@ -19,9 +19,9 @@ files and the notes are all as they must be, and nothing else was written.
 
 The results are written to benchmarks/results/free_words.json, too.
 
-In a task's `expect`, `answer` lists what must occur in the answer, each as whole words, whatever the case; of a list
-inside it, any one will do. A number counts by value: 1200 is found in "1,200.00". `notes` lists what must occur in a
-note that was added, `files` the whole text of files.
+In a task's `expect`, `answer` lists texts that the answer must contain, as whole words in any case; of a list inside it
+one is enough. Numbers are compared by value: 1200 is found in "1,200.00". `notes` lists texts that an added note must
+contain, `files` the whole text of files.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class System:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(subprocess.SubprocessError):
             self.run("aiosd", "stop", capture_output=True)
-        for process in self.left_over():  # only when something went wrong
+        for process in self.left_over():  # there are some only if something went wrong
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
         shutil.rmtree(self.home, ignore_errors=True)
@@ -93,14 +93,14 @@ class System:
         return found
 
     def about_model(self) -> dict[str, Any]:
-        """Which file it was: the embedded model has had more than one version."""
+        """The model's file and checksum: the embedded model has had several versions."""
         status = json.loads(self.run("aiosd", "status", "--json", check=True, capture_output=True).stdout)
         model = status["models"][0]
         digest = hashlib.sha256(Path(model["path"]).read_bytes()).hexdigest()
         return {"name": model["name"], "parameters": model["info"]["n_params"], "sha256": digest}
 
     def ask(self, task: Task) -> tuple[str, list[str]]:
-        """Gives the task to an agent: its answer, and what is wrong."""
+        """Give the task to an agent; returns its answer, and what is wrong."""
         folder = Path(tempfile.mkdtemp(prefix="task-", dir=self.home))
         desk, notes = folder / "desk", folder / "notes.txt"
         desk.mkdir()
@@ -124,7 +124,7 @@ class System:
 
 
 def plain(text: str) -> str:
-    """Without what makes no difference: case, the shape of signs, separators in numbers, line breaks."""
+    """The text without differences that do not count: case, forms of signs, separators in numbers, line breaks."""
     text = text.lower().replace("’", "'").replace("‘", "'").replace("−", "-")
     return " ".join(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text).split())
 
@@ -137,7 +137,7 @@ def occurs(wanted: str, text: str) -> bool:
 
 
 def judge(task: Task, answer: str, files: dict[str, str], notes: list[str]) -> list[str]:
-    """What is wrong; nothing if the task is solved."""
+    """What is wrong; empty if the task is solved."""
     expect = task["expect"]
     faults = []
     for wanted in expect["answer"]:
@@ -181,7 +181,7 @@ def hardware() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fifty tasks in free words, through the whole system.")
-    parser.add_argument("--model", default="nano", help="what aiosd is to load (default: %(default)s)")
+    parser.add_argument("--model", default="nano", help="the model for aiosd (default: %(default)s)")
     parser.add_argument("--tasks", type=Path, default=HERE / "free_words.json", help="default: free_words.json")
     parser.add_argument("--family", help="only tasks of this family; writes no results")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "free_words.json", help="where results go")

@@ -1,33 +1,33 @@
 #!/usr/bin/env python
-"""Hostile bytes: agents and clients that write whatever they like, beside honest ones that time their calls.
+"""Hostile bytes: agents and clients that send invalid data, beside honest agents that time their calls.
 
     $ python benchmarks/fuzz.py --frames 2000000 --seed 1
     frames                       tried     ended their sender
     real traffic, mutated      801,234                    211
     …
 
-A real aiosd on the embedded model. *Neighbours* call getpid steadily and time each call. Beside them, in turns (A B B
-A), work a crew of honest agents and one of as many offenders. All of a crew are *players*: they copy batches of frames
-into their ring, many for each ring of the bell, a batch each --pace seconds (0: as fast as the kernel takes them). What
-differs is what they play:
+A real aiosd with the embedded model. *Neighbours* call getpid steadily and time each call. Beside them work, in turns
+(A B B A), a group (*crew*) of honest agents (A) and one of as many offenders (B). Most of a crew are *players*: they
+copy batches of frames into their ring, many frames for one doorbell, a batch every --pace seconds (0: as fast as the
+kernel takes them). The frames of players are:
 
     honest      frames as the SDK makes them, recorded from it
     mutated     the same with bits flipped, fields swapped, ends cut off, slices doubled, two frames spliced
-    structured  framing and msgpack in order; wrong types, huge and negative numbers, deep nesting, unknown calls,
-                others' pids
-    reused      ids that are in use, cancelled, or were used a moment ago
-    epochs      frames of the dead, and of kernels to come
+    structured  valid framing and msgpack, but wrong types, huge and negative numbers, deep nesting, unknown calls, or
+                pids of others
+    reused      ids that are in use, cancelled, or were used shortly before
+    epochs      frames of earlier epochs, and of epochs that have not begun
 
-A frame that is no request ends its sender, so of those a player plays one, as its last. Others of the crew *act*: raw
-random bytes, lies about lengths and counters, a frame of 1 GB, one without end, a ruined header, floods of the
-doorbell, replies never read, ends closed, the segment resized, death in the middle of a frame. Honest ones in their
-place come and go as often. On the control socket come garbage, half messages and a crowd that says nothing; as many
-honest clients on side A.
-Whoever ends is replaced. All frames are made beforehand, from the seed.
+A frame that is no request ends its sender, so a player sends such a frame only as its last. Others of the crew are
+*actors*: they write random bytes, false lengths and counters, a frame of 1 GB, a frame without end or an invalid
+header, flood the doorbell, never read replies, close their ends, resize the segment, or die inside a frame. Honest
+agents in their place start and end as often. The control socket gets garbage, incomplete messages and many clients that
+send nothing, on side A as many honest clients. Each agent that ends is replaced. All frames are made in advance, from
+the seed.
 
 A frame counts when the kernel's counter has passed it, or when it ended its sender. Kernel deaths are read from
-`aiosd status --json`, the reasons of ends from what aios-inspect shows. Results go to benchmarks/results/fuzz.json.
-Exit status 1 when the kernel died, the books do not balance, an honest agent was harmed, or a segment could be resized.
+`aiosd status --json`, the reasons of ends from aios-inspect. Results go to benchmarks/results/fuzz.json. Exit status 1:
+the kernel died, the books do not balance, an honest agent was harmed, or a segment could be resized.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ from libaios import wire  # noqa: E402
 from libaios.wire import Sys  # noqa: E402
 
 FIRST, LAST = 1 << 31, 1 << 30
-RING = 1 << 16  # bytes of an agent's submissions
+RING = 1 << 16  # bytes of an agent's ring of submissions
 BATCH = RING // 16  # bytes copied into the ring at a time
 KINDS = ["honest", "mutated", "structured", "reused", "epochs", "random", "acts", "control"]
-ERRNOS = 32  # where the players' counters of errnos begin; before them frames by kind
+ERRNOS = 32  # index of the players' first counter of errnos; before it are the counters of frames by kind
 COUNTERS = ERRNOS + 256
 PLAYS = ["mutated", "structured", "reused", "epochs"]
 PHASE_S = 5.0
-SETTLE_S = 1.0  # of a phase, before anything is measured
-LIFE_S = 2.0  # of a player
-TURN_S = 0.4  # of a slot, at least: honest actors must not come and go more often than offenders
+SETTLE_S = 1.0  # at the beginning of a phase, not measured
+LIFE_S = 2.0  # how long a player lives
+TURN_S = 0.4  # least time between two agents of a place: honest actors must not start more often than offenders
 PATIENCE_S = 60.0
 
 encode = msgspec.msgpack.encode
@@ -82,7 +82,7 @@ encode = msgspec.msgpack.encode
 
 
 def recorded() -> list[tuple[int, bytes]]:
-    """What the SDK sends: (number of the call, frame). Its id is 0, as `with_id` needs it."""
+    """Requests as the SDK sends them: (number of the call, frame). The id is 0; `with_id` replaces it."""
     import libaios as aios
     from libaios.plan import plan_of
 
@@ -120,7 +120,7 @@ def recorded() -> list[tuple[int, bytes]]:
 
 
 def with_id(frame: bytes, number: int) -> bytes:
-    """A recorded frame under another id."""
+    """A recorded frame with another id."""
     return frame[:1] + encode(number) + frame[2:]
 
 
@@ -133,7 +133,7 @@ def is_request(frame: bytes) -> bool:
 
 
 def acts_for_the_user(frame: bytes) -> bool:
-    """Whether a client may do harm with it by right: stop the system, change it, signal agents."""
+    """Whether a client of the user may do harm by this call by design: stop the system, change it, signal agents."""
     try:
         return wire.decode_request(frame).sys in (Sys.SHUTDOWN, Sys.SET, Sys.SPAWN, Sys.KILL, Sys.NICE, Sys.CTX_REMOVE)
     except (msgspec.MsgspecError, RecursionError):
@@ -141,7 +141,7 @@ def acts_for_the_user(frame: bytes) -> bool:
 
 
 class Maker:
-    """Frames of each kind from one seed."""
+    """Makes frames of each kind from one seed."""
 
     def __init__(self, seed: int | str) -> None:
         self.chance = random.Random(seed)
@@ -232,8 +232,8 @@ class Maker:
         return with_id(chance.choice(self.traffic)[1], number)
 
     def batches(self, kind: str, count: int) -> list[tuple[int, int, bytes]]:
-        """(kind, number of frames, bytes as they lie in the ring): `count` frames that end nobody, and one that does if
-        this kind makes such."""
+        """(kind, number of frames, bytes as they lie in the ring): `count` frames that end no sender, and then one that
+        does, if this kind makes such frames."""
         make = {"honest": self.honest, "reused": self.reused, "epochs": self.honest}.get(kind) or getattr(self, kind)
         made: list[tuple[int, int, bytes]] = []
         bits, size, frames, fatal = [], 0, 0, b""
@@ -256,12 +256,12 @@ class Maker:
 
 
 def fragment(payload: bytes, epoch: int = 1, flags: int = FIRST | LAST) -> bytes:
-    """Payload as it lies in a ring."""
+    """A payload as it lies in a ring: with its header, padded to 8 bytes."""
     return struct.pack("=II", len(payload) | flags, epoch) + payload + bytes(-len(payload) % 8)
 
 
 def save(batches: list[tuple[int, int, bytes]], path: Path) -> None:
-    """For the players: batches that end their sender come last and are marked with kind | 128."""
+    """Write batches for the players. One that ends its sender is marked with kind | 128."""
     with open(path, "wb") as file:
         for kind, frames, blob in batches:
             last = frames == 1 and not is_request(blob[8 : 8 + (struct.unpack_from("=I", blob)[0] & (LAST - 1))])
@@ -270,7 +270,7 @@ def save(batches: list[tuple[int, int, bytes]], path: Path) -> None:
 
 # ── inside agents ─────────────────────────────────────────────────────────────────────────────────────────
 
-#: Times its calls, steadily; appends (when, how long) in seconds.
+#: Calls getpid steadily; appends (begin, duration) in seconds, and the number of wrong answers so far.
 NEIGHBOUR = """
 import struct, sys, time
 import libaios as aios
@@ -284,7 +284,7 @@ with open(sys.argv[1], "ab", buffering=0) as out:
         time.sleep(float(sys.argv[2]))
 """
 
-#: Works on the raw channel, as the top of libaios/ring.py describes it, since it must not be kept from anything.
+#: Works on the raw channel (its layout: the top of libaios/ring.py), because the SDK would prevent invalid writes.
 PLAYER = r"""
 import array, fcntl, mmap, os, random, select, socket, struct, sys, time
 from _thread import allocate_lock
@@ -430,7 +430,7 @@ def play(path, seconds, reads=True, pace=0.0):
     settle(2.0, reads)
     if last is not None and reads:
         put(corpus[last[2]:last[3]])
-        time.sleep(20)  # the end comes before that
+        time.sleep(20)  # the kernel ends this process before that
 
 
 def settle(most, reads=True):
@@ -452,7 +452,7 @@ def head(word, extra=b""):
     put(struct.pack("=II", word & 0xFFFFFFFF, epoch) + extra)
 
 
-# what some do instead of playing; each ends by itself or is ended
+# what actors do; each ends by itself or is ended
 
 def act_random(rng):
     payload = rng.randbytes(rng.randrange(300))
@@ -584,7 +584,7 @@ ONE_FRAME = {"random", "heads", "giant", "endless", "half", "crumbs", "counter",
 
 
 class Crew:
-    """Players in slots, each replaced when it has ended."""
+    """Agents in a fixed number of places; each is replaced when it has ended."""
 
     def __init__(self, fuzz: Fuzz, honest: bool) -> None:
         self.fuzz, self.honest = fuzz, honest
@@ -601,7 +601,7 @@ class Crew:
                 begun = time.monotonic()
                 do(number)
                 time.sleep(max(0.0, TURN_S - (time.monotonic() - begun)))
-        except Exception as err:  # a thread's own would be lost
+        except Exception as err:  # an error in a thread would be lost
             self.fuzz.harmed.append(f"slot {number}: {err!r}")
 
     def end(self) -> None:
@@ -627,7 +627,7 @@ class Crew:
     # the control socket
 
     def clients(self, slot: int) -> None:
-        """A crowd that connects and stays a while, one after another talking."""
+        """Connect many clients and keep them for a second; meanwhile others connect one after the other."""
         crowd: list[socket.socket] = []
         try:
             for _ in range(self.fuzz.options.clients):
@@ -698,11 +698,11 @@ class Fuzz:
         self.maker = Maker(f"{options.seed} clients")
         self.phases = 0
         self.harmed: list[str] = []
-        self.ends: Counter[str] = Counter()  # reasons
-        self.ended_by: Counter[str] = Counter()  # what they did
+        self.ends: Counter[str] = Counter()  # by reason
+        self.ended_by: Counter[str] = Counter()  # by what the agent did
         self.players: Counter[str] = Counter()
         self.lock = threading.Lock()
-        self.own: Counter[str] = Counter()  # frames counted here
+        self.own: Counter[str] = Counter()  # frames that no player counts
         self.player = folder / "player.py"
         self.player.write_text(PLAYER)
         self.slots: dict[int, memoryview] = {}
@@ -748,13 +748,13 @@ class Fuzz:
         return pid
 
     def run(self, slot: int, kind: str, *args: str) -> str:
-        """A player from its start to its end; the reason of that as aios-inspect shows it."""
-        from libaios.connection import decode_body  # noqa: F401  # the SDK is loaded before threads use it
+        """Run a player until its end; returns the reason of its end as aios-inspect shows it."""
+        from libaios.connection import decode_body  # noqa: F401  # load the SDK before threads use it
 
         pid = self.spawn(self.player, kind.replace("_", "-"), str(self.counters(slot)), *args)
         try:
             ended = self.client.call(Sys.WAIT, wire.Wait(pid, True, 30.0), wire.Waited, timeout=PATIENCE_S)
-        except TimeoutError:  # it has stopped itself, say
+        except TimeoutError:  # for example, it has stopped itself
             self.client.call(Sys.KILL, wire.Kill(pid, 9, 5.0), None, timeout=PATIENCE_S)
             ended = self.client.call(Sys.WAIT, wire.Wait(pid), wire.Waited, timeout=PATIENCE_S)
         shown = self.client.call(Sys.INSPECT, wire.PidArgs(pid), dict[str, Any], timeout=PATIENCE_S)
@@ -818,7 +818,7 @@ class Fuzz:
             self.phase(side, paths)
             if sys.stderr.isatty():
                 print(f"\r{self.hostile():,} frames", end="", file=sys.stderr, flush=True)
-        for side in sides:  # to the end of the four
+        for side in sides:  # complete the last A B B A
             self.phase(side, paths)
         for pid in pids:
             self.client.call(Sys.KILL, wire.Kill(pid, 15, 10.0), None, timeout=PATIENCE_S)
@@ -843,7 +843,7 @@ def samples(path: Path) -> list[tuple[float, float, int]]:
 
 
 def another_uid(system: Aiosd) -> str:
-    """What a process of another user gets from the control socket, though it may reach it."""
+    """What the control socket answers to a process of another user that may connect to it."""
     if os.getuid():
         return "skipped: needs root"
     path = system.home / "aiosd.sock"
@@ -884,7 +884,7 @@ def rss(pid: int) -> int:
 
 
 def balanced(system: Aiosd) -> list[str]:
-    """The books; what is on its way gets a moment."""
+    """What is wrong in the books; calls that are on their way get ten seconds."""
     end = time.monotonic() + 10
     while True:
         wrong: list[str] = json.loads(system.call("aiosd", "status", "--check", "--json"))["check"]
@@ -967,12 +967,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=2_000_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--players", type=int, default=4, help="at a time")
-    parser.add_argument("--actors", type=int, default=2, help="at a time")
+    parser.add_argument("--players", type=int, default=4, help="players at a time")
+    parser.add_argument("--actors", type=int, default=2, help="actors at a time")
     parser.add_argument("--neighbours", type=int, default=2)
-    parser.add_argument("--clients", type=int, default=1000, help="of the control socket at a time")
-    parser.add_argument("--corpora", type=int, default=8, help="of each kind, 4,000 frames each")
-    parser.add_argument("--phase", type=float, default=PHASE_S, help="seconds")
+    parser.add_argument("--clients", type=int, default=1000, help="clients of the control socket at a time")
+    parser.add_argument("--corpora", type=int, default=8, help="files of 4,000 frames, for each kind")
+    parser.add_argument("--phase", type=float, default=PHASE_S, help="seconds of one crew's turn")
     parser.add_argument("--pace", type=float, default=0.01, help="seconds between two batches of a player")
     parser.add_argument("--log", type=Path, help="keep the log of aiosd here")
     parser.add_argument("--out", type=Path, default=RESULTS / "fuzz.json")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What HTTP costs: agents that stream from one model through the gateway, against the same agents on the SDK.
+"""What HTTP costs: agents that stream from one model through the gateway, against the same agents with the SDK.
 
 n agents, each a process of its own, generate at the same time: P random prompt tokens, G greedy tokens, streamed. The
-sides alternate (A B B A) on one running system, with new prompts every time; neighbours make a pair, and the median of
-the pairs' ratios counts. CPU is that of the gateway's process, for each token that it has passed on. `--official` uses
-the client of the openai package in place of a plain one (its import takes a second or two of CPU for each agent).
+sides alternate (A B B A) on one running system, with new prompts every time. Neighbouring runs make a pair, and the
+median of the pairs' ratios counts. CPU is that of the gateway's process per token that it has passed on. `--official`
+uses the client of the openai package instead of a plain one (its import takes each agent a second or two of CPU time).
 
     $ taskset -c 0,1 python benchmarks/gateway.py
     side     tokens/s  first token s  gateway us/token
@@ -88,7 +88,7 @@ serve(run)
 
 
 def orders(count: int, prompt: int, generate: int, seed: int, vocab: int) -> list[dict[str, Any]]:
-    """One for each agent; no two prompts begin alike."""
+    """An order for each agent; all prompts are random."""
     rng = random.Random(seed)
     ids = range(256, vocab)
     return [{"prompt": [rng.choice(ids) for _ in range(prompt)], "generate": generate} for _ in range(count)]
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             "gateway": system.start(options.n, OFFICIAL if options.official else HTTP),
         }
         gateway = next(int(one["ospid"]) for one in system.processes() if one["name"] == "gateway")
-        for clients in sides.values():  # warm
+        for clients in sides.values():  # warm up
             measure(clients, orders(options.n, options.prompt, 8, options.seed, vocab), gateway)
         for turn in range(2 * options.pairs):
             order = ("sdk", "gateway") if turn % 2 == 0 else ("gateway", "sdk")
@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Medians, and the median ratios of neighbours."""
+    """Medians, and the median ratios of neighbouring runs."""
     ours = [row for row in rows if row["side"] == "gateway"]
     theirs = [row for row in rows if row["side"] == "sdk"]
 
@@ -164,8 +164,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-n", type=int, default=64, help="agents (64)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt (64)")
     parser.add_argument("--generate", type=int, default=64, help="tokens that each agent generates (64)")
-    parser.add_argument("--pairs", type=int, default=2, help="times A B B A (2)")
-    parser.add_argument("--official", action="store_true", help="the client of the openai package")
+    parser.add_argument("--pairs", type=int, default=2, help="how many times A B B A (2)")
+    parser.add_argument("--official", action="store_true", help="use the client of the openai package")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)

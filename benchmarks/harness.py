@@ -1,10 +1,10 @@
-"""What the benchmarks share: an aiosd in a temporary home, agents and clients as processes, peers, results.
+"""Common parts of the benchmarks: an aiosd in a temporary home, agents and clients as processes, peers, results.
 
-A client speaks a line of JSON for a line of JSON. `race` hands every client its order first, waits until each says
-that it is armed, and only then lets all go at once, so neither starting a process nor reading an order is measured.
+A client answers each line of JSON with a line of JSON. `race` first sends every client its order, and waits for a line
+"armed" from each. Only then it starts all at once, so that neither starting a process nor reading an order is measured.
 
-Agents of a system that is started here run without a sandbox, as the programs do that they are compared with, unless a
-benchmark says otherwise. What a sandbox costs is measured by sandbox.py.
+Unless a benchmark chooses otherwise, agents run without a sandbox, like the programs that they are compared with.
+sandbox.py measures what a sandbox costs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# A script's own folder comes first on the path, and one of the scripts there is named as a package of ours.
+# Python puts the folder of the script first on the path; there tools.py would hide the package `tools`.
 sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != ROOT / "benchmarks")]
 
 from tools.models import MODELS  # noqa: E402  the checkout comes first
 
 
 def end_tidily() -> None:
-    """A benchmark that is ended by a signal removes its folders and ends its systems, as after Ctrl-C."""
+    """Let TERM and HUP raise SystemExit: then a benchmark removes its folders and ends its systems, as after Ctrl-C."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup it goes on
+        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup, which ignores HUP
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
@@ -46,7 +46,7 @@ if Path(sys.argv[0]).resolve().parent == ROOT / "benchmarks":
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ROOT / "build" / "peers" / "bin"
 
-#: How every client begins: the order, "armed", the word to go, then whatever `run` says.
+#: The beginning of every client: it reads an order, prints "armed", waits for a line, and prints the result of `run`.
 LOOP = """
 import json, sys, time
 def serve(run):
@@ -68,7 +68,7 @@ AGENT = LOOP + "import libaios as aios\naios.proc.getpid()\n"
 
 
 def model_path(name: str) -> Path:
-    """nano, a real model of `make models`, a shape of models.py, or a GGUF."""
+    """The file of a model: nano, a real model of `make models`, a shape of models.py, or the path of a GGUF."""
     if name == "nano":
         return ROOT / "aiosd" / "nano" / "nano.gguf"
     if name in MODELS:
@@ -104,12 +104,12 @@ def hardware() -> dict[str, Any]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of all threads of a process, so far."""
+    """CPU time of all threads of a process so far."""
     return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 def kernel_seconds() -> float:
-    """CPU time of Linux's own threads (reclaim, compaction, …) so far, taken from a run by nobody in it."""
+    """CPU time of Linux's own threads (reclaim, compaction and others) so far. No process of a run accounts for it."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -127,13 +127,13 @@ def peer(name: str) -> Path:
 
 
 def chroma() -> str | None:
-    """An interpreter that has chromadb."""
+    """An interpreter that has chromadb, or None."""
     folder = PEERS.parent / "chroma"
     return str(folder / "bin" / "python") if (folder / ".installed").exists() else None
 
 
 def write(name: str, rows: Sequence[dict[str, Any]], out: Path | None = None, **also: Any) -> Path:
-    """The results as JSON, with the machine they come from."""
+    """Write the results as JSON, with a description of the machine."""
     path = out or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
@@ -153,7 +153,7 @@ def write(name: str, rows: Sequence[dict[str, Any]], out: Path | None = None, **
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot without a screen; None when it is not installed."""
+    """matplotlib's pyplot, without a screen; None if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -186,7 +186,7 @@ def jain(values: Sequence[float]) -> float:
 
 
 class Client:
-    """A process that answers a line with a line."""
+    """A process that answers each line with a line."""
 
     def __init__(self, argv: Sequence[str], env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -221,7 +221,7 @@ class Client:
 
 
 def race(clients: Sequence[Client], orders: Sequence[Any]) -> list[dict[str, Any]]:
-    """What every client says of its order, all having begun at once."""
+    """Start all clients on their orders at the same time; returns their results."""
     for client, order in zip(clients, orders, strict=True):
         client.tell(json.dumps(order))
     for client in clients:
@@ -243,10 +243,10 @@ def command(name: str) -> list[str]:
 
 
 class Aiosd:
-    """A system in a home of its own, with agents that are connected and wait. Close it."""
+    """A system in a home of its own, with agents that are connected and wait. It must be closed."""
 
     def __init__(self, model: Path | str, *options: str, sandbox: str = "none") -> None:
-        """`sandbox`: of its agents; "": as aiosd has it."""
+        """`sandbox`: of its agents; "": aiosd's default."""
         self._home = tempfile.TemporaryDirectory(prefix="aios-bench-")
         self.home = Path(self._home.name)
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("AIOS")}
@@ -265,7 +265,7 @@ class Aiosd:
             time.sleep(0.02)
 
     def start(self, count: int, script: str, *args: str, options: Sequence[str] = ()) -> list[Client]:
-        """Agents that have said that they are connected."""
+        """Start agents; returns when all are connected."""
         path = self.home / f"agent{len(self.agents)}.py"
         path.write_text(script)
         argv = [*command("aios-run"), *options, str(path), *args]
@@ -283,7 +283,7 @@ class Aiosd:
         return dict(json.loads(self.call("aiosd", "status", "--json")))
 
     def stats(self) -> dict[str, Any]:
-        """Of the core, once its last step is in them."""
+        """The statistics of the core."""
         return dict(self.status()["models"][0]["stats"])
 
     def processes(self) -> list[dict[str, Any]]:
@@ -314,7 +314,7 @@ class Aiosd:
 
 
 class Server:
-    """llama-server with a slot for each client, each on a connection that is kept. Close it."""
+    """llama-server with a slot for each client, which keep their connections. It must be closed."""
 
     def __init__(self, model: Path, slots: int, ctx: int, threads: int, *options: str) -> None:
         self.port = free_port()
@@ -328,7 +328,7 @@ class Server:
             time.sleep(0.1)
 
     def start(self, count: int, script: str) -> list[Client]:
-        """Clients, the i-th bound to slot i modulo slots; `script` gets port and number as arguments."""
+        """Start clients; `script` gets the port and the client's number i as arguments."""
         new = [Client([sys.executable, "-c", script, str(self.port), str(i)]) for i in range(count)]
         self.clients += new
         for client in new:
@@ -358,8 +358,8 @@ class Server:
         self.close()
 
 
-#: A client of llama-server: `complete(tokens, number)` gives the generated ids, `post(path, body)` any answer. The
-#: server closes connections that were idle for some seconds: then once more on a new one.
+#: A client of llama-server: `complete(tokens, number)` returns the generated ids, `post(path, body)` any answer. The
+#: server closes connections that were idle for some seconds; the request is then sent again on a new one.
 HTTP = (
     LOOP
     + """

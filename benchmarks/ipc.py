@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a system call costs, beside what the standard library's pipe costs.
+"""What a system call costs, compared with the standard library's pipe.
 
     $ python benchmarks/ipc.py
     one caller: getpid, µs                      p50     p99
@@ -8,14 +8,13 @@
     ratio of the medians                       1.21
     …
 
-Latency: one agent calls getpid again and again; against it one process that echoes 20 bytes over a bare
-multiprocessing.Pipe. Throughput: 64 agents with 8 calls in flight each; against it 64 clients of one echo server on
-64 Pipes, with one message in flight (as one uses a Pipe) and with 8. Both sides alternate, and every figure is the
-median of the rounds. Where uvicorn is installed, an HTTP echo over one kept connection is shown for scale.
+Latency: one agent calls getpid again and again, against one process that echoes 20 bytes over a bare
+multiprocessing.Pipe. Throughput: 64 agents with 8 calls in flight each, against 64 clients of one echo server on 64
+Pipes, with one message in flight (the usual way with a Pipe) and with 8. Both sides alternate, and every figure is the
+median of the rounds. Where uvicorn is installed, an HTTP echo over one kept connection is shown for comparison.
 
-The system runs in a temporary home, on the embedded model, which sleeps meanwhile. Agents run without a sandbox, as the
-processes do that they are compared with (sandbox.py has getpid in one). Results go to
-benchmarks/results/ipc.json.
+The system runs in a temporary home, with the embedded model, which is idle. Agents run without a sandbox, like the
+processes that they are compared with (sandbox.py measures getpid in one). Results go to benchmarks/results/ipc.json.
 """
 
 import argparse
@@ -66,7 +65,7 @@ def agent_throughput(calls: int, result: Path) -> None:
     conn, args = connection(), NoArgs()
     conn.call(Sys.GETPID, args, int)
     result.with_suffix(".ready").touch()
-    aios.msg.recv()  # go
+    aios.msg.recv()  # the start
     began, cpu = time.monotonic(), time.process_time()
     flying = deque(conn.submit(Sys.GETPID, args) for _ in range(IN_FLIGHT))
     for left in range(calls, 0, -1):
@@ -75,7 +74,7 @@ def agent_throughput(calls: int, result: Path) -> None:
             flying.append(conn.submit(Sys.GETPID, args))
     ended, used = time.monotonic(), time.process_time() - cpu
     report(result, [began, ended, used])
-    aios.msg.recv()  # how it ends is not measured
+    aios.msg.recv()  # so that no end of an agent is measured
 
 
 def report(result: Path, figures: list[float]) -> None:
@@ -85,7 +84,7 @@ def report(result: Path, figures: list[float]) -> None:
 
 
 def timed(call: Callable[[], object], calls: int) -> list[float]:
-    """Microseconds of each call, after a warm-up."""
+    """The duration of each call in µs, after a warm-up."""
     for _ in range(200):
         call()
     took = []
@@ -101,7 +100,7 @@ def timed(call: Callable[[], object], calls: int) -> list[float]:
 
 @contextlib.contextmanager
 def system() -> Iterator[None]:
-    """An aiosd in a home of its own; AIOS_HOME leads there meanwhile."""
+    """An aiosd in a home of its own, to which AIOS_HOME is set."""
     with tempfile.TemporaryDirectory(prefix="aios-") as home:
         os.environ["AIOS_HOME"] = home
         argv = [sys.executable, str(ROOT / "bin" / "aiosd"), "--sandbox", "none"]
@@ -167,7 +166,7 @@ def appear(files: list[Path]) -> None:
 
 
 def summary(spans: list[list[float]], calls: int, server_cpu_s: float) -> dict[str, float]:
-    """Calls per second of all, from the first start to the last end; CPU time of a call on both sides."""
+    """Calls per second of all agents, from the first start to the last end; CPU time per call on both sides."""
     began, ended, cpu = zip(*spans, strict=True)
     total = len(spans) * calls
     return {
@@ -225,7 +224,7 @@ def many_through_pipes(clients: int, calls: int, in_flight: int) -> dict[str, fl
     for ours, _ in pipes:
         ours.close()
     for gate, _ in gates:
-        gate.recv_bytes()  # it stands ready
+        gate.recv_bytes()  # the client is ready
     for gate, _ in gates:
         gate.send_bytes(b"go")
     got = [spans.get() for _ in workers]
@@ -256,7 +255,7 @@ def _client(number: int, pipes: Any, gates: Any, spans: Any, calls: int, in_flig
         if left > in_flight:
             end.send_bytes(MESSAGE)
     spans.put([began, time.monotonic(), time.process_time() - cpu])
-    gate.recv_bytes()  # how it ends is not measured
+    gate.recv_bytes()  # so that no end of a client is measured
     end.close()
 
 
@@ -330,7 +329,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def alternate(rounds: int, chance: random.Random, sides: dict[str, Callable[[], Any]]) -> dict[str, list[Any]]:
-    """Every side once in each round, in an order drawn anew."""
+    """Run every side once in each round, in a new random order."""
     results: dict[str, list[Any]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name in chance.sample(list(sides), len(sides)):
@@ -407,9 +406,9 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=5000, help="of the one caller, per round")
+    parser.add_argument("--calls", type=int, default=5000, help="calls of the single caller per round")
     parser.add_argument("--agents", type=int, default=64)
-    parser.add_argument("--many-calls", type=int, default=2000, help="of each of many callers, per round")
+    parser.add_argument("--many-calls", type=int, default=2000, help="calls of each of the many callers per round")
     parser.add_argument("--seed", type=int, default=1, help="of the order in which the sides take turns")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ipc.json")
     parser.add_argument("--agent", nargs=3, help=argparse.SUPPRESS)

@@ -1,17 +1,16 @@
 #!/usr/bin/env python
-"""What it brings to guess tokens that an agent copies: tokens per second with the default against `--lookahead off`.
+"""The gain from guessing tokens that an agent copies: tokens per second by default, against `--lookahead off`.
 
-Two systems with the same model, both at their defaults but for that one setting, take turns (default, off, off,
-default); while one works the other has nothing to do. Each agent asks for one answer in a run, whose prompt has been
-computed before. What they write:
+Two systems with the same model, which differ only in that setting, take turns (default, off, off, default); while one
+works the other is idle. In a run each agent requests one answer, whose prompt was computed before. The texts are:
 
-- *json*, *listing*: a tool has given some records or a list of files, and the answer says the same again, as an agent
-  does that passes on what it has read, or edits it. A chat model is asked for it, a base model goes on with a text in
-  which it has begun. (A small model does not copy without mistakes.)
-- *story*: a story at temperature 0.8, seeded; nothing in it is copied. What guessing costs where it brings nothing.
+- *json*, *listing*: a tool has returned some records or a list of files, and the answer repeats them, as an agent does
+  that passes on or edits what it has read. A chat model is asked to do so; a base model continues a text in which the
+  copy has begun. (A small model makes mistakes when it copies.)
+- *story*: a story at temperature 0.8, with a seed. Nothing in it is copied, so it shows the cost of useless guesses.
 
-The ratio is the median of those of neighbouring runs, of the time in which tokens are decoded. Beside it stands the
-same ratio of the CPU time of the two cores' processes, which tells more on a machine that others use.
+The ratio is the median of the ratios of neighbouring runs, of tokens per second of decoding. The same ratio of the CPU
+time of the two cores' processes is shown, too: it means more on a machine that others use.
 
     $ taskset -c 0 python benchmarks/lookup.py --threads 1
     model     text   agents    off/s  default/s  ratio    bar   cpu ratio  guessed  right
@@ -97,7 +96,7 @@ def listing(chance: random.Random, files: int) -> str:
 
 @dataclass(frozen=True)
 class WritingTask:
-    """What one agent is asked for."""
+    """The request of one agent."""
 
     prompt: str
     messages: list[dict[str, str]]
@@ -111,7 +110,7 @@ class WritingTask:
 
 
 def copy(found: str, begun: int, chat: bool) -> WritingTask:
-    """To say again what a tool has given. The first `begun` characters are there."""
+    """Repeat a tool's output. The first `begun` characters of the answer are given."""
     if chat:
         asked = f"Here is the output of a tool:\n\n{found}\n\nRepeat it exactly."
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": found[:begun]}]
@@ -137,7 +136,7 @@ TEXTS: dict[str, Callable[[random.Random, bool], WritingTask]] = {
 
 
 class LookaheadSide:
-    """One system and its agents."""
+    """One system with its agents."""
 
     def __init__(self, model: Path, options: argparse.Namespace, *more: str) -> None:
         threads = ["--threads", str(options.threads)] if options.threads else []
@@ -201,12 +200,12 @@ def line(row: dict[str, Any]) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", action="append", help="smollm2, gemma3, nano, or a GGUF; again and again")
+    parser.add_argument("--model", action="append", help="smollm2, gemma3, nano, or a GGUF; several times")
     parser.add_argument("--text", action="append", choices=sorted(TEXTS))
     parser.add_argument("--agents", type=int, nargs="+", default=AGENTS)
-    parser.add_argument("--tokens", type=int, default=160, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=160, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=6, help="runs of each side")
-    parser.add_argument("--threads", type=int, help="of a model; as measured without it")
+    parser.add_argument("--threads", type=int, help="threads of a model (default: as aiosd measures)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "lookup.json")
     return parser.parse_args(argv)

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Which cache of notes to keep: hit rates of the store's LRU-K and of others on the same references.
+"""Hit rates of caches of notes: the store's LRU-K and other policies, on the same references.
 
 FIFO, LRU, LRU-2 and LRU-3 (`aiosd/store/lruk.py`) with several correlated reference periods, S3-FIFO, W-TinyLFU, and
-Belady's, which knows the future and is the limit. All entries have one size. The traces: Zipf; Zipf with scans of what
-is read once; a set that moves on; and three of agents. An agent works on one note at a time (reads it, thinks, reads it
-again some references later), goes back to the notes that it uses most, lists all its notes now and then, and shares
-some with its group; the references of all that work at the same time mix.
+Belady's optimal policy, which needs the future and is the upper limit. All entries have the same size. The traces:
+Zipf; Zipf with scans of entries that are read once; a working set that moves; and three of agents. An agent works on
+one note at a time (reads it, and reads it again some references later), returns most often to some notes, sometimes
+lists all its notes, and shares some with its group. The references of all agents that work at the same time are
+interleaved.
 
     $ python benchmarks/lruk.py
     trace             fifo   lru  lru-2 …  belady
@@ -51,7 +52,7 @@ def zipf(rng: random.Random, references: int, count: int = 10_000, power: float 
 
 
 def scans(rng: random.Random, references: int) -> Trace:
-    """After every 1,000 references 1,000 others that come once."""
+    """After every 1,000 references 1,000 to entries that are read only once."""
     trace, fresh = [], 10_000_000
     for begin in range(0, references, 2000):
         trace += zipf(rng, 1000, 5000, 0.8)
@@ -60,12 +61,12 @@ def scans(rng: random.Random, references: int) -> Trace:
 
 
 def moving(rng: random.Random, references: int) -> Trace:
-    """A working set of 900 that moves on by one with every 20 references."""
+    """A working set of about 900 entries that moves by one entry every 20 references."""
     return [number // 20 + int(abs(rng.gauss(0, 300))) for number in range(references)]
 
 
 def agents(rng: random.Random, references: int, count: int, working: int, notes: int = 60) -> Trace:
-    """`count` agents with `notes` notes each, `working` of them at a time, whose references mix."""
+    """`count` agents with `notes` notes each. `working` of them work at a time; their references are interleaved."""
     favourites = [rng.sample(range(notes), notes) for _ in range(count)]
     own, shared = zipf_weights(notes, 1.0), zipf_weights(200, 1.0)
 
@@ -73,11 +74,11 @@ def agents(rng: random.Random, references: int, count: int, working: int, notes:
         agent = rng.randrange(count)
         base = 1000 + agent * notes
         note = base + favourites[agent][rng.choices(range(notes), cum_weights=own)[0]]
-        steps = [note] * rng.randint(1, 4)  # reads, thinks, reads again
+        steps = [note] * rng.randint(1, 4)  # reads it several times
         if rng.random() < 0.3:
             steps.append(rng.choices(range(200), cum_weights=shared)[0])
         if rng.random() < 0.05:
-            steps += range(base, base + notes)  # lists all
+            steps += range(base, base + notes)  # lists all its notes
         return steps
 
     tasks = [task() for _ in range(working)]
@@ -89,7 +90,7 @@ def agents(rng: random.Random, references: int, count: int, working: int, notes:
     return trace
 
 
-#: Name → (references, entries that fit into the cache).
+#: By name: references, and the number of entries that fit into the cache.
 TRACES: dict[str, Callable[[random.Random, int], tuple[Trace, int]]] = {
     "zipf": lambda rng, n: (zipf(rng, n), 1000),
     "zipf+scans": lambda rng, n: (scans(rng, n), 500),
@@ -100,7 +101,7 @@ TRACES: dict[str, Callable[[random.Random, int], tuple[Trace, int]]] = {
 }
 
 
-# ── policies: each gives the number of hits ───────────────────────────────────────────────────────────────
+# ── policies: each function returns the number of hits ────────────────────────────────────────────────────
 
 
 def fifo(trace: Trace, size: int) -> int:
@@ -138,7 +139,7 @@ def lruk(k: int, correlated: int) -> Callable[[Trace, int], int]:
 
 
 def s3fifo(trace: Trace, size: int) -> int:
-    """A small queue that most leave after one pass, a main queue, and the names of those that left the small one."""
+    """A small queue, from which most entries are evicted, a main queue, and the keys that left the small queue."""
     small: OrderedDict[int, int] = OrderedDict()
     main: OrderedDict[int, int] = OrderedDict()
     ghosts: OrderedDict[int, None] = OrderedDict()
@@ -182,7 +183,7 @@ def s3fifo(trace: Trace, size: int) -> int:
 
 
 def tinylfu(trace: Trace, size: int) -> int:
-    """A window of 1 % under LRU; what leaves it stays only if it is used more than the one that would go for it."""
+    """A window of 1 % with LRU. An entry that leaves it is kept only if it is used more often than its victim."""
     window: OrderedDict[int, None] = OrderedDict()
     probation: OrderedDict[int, None] = OrderedDict()
     protected: OrderedDict[int, None] = OrderedDict()
@@ -222,7 +223,7 @@ def tinylfu(trace: Trace, size: int) -> int:
 
 
 def belady(trace: Trace, size: int) -> int:
-    """What is wanted farthest in the future goes."""
+    """Evict the entry whose next use is farthest in the future."""
     following, last = [0] * len(trace), dict[int, int]()
     for number in range(len(trace) - 1, -1, -1):
         following[number] = last.get(trace[number], len(trace))
@@ -262,7 +263,7 @@ OURS = "lru-2, crp 30"
 
 
 def rates(trace: Trace, size: int) -> dict[str, float]:
-    """Of the second half of the references: the first fills the caches."""
+    """Hit rates in the second half of the references; the first half fills the caches."""
     half = len(trace) // 2
     found = {}
     for name, policy in POLICIES.items():
@@ -286,7 +287,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def against_lru(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The mean over all traces of hits more than LRU's, in points; how a default is chosen."""
+    """The hit rate minus LRU's, in points, on average over all traces. The default is chosen by this."""
     return {name: 100 * sum(row[name] - row["lru"] for row in rows) / len(rows) for name in POLICIES}
 
 

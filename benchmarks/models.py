@@ -1,9 +1,9 @@
 """GGUF files of any size with random weights, and where they are kept between runs.
 
-A model of random weights computes as a real one of its shape does and says nothing: for measuring, and for tests
-that compare token by token. Everything comes from a seed, so a file can be thrown away and made again.
+A model of random weights takes as long as a real one of its shape, and its text is meaningless. It serves to measure,
+and for tests that compare token by token. All comes from a seed, so a file can be deleted and made again.
 
-    python benchmarks/models.py small     # makes it if need be and prints the path
+    python benchmarks/models.py small     # makes it if it does not exist, and prints the path
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEFINED = ["<tool_call>", "</tool_call>"]
 
 
 def byte_to_char() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte."""
+    """GPT-2's printable character for every byte."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {b: chr(b) for b in plain}
     rest = (b for b in range(256) if b not in table)
@@ -50,8 +50,8 @@ def write_llama(
     pooling: int | None = None,
 ) -> Path:
     """A Llama of random weights with a byte-level vocabulary: control tokens, tool-call tags, the 256 bytes, a few
-    pairs, and made-up words up to `vocab` tokens. `scale` sharpens the logits. `q4_0`: as such files are, four bits a
-    weight; all are made as bits at once, because a large model's weights as numbers would fit into no memory."""
+    pairs, and made-up words up to `vocab` tokens. `scale` sharpens the logits. `q4_0`: weights of four bits
+    in this format, made as random bits, because a large model's weights as floats would not fit into memory."""
     rng = np.random.default_rng(seed)
     names = byte_to_char()
     control = CONTROL if control is None else control
@@ -130,18 +130,18 @@ def write_llama(
 
 
 def q4_0_blocks(rng: np.random.Generator, rows: int, columns: int, spread: float) -> Any:
-    """Random weights in GGUF's format Q4_0: for each 32 of them a scale as f16 and 16 bytes with two of 0 … 15 each,
-    which stand for -8 … 7 times the scale."""
+    """Random weights in GGUF's format Q4_0: for every 32 weights a scale as f16, and 16 bytes with two numbers of 0 to
+    15 each, which stand for -8 to 7 times the scale."""
     blocks = np.frombuffer(rng.bytes(rows * columns // 32 * 18), np.uint8).reshape(-1, 18).copy()
-    blocks[:, :2] = np.array([spread / 4.6], np.float16).view(np.uint8)  # 4.6: what those of 0 … 15 spread
+    blocks[:, :2] = np.array([spread / 4.6], np.float16).view(np.uint8)  # 4.6: the standard deviation of 0 to 15
     return blocks.reshape(rows, -1)
 
 
-#: By name: arguments of `write_llama`. `small` is the model of about 60 M parameters that the figures speak of.
+#: By name: arguments of `write_llama`. `small` is the model of about 60 M parameters in the figures.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab": 1024, "d": 192, "layers": 4, "heads": 6, "kv_heads": 3, "ff": 512, "f16": True},
     "small": {"vocab": 32_000, "d": 512, "layers": 8, "heads": 8, "kv_heads": 4, "ff": 1536, "f16": True, "ctx": 8192},
-    # Little but vocabulary: what happens once per word of it weighs most here.
+    # A large vocabulary and few layers: work per token of the vocabulary takes most of the time.
     "words49": {"vocab": 49_152, "d": 512, "layers": 6, "heads": 8, "kv_heads": 4, "ff": 1536, "f16": True},
     "words152": {"vocab": 151_936, "d": 512, "layers": 6, "heads": 8, "kv_heads": 4, "ff": 1536, "f16": True},
     "llama-8b-q4_0": {  # the shape of Llama 3.1 8B
@@ -152,13 +152,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def cache_dir() -> Path:
-    """Outside the checkout: $AIOS_BENCH_CACHE, else the user's cache folder."""
+    """Where models are kept: $AIOS_BENCH_CACHE, or else the user's cache folder."""
     base = os.environ.get("AIOS_BENCH_CACHE")
     return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aios-bench"
 
 
 def path_of(name: str, seed: int = 0) -> Path:
-    """The file of a model in SHAPES, made now if it does not exist."""
+    """The file of a model in SHAPES, which is made if it does not exist."""
     path = cache_dir() / f"{name}-{seed}.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

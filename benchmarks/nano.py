@@ -1,23 +1,22 @@
 #!/usr/bin/env python
 """How many held-out tasks the embedded model solves, per family, through the whole system.
 
-Every task runs as an agent of its own (`aios-run --name … -m libaios.agents.react`) on an aiosd that
-this script starts in a temporary home; its files and notes are in the store. The checker looks at the answer, the files
-and the notes.
+Every task runs as an agent of its own (`aios-run --name NAME -m libaios.agents.react`) on an aiosd that this script
+starts in a temporary home. Its files and notes are in the store. Answer, files and notes are checked.
 
     $ python benchmarks/nano.py
                                held-out tasks       in fresh phrases
     calc                      20 of  20  100.0%      18 of  20   90.0%
     …
 
-Held-out tasks are about names, words and numbers that no task of the training has; those of the second column are
-also asked in phrases that were kept back from training.
+Held-out tasks are about names, words and numbers that no task of the training has. Those of the second column are,
+moreover, asked in phrases that were held back from training.
 
-`--no-schemas` offers the tools with the names of their arguments alone, so that no grammar keeps the model from sending
-what does not fit, and the toolbox refuses it.
+`--no-schemas` offers the tools with only the names of their arguments. Then no grammar prevents calls with wrong types,
+and the toolbox refuses them.
 
-`--direct GGUF` leaves aiosd out: the same loop over a bare llama.cpp in this process, without schemas and toolbox, to
-judge a model in training.
+`--direct GGUF` measures without aiosd: the same loop over a bare llama.cpp in this process, without schemas and
+toolbox, to judge a model in training.
 """
 
 import argparse
@@ -45,19 +44,19 @@ import libaios as aios  # noqa: E402
 from aiosd.nano.tasks import FAMILIES, FRESH, HELD, Task, check, make  # noqa: E402  the checkout comes first
 from libaios.agents.react import AgentError, Toolkit, react  # noqa: E402
 
-PATIENCE = 60  # seconds for one task; one that hangs is one that failed
+PATIENCE = 60  # seconds for one task; longer counts as failed
 
 Solve = Callable[[str, Path, Path], str]  # (prompt, folder, notes file) -> answer
 
 
 def held_out(seed: int, number: int, split: str = HELD) -> list[Task]:
-    """Tasks of all families in turn."""
+    """Held-out tasks, of all families in turn."""
     families = list(FAMILIES)
     return [make(seed * 1_000_000 + i, split, families[i % len(families)]) for i in range(number)]
 
 
 def judge(task: Task, solve: Solve) -> str | None:
-    """Lets the agent do one task in a fresh folder; what is wrong with its work, or None."""
+    """Give one task to the agent in a fresh folder; returns what is wrong with its work, or None."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, notes_file = Path(scratch, "work"), Path(scratch, "notes")
         folder.mkdir()
@@ -78,14 +77,14 @@ def judge(task: Task, solve: Solve) -> str | None:
 
 
 def command(name: str) -> list[str]:
-    """The checkout's command under this Python, or the installed one."""
+    """The command of the checkout, run by this Python, or the installed one."""
     here = ROOT / "bin" / name
     return [sys.executable, str(here)] if here.exists() else [shutil.which(name) or name]
 
 
 NUMBERS = itertools.count(1)
 REACT = ["-m", "libaios.agents.react"]
-#: The same agent, whose model may send what it likes.
+#: The same agent with tools whose arguments have no types.
 NO_SCHEMAS = """
 from libaios.agents import react
 for tool in react.TOOLS:
@@ -93,7 +92,7 @@ for tool in react.TOOLS:
     tool["function"]["parameters"] = {"type": "object", "properties": {name: {} for name in names}}
 react.main()
 """
-#: Adds the notes on stdin, and prints all that there are.
+#: Adds the notes from stdin, and prints all notes.
 NOTES = """
 import sys, libaios as aios
 for line in sys.stdin: aios.mem.add(line.strip())
@@ -102,7 +101,7 @@ for note in reversed(aios.mem.list()): print(note.text)
 
 
 def solve_by_agent(prompt: str, folder: Path, notes_file: Path, react: list[str] = REACT) -> str:
-    """In a space of the store of its own, which has the task's files and notes; they are copied out again."""
+    """Run the task with a space of its own in the store; its files and notes are copied there, and afterwards back."""
     name = f"task{next(NUMBERS)}"
     keep, empty = folder.with_name("notes.py"), folder.with_name("empty")
     keep.write_text(NOTES)
@@ -119,7 +118,7 @@ def solve_by_agent(prompt: str, folder: Path, notes_file: Path, react: list[str]
 
 
 def run_agent(name: str, folder: Path, *words: str, given: str = "") -> str:
-    """What it has printed."""
+    """Run the agent; returns its output."""
     try:
         run = subprocess.run(
             [*command("aios-run"), "--name", name, *words],
@@ -138,7 +137,7 @@ def run_agent(name: str, folder: Path, *words: str, given: str = "") -> str:
 
 
 class System:
-    """An aiosd of our own, in a temporary home, while the `with` lasts."""
+    """An aiosd in a temporary home, as a context manager."""
 
     def __enter__(self) -> None:
         self.home = tempfile.TemporaryDirectory()
@@ -178,7 +177,7 @@ class Reply:
 
 
 class Bare:
-    """Greedy decoding of one sequence, with the template out of the GGUF."""
+    """Greedy decoding of one sequence, with the chat template of the GGUF."""
 
     def __init__(self, gguf: Path) -> None:
         import ctypes
@@ -260,10 +259,10 @@ class Bare:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, default=300, help="of each of the two kinds")
+    parser.add_argument("--tasks", type=int, default=300, help="tasks of each of the two kinds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=8, help="agents at a time")
-    parser.add_argument("--no-schemas", action="store_true", help="what the model sends to tools is not constrained")
+    parser.add_argument("--no-schemas", action="store_true", help="do not constrain arguments of tools")
     parser.add_argument("--direct", type=Path, metavar="GGUF", help="without aiosd")
     parser.add_argument("--show", choices=(HELD, FRESH), help="print what went wrong with one kind")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "nano.json")
@@ -320,7 +319,7 @@ def main() -> None:
 
 
 def tally(results: list[tuple[Task, str | None]]) -> dict[str, tuple[int, int]]:
-    """Solved and asked, per family and in all."""
+    """Numbers of solved and of all tasks, per family and in all."""
     groups = {name: [p for t, p in results if t.family == name] for name in FAMILIES}
     groups["three calls or more"] = [p for t, p in results if t.calls() >= 3]
     groups["all"] = [p for _, p in results]

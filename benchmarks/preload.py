@@ -6,14 +6,13 @@
     openai  imported               33.9      24.1                 2.9       0.7                    11.7
     …
 
-All are started at once. "imported": every one of them has imported what it needs; start s: until the last one has.
-"called": every one has also made one call of the embedded model through the gateway, as its framework makes it.
-Memory is PSS of all these agents, of the template too, divided by their number. One alone: the first has to wait for
-its template, the next has not.
+All agents are started at once. "imported": each has imported its framework; "start s" is the time until the last one
+has. "called": each has, moreover, called the embedded model once through the gateway, with its framework. Memory is the
+PSS of all these agents (and of the template) divided by their number. Single agents are measured, too: the first has to
+wait for its template, the next one has not.
 
-Frameworks are those of `make frameworks` (build/frameworks); those that are not there are left out. `--template-only`
-is for crowds that memory does not hold apart.
-Results go to benchmarks/results/preload.json.
+Frameworks are those of `make frameworks` (build/frameworks); those not installed are left out. `--template-only` is for
+numbers of agents for which memory would not suffice otherwise. Results go to benchmarks/results/preload.json.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ signal.pause()
 """
 
 ASK = '[{"role": "user", "content": "Hello!"}]'
-#: Environment, modules that are preloaded, what a member imports, what it does.
+#: By name: environment, modules to preload, the agent's imports, its call.
 KINDS: dict[str, tuple[str, list[str], str, str]] = {
     "numpy": ("", ["numpy"], "import numpy", "numpy.ones((64, 64)) @ numpy.ones((64, 64))"),
     "openai": (
@@ -86,7 +85,7 @@ KINDS: dict[str, tuple[str, list[str], str, str]] = {
 
 
 class Crowd:
-    """Agents of one kind, started at once in one way."""
+    """Agents of one kind, all started at once, with or without a template."""
 
     def __init__(self, system: Aiosd, kind: str, warm: bool) -> None:
         environment, self.modules, imports, call = KINDS[kind]
@@ -107,7 +106,7 @@ class Crowd:
         self.pids.append(pid)
 
     def wait(self, what: str) -> float:
-        """Seconds until all have reported it."""
+        """Seconds until all have reported `what`."""
         began = time.monotonic()
         while len(list(self.folder.glob(f"{what}.*"))) < len(self.pids):
             if time.monotonic() - began > PATIENCE_S:
@@ -116,7 +115,7 @@ class Crowd:
         return time.monotonic() - began
 
     def pss_mb(self, templates: bool) -> float:
-        """Of each."""
+        """PSS in MB, per agent."""
         ospids = [one.ospid for one in aios.proc.ps(all=True) if one.pid in self.pids or _is_template(one, templates)]
         return sum(map(procfs.pss_bytes, ospids)) / 1e6 / len(self.pids)
 

@@ -1,18 +1,19 @@
 #!/usr/bin/env python
-"""Does aiosd's own attention cost quality? Against llama.cpp's two, plain and flash, token by token over a text.
+"""Does aiosd's own attention cost quality? It is compared with llama.cpp's two, plain and flash, token by token.
 
-A model reads an English text (docs/architecture.md) in batches of some tokens, three times side by side. NLL: how much
-the true next token surprises it, in nats, on average. Top-1: how often the likeliest token of one attention is that of
-another. KL: how far apart two distributions are. Quantised weights round activations to 8 bits before each product, so
-even llama.cpp's own two differ there: ours has to be as near to the plain one as flash attention is, but for noise.
+A model reads an English text (docs/architecture.md) in batches of some tokens, with each of the three. NLL: the
+negative log likelihood of the true next token, in nats, on average. Top-1: how often two of them have the same
+likeliest token. KL: the Kullback-Leibler divergence of two distributions. With quantised weights activations are
+rounded to 8 bits before each product, so even llama.cpp's own two differ. Ours must be as near to the plain one as
+flash attention is, apart from noise.
 
     $ make models && python benchmarks/quality.py
     model                        tokens      NLL plain   flash    ours   top-1 flash    ours   KL flash     ours
     SmolLM2-135M-Instruct.Q4 Q4_1      256      4.8130  4.8186  4.8118         0.953   0.941    0.00413  0.00408   kept
     …
 
-`--quants Q4_0,Q8_0` makes such files of each model first, in the cache of benchmarks: from a file that is quantised
-already, which is no way to make a good one, but the arithmetic of the format is what is compared.
+`--quants Q4_0,Q8_0` first makes files in these formats of each model, in the cache of benchmarks. They are made from a
+file that is quantised already. The result is no good model, but it is enough to compare the arithmetic of a format.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from aiosd.models import quants  # noqa: E402
 from benchmarks import harness, models  # noqa: E402
 
 KINDS = ("plain", "flash", "ours")
-#: The largest differences that are allowed. NLL: ours against plain, in nats, in addition to three times the standard
-#: error of the difference. Top-1 (a share) and KL (nats): how much further ours may be from plain than flash is.
+#: The largest allowed differences. NLL: of ours and plain, in nats, in addition to three times the standard error of
+#: the difference. Top-1 (a share) and KL (nats): by how much ours may be farther from plain than flash is.
 NLL_BAR, TOP_BAR, KL_BAR = 0.005, 0.02, 0.002
 
 
@@ -47,21 +48,21 @@ class Tally:
     """Sums over the text, for one attention."""
 
     nll: list[float] = field(default_factory=list)
-    same: int = 0  # the likeliest token is that of the plain one
-    kl: float = 0.0  # from the plain one
-    right: int = 0  # the likeliest token is the true one
+    same: int = 0  # times that the likeliest token is that of plain
+    kl: float = 0.0  # from plain
+    right: int = 0  # times that the likeliest token is the true one
 
 
 @dataclass
 class Reader:
-    """One context of a model, and what it has made of the text so far."""
+    """One context of a model, which reads the text."""
 
     context: llama.LlamaContext
     attention: Attention | None
     tally: Tally = field(default_factory=Tally)
 
     def read(self, tokens: Sequence[int], at: int) -> Any:
-        """Logits after each token, as float64 log-probabilities."""
+        """Log probabilities of the next token after each token, as float64."""
         count = len(tokens)
         batch = llama.BatchBuffer(count)
         batch.size = count
@@ -76,7 +77,7 @@ class Reader:
 
 
 def readers(model: llama.Model, ctx: int, options: argparse.Namespace) -> dict[str, Reader]:
-    """With as many slots as tokens are read at a time: a context gives no more rows of logits."""
+    """A context has as many slots as tokens are read at a time, because it returns no more rows of logits."""
     made = {}
     slots = options.batch
     for kind in KINDS:
@@ -90,7 +91,7 @@ def readers(model: llama.Model, ctx: int, options: argparse.Namespace) -> dict[s
 
 
 def text_tokens(model: llama.Model, count: int) -> list[int]:
-    """The text's beginning, with the token that the model wants before it, and one more to be predicted."""
+    """The beginning of the text, after the model's start token, and one more token to be predicted."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     first = [model.bos] if model.adds_bos else []
     found = [*first, *model.tokenize(text, bos=False, special=False)]
@@ -158,7 +159,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def quantised(path: Path, quant: str) -> Path:
-    """The model in another quantisation, made now if it is not in the cache."""
+    """The model in another quantisation, which is made if it is not in the cache."""
     made = models.cache_dir() / f"{quants.stem_of(path.name)}-as-{quant}.gguf"
     if not made.exists():
         numbers = {name: number for number, name in quants.FILE_TYPES.items()}
@@ -180,9 +181,9 @@ def at_hand() -> list[str]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", action="append", help="nano, smollm2, … or a GGUF; all at hand")
-    parser.add_argument("--quants", default="", help="made of each model, with commas between them")
-    parser.add_argument("--tokens", type=int, default=512, help="of the text")
+    parser.add_argument("--model", action="append", help="nano, smollm2, … or a GGUF (default: all that are there)")
+    parser.add_argument("--quants", default="", help="formats to make of each model, with commas between them")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of the text")
     parser.add_argument("--batch", type=int, default=16, help="tokens at a time")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "quality.json")

@@ -1,15 +1,14 @@
 #!/usr/bin/env python
-"""What it costs that a model is asked through aiosd and not directly: a core whose model is elsewhere, against its
-endpoint.
+"""What it costs to use a remote model through aiosd: calls through a remote core, against direct calls of its endpoint.
 
-n clients, each a process of its own, make calls one after the other: a chat, G greedy tokens, streamed. Directly is a
-plain client on a connection that it keeps; through aiosd the same calls are an agent's on the SDK. The sides alternate
-(A B B A); neighbours make a pair, and the median of the pairs' ratios counts. No prompt is ever sent twice: the second
-time the endpoint would have it in its cache. What each side's prompts have cost the endpoint is shown, so that it can
-be seen that both had the same work. G = 1 shows what a call costs, many tokens what a token costs.
+n clients, each a process of its own, make calls one after the other: a chat, G greedy tokens, streamed. Direct calls
+come from a plain client that keeps its connection; through aiosd the same calls come from an agent with the SDK. The
+sides alternate (A B B A). Neighbouring runs make a pair, and the median of the pairs' ratios counts. No prompt is sent
+twice, because the endpoint would have it in its cache. The endpoint's work for the prompts of each side is shown, to
+prove that it was the same. G = 1 shows the cost of a call, many tokens show the cost of a token.
 
-The endpoint is llama-server (`make peers`), for the ratios that count, and a fake one that answers at once, where
-nothing is to be waited for: what is between the two sides there is aiosd's own time, for each call and each token.
+The endpoint is llama-server (`make peers`), for the ratios that count, or a fake one that answers at once. With the
+fake one the difference between the sides is aiosd's own time for each call and each token.
 
     $ python benchmarks/remote.py --model smollm2
     endpoint      n tokens  direct ms  aiosd ms  ratio  CPU ms  endpoint's  computed
@@ -87,7 +86,7 @@ serve(run)
 """
 )
 
-#: Answers every request at once with as many tokens as it asks for, one event and one write each.
+#: The fake endpoint: it answers every request at once, with one event and one write for each requested token.
 FAKE = """
 import json, socket, sys, threading
 def event(value):
@@ -121,7 +120,7 @@ WORDS = ["river", "stone", "lamp", "green", "quiet", "winter", "paper", "cloud",
 
 
 def orders(count: int, calls: int, generate: int, rng: random.Random) -> list[dict[str, Any]]:
-    """One for each client; no two prompts begin alike, neither here nor in what the same `rng` has given before."""
+    """An order for each client. Prompts are random; the same `rng` gives new ones each time."""
     return [
         {"prompts": [" ".join(rng.choices(WORDS, k=24)) for _ in range(calls)], "generate": generate}
         for _ in range(count)
@@ -130,7 +129,7 @@ def orders(count: int, calls: int, generate: int, rng: random.Random) -> list[di
 
 @contextlib.contextmanager
 def fake() -> Iterator[tuple[int, int]]:
-    """Port and pid."""
+    """Start the fake endpoint; its port and pid."""
     process = subprocess.Popen([sys.executable, "-c", FAKE], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -150,7 +149,7 @@ def llama_server(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of a process with all its threads, also those that have ended: an exchange has one of its own."""
+    """CPU time of a process with all its threads, also those that have ended: each exchange has a thread."""
     stat = procfs.read_stat(pid)
     return stat.cpu_s if stat is not None else 0.0
 
@@ -167,7 +166,7 @@ def measure(
         "computed": sum(one["computed"] for one in told) / calls,  # tokens of a prompt, without those in a cache
         "ms": makespan(told) / len(given[0]["prompts"]) * 1e3,  # of a call, with n of them at a time
         "endpoint_ms": (cpu_seconds(endpoint) - its) / calls * 1e3,
-        "cpu_ms": (sum(map(cpu_seconds, processes)) - before) / calls * 1e3,  # of kernel and core
+        "cpu_ms": (sum(map(cpu_seconds, processes)) - before) / calls * 1e3,  # of kernel and core, per call
     }
 
 
@@ -183,7 +182,7 @@ def run_cells(name: str, port: int, endpoint: int, options: argparse.Namespace) 
             sides = {"direct": direct, "aiosd": system.start(n, THROUGH)}
             for generate in options.generate:
                 calls = max(1, options.tokens // (generate + 8) // n)
-                for clients in sides.values():  # warm
+                for clients in sides.values():  # warm up
                     measure(clients, orders(n, 2, generate, rng), own, endpoint)
                 for turn in range(2 * options.pairs):
                     for side in ("direct", "aiosd") if turn % 2 == 0 else ("aiosd", "direct"):
@@ -206,7 +205,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By cell: medians, the median ratio of neighbours, and what a token costs in aiosd's own processes."""
+    """By cell: medians, the median ratio of neighbouring runs, and the CPU time of a token in aiosd's processes."""
     found = []
     for cell in dict.fromkeys((row["endpoint"], row["n"], row["generate"]) for row in rows):
         mine = [row for row in rows if (row["endpoint"], row["n"], row["generate"]) == cell]
@@ -222,7 +221,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "cpu_ms": statistics.median(row["cpu_ms"] for row in ours),
                 "endpoint_ms": statistics.median(row["endpoint_ms"] for row in direct),
                 "computed": [statistics.median(row["computed"] for row in side) for side in (direct, ours)],
-                # Greedy texts end where they end, so a side may have more tokens: time is compared for as many.
+                # A greedy text may end early, so one side may have more tokens: times are scaled to the same number.
                 "ratio": harness.median_ratio([(a["ms"] / a["tokens"], b["ms"] / b["tokens"]) for a, b in pairs]),
             }
         )
@@ -230,7 +229,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def added(found: Sequence[dict[str, Any]]) -> list[str]:
-    """What the fake endpoint shows: aiosd's own time for each call, and for each token of a long answer."""
+    """aiosd's own time for each call, and for each token of a long answer, from the runs with the fake endpoint."""
     lines = []
     for n in dict.fromkeys(cell["n"] for cell in found if cell["endpoint"] == "fake"):
         cells = [cell for cell in found if cell["endpoint"] == "fake" and cell["n"] == n]
@@ -244,8 +243,8 @@ def added(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
-    """CPU is that of aiosd's kernel and core, and of the endpoint, for a call; computed are tokens of a prompt, for
-    either side."""
+    """The table's lines. CPU: of aiosd's kernel and core, and of the endpoint, per call. Computed: prompt tokens per
+    call that were not cached, for both sides."""
     lines = ["endpoint      n tokens  direct ms  aiosd ms  ratio  CPU ms  endpoint's  computed"]
     for cell in found:
         verdict = ""
@@ -264,9 +263,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("-n", type=int, nargs="+", default=[1, 4], help="clients at a time (1 4)")
     parser.add_argument("--generate", type=int, nargs="+", default=[1, 64], help="tokens of an answer (1 64)")
-    parser.add_argument("--tokens", type=int, default=200, help="about as many in all, for each measurement (200)")
-    parser.add_argument("--pairs", type=int, default=6, help="times A B B A (6)")
-    parser.add_argument("--threads", type=int, default=2, help="of llama-server (2)")
+    parser.add_argument("--tokens", type=int, default=200, help="about as many tokens in each measurement (200)")
+    parser.add_argument("--pairs", type=int, default=6, help="how many times A B B A (6)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of llama-server (2)")
     parser.add_argument("--only-fake", action="store_true")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--out", type=Path)

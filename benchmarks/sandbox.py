@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""What confining an agent costs: its start, its memory, and its work afterwards.
+"""What a sandbox costs an agent: at its start, in memory, and in its work.
 
     $ python benchmarks/sandbox.py
                                         none      flat      cage     flat     cage
     agents spawned per second          241.0     213.0     190.0     0.88     0.79
     …
 
-The last columns are ratios to none. The levels take turns, `--rounds` times; each figure is the median. A crowd is
-spawned by one agent through the SDK, and its memory is read while all are alive. What an agent does inside is timed
-there, each thing many times.
+The last columns are ratios to none. The levels take turns, `--rounds` times; each figure is the median. One agent
+spawns many others through the SDK, and their memory is read while all are alive. The work of an agent is timed inside
+the sandbox, each operation many times.
 
 Results go to benchmarks/results/sandbox.json.
 """
@@ -50,7 +50,7 @@ assert not any(aios.proc.wait()[1] for _ in pids)
 print(json.dumps({"per_s": number / spawned_s, "pss_kb": pss / number / 1e3}))
 """
 
-#: What an agent does inside; µs each.
+#: Operations of an agent inside the sandbox, timed in µs.
 INSIDE = """
 import json, os, subprocess, sys, time
 import libaios as aios
@@ -137,7 +137,7 @@ def show(table: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--agents", type=int, default=200, help="in the crowd")
+    parser.add_argument("--agents", type=int, default=200, help="agents alive at once")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     table = rows(measure(options.rounds, options.agents))

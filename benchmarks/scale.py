@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""From 64 to 2,000 agents with live contexts on one model: all finish, and none of them slows the others down.
+"""From 64 to 2,000 agents with live contexts on one model: do all finish, and does the throughput hold?
 
 Every agent is a process of its own that keeps its conversation: a shared system prompt of 128 tokens, 16 tokens of its
-own, two calls of 80 generated tokens with 8 tokens of a tool's answer between them, greedy. All are up before the clock
-starts. There are 64 slots; with the default quantum of 64 tokens every call gives its slot up before its end when
-others wait, and the contexts of the rest lie in memory and on disk, within the budgets given. Wait: from a call's
+own, and two greedy calls of 80 generated tokens, with 8 tokens of a tool's answer between them. All run before the
+clock starts. There are 64 slots. With the default quantum of 64 tokens every call is preempted before its end when
+others wait; the contexts of waiting calls lie in memory and on disk, within the given budgets. Wait: from a call's
 arrival to its slot. Jain's index: of the agents' tokens per second, each from the common start to its own end. Linux:
-CPU time of the kernel's own threads in percent of one core; where it watches memory for reclaim (DAMON), a page that
-two thousand forked processes share costs it two thousand looks.
+CPU time of the threads of Linux itself, in percent of one core. Where Linux monitors memory for reclaim (DAMON), it
+must look two thousand times at a page that two thousand forked processes share.
 
     $ taskset -c 0,1 python benchmarks/scale.py
     policy  agents  finished  tokens/s  ÷ 64   wait p50    p90    p99   Jain  copy %  RAM MB  disk MB  Linux %
@@ -131,7 +131,7 @@ def run(policy: str, agents: int, model: Path, options: argparse.Namespace) -> d
 
 
 def watch(system: harness.Aiosd, over: Any) -> dict[str, float]:
-    """The most that each place held, looked at now and then."""
+    """The largest amount of contexts in each place, sampled during the run."""
     peaks = {"ram": 0.0, "disk": 0.0, "rss": 0.0}
     deadline = time.monotonic() + PATIENCE_S
     while not over():
@@ -230,7 +230,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--agents", type=int, action="append", help=f"{AGENTS}")
     parser.add_argument("--policy", action="append", help=f"{POLICIES}")
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--quantum", default="64,10", help="tokens, and seconds")
+    parser.add_argument("--quantum", default="64,10", help="in tokens, and in seconds")
     parser.add_argument("--ram", default="1G", help="budget for contexts in memory")
     parser.add_argument("--disk", default="4G", help="budget for contexts on disk")
     parser.add_argument("--threads", type=int, default=2)

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Search by meaning in the store, in one process, with given vectors: 100,000 notes of 384 dimensions of one owner, and
-2,000 owners with 50 each; chromadb beside it on the same vectors, where `make chroma` has installed it.
+"""Search by meaning in the store, in one process, with given vectors of 384 dimensions: one owner with 100,000 notes,
+and 2,000 owners with 50 each. chromadb is measured on the same vectors, where `make chroma` has installed it.
 
-Vectors lie in groups, as those of real texts do, and the queries beside them. A search is all that the store does for
-one: the nearest vectors, conditions and notes from SQLite, the ranking. CPU milliseconds of one thread; the medians of
-many. `words` is a search by words and meaning together; `10 %` and `1 %` go through a tag that this share of the notes
-has. Recall is against all vectors compared in single precision.
+The vectors lie in clusters, as those of real texts do, and queries lie near them. A search is all that the store does:
+the nearest vectors, conditions and notes from SQLite, and the ranking. Times are CPU milliseconds of one thread,
+medians of many searches. `words` is a search by words and meaning together; `10 %` and `1 %` are searches with a tag
+that this share of the notes has. Recall is relative to a comparison with all vectors in single precision.
 
-`--filters` measures searches with conditions instead: notes of 1 KB, of whose words each note has half, 3,000, 30,000
-and 100,000 of them (`--sizes`), by words, by meaning and by both, with a tag, metadata and times that some of them
-have; and as many files by the folder in which they lie.
+`--filters` measures searches with conditions instead: in 3,000, 30,000 and 100,000 notes of 1 KB (`--sizes`), each of
+which contains about half of all words; by words, by meaning and by both; with a tag, metadata and times that some notes
+have. The same number of files is searched by folder.
 
     $ taskset -c 0 python benchmarks/search.py
     what                                     value   bar
@@ -50,7 +50,7 @@ from libaios import wire  # noqa: E402
 
 K = 10
 GROUPS = 1000
-LOT = 1000  # notes that get their vectors together
+LOT = 1000  # notes that get their vectors at a time
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("r", "n", "st", "lk", "m", "nd")]
 BARS = {
     "search, p50 CPU ms": 3.0,
@@ -76,7 +76,7 @@ def groups(dimensions: int) -> Any:
 
 
 class Given:
-    """An embedder whose vectors are set by hand."""
+    """An embedder that returns given vectors."""
 
     name = shown = "given"
 
@@ -110,7 +110,7 @@ class Store:
         self.memory.list(self.ask(owner), wire.MemList(filters, K, 0))
 
     def embed(self, given: Any) -> None:
-        """Their words, and their vectors, as when the embedder has answered."""
+        """Index the words of new notes and add their vectors, as the store does when the embedder has answered."""
         while not self.memory.words.work():
             pass
         rows = self.database.rows("SELECT number, kind, item, owner FROM pending ORDER BY number")
@@ -122,7 +122,7 @@ class Store:
         return int(row[0])
 
     def load(self, *owners: int) -> None:
-        """All of it: what is not read in the time that a search waits, on a busy machine, a search does without."""
+        """Load the whole index: a search waits only for a limited time until it is loaded, and else goes without it."""
         while drained(self.meaning.load(NOTES, owners)):
             pass
 
@@ -132,7 +132,7 @@ class Store:
 
 
 def drained(loading: Generator[Any, None, str]) -> str:
-    """What it returns in the end."""
+    """The return value of a generator that is run to its end."""
     while True:
         try:
             next(loading)
@@ -149,7 +149,7 @@ def tags_of(number: int) -> list[str]:
 
 
 def median_ms(acts: Sequence[Callable[[], Any]]) -> float:
-    """CPU time of this thread."""
+    """The median CPU time of this thread for a call, in ms."""
     times = []
     for act in acts:
         began = time.process_time_ns()
@@ -175,7 +175,7 @@ def one_owner(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     began = time.process_time()
     for begin in range(0, options.notes - single, LOT):
         lot = range(begin, min(begin + LOT, options.notes - single))
-        store.database.begin()  # as calls that come together share a commit
+        store.database.begin()  # one commit, as for calls that arrive together
         for number in lot:
             store.add("one", text_of(rng), tags_of(number))
         store.embed(given[lot.start : lot.stop])
@@ -191,7 +191,7 @@ def one_owner(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     wall, cpu = time.monotonic(), time.process_time()
     found = {"adding one, p50 CPU ms": 0.0}
     times = []
-    for begin in range(0, single, BATCH):  # as the queue is worked on: in lots
+    for begin in range(0, single, BATCH):  # in batches, as the store does it
         times.append(median_ms(adding[begin : begin + BATCH]))
         store.embed(given[rest[begin] : rest[begin] + len(adding[begin : begin + BATCH])])
     found["adding one, p50 CPU ms"] = statistics.median(times)
@@ -275,7 +275,7 @@ def many_owners(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 # ── conditions ────────────────────────────────────────────────────────────────────────────────────────────
 
-#: What is asked for, and which share of the notes has it.
+#: Conditions of searches, and the share of the notes that fulfils each.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "tag, 1 %": {"tags": ["t7"]},
@@ -400,7 +400,7 @@ print(json.dumps(out))
 
 
 def peer(python: str, options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """chromadb on the first of the same vectors; its own defaults."""
+    """chromadb with the first of the same vectors, and its own defaults."""
     middles = groups(options.dimensions)
     given = vectors(options.notes, options.dimensions, 1, middles)[: options.peer_notes]
     np.save(folder / "given.npy", given)
@@ -426,11 +426,11 @@ def main() -> None:
     parser.add_argument("--owners", type=int, default=2000)
     parser.add_argument("--dimensions", type=int, default=384)
     parser.add_argument("--queries", type=int, default=300)
-    parser.add_argument("--peer", metavar="PYTHON", default=harness.chroma(), help="an interpreter that has chromadb")
+    parser.add_argument("--peer", metavar="PYTHON", default=harness.chroma(), help="an interpreter with chromadb")
     parser.add_argument("--peer-notes", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "search.json")
-    parser.add_argument("--filters", action="store_true", help="searches with conditions, and nothing else")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[3_000, 30_000, 100_000], help="notes, for --filters")
+    parser.add_argument("--filters", action="store_true", help="measure only searches with conditions")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[3_000, 30_000, 100_000], help="of --filters, in notes")
     options = parser.parse_args()
     if options.filters:
         with_conditions(options)

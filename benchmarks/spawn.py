@@ -7,16 +7,16 @@
     bare os.fork per second                     498.0
     …
 
-Crowd: one agent spawns all the others through the SDK. Each of them makes three calls, tells its parent that it is
-there, and waits for messages; then each gets one and answers it. With all alive: memory of the whole system (PSS of
-every process), `aios-ps -e`, one more message round. The crowd is ended with `aios-kill NAME`, its parent collects
-every exit status, and what is left of it is counted. A second crowd is ended by stopping aiosd itself. Against it:
-bare os.fork of as many processes that only sleep. Agents run without a sandbox, as these do; what one costs is measured
-by sandbox.py.
+Crowd: one agent spawns all others through the SDK. Each of them makes three calls, sends a message to its parent, and
+waits for messages; then each gets one and answers it. While all are alive, the memory of the whole system (PSS of every
+process), `aios-ps -e` and one more message round are measured. The crowd is ended with `aios-kill NAME`, its parent
+waits for every exit status, and processes that are left are counted. A second crowd is ended by stopping aiosd itself.
+For comparison, as many processes that only sleep are forked by a bare os.fork. Agents run without a sandbox, as these
+processes do; sandbox.py measures what a sandbox costs.
 
-Soak: agents that make a call and end, spawned and waited for some at a time. Memory (private pages, not PSS: that
-falls as pages are shared) and descriptors of kernel and supervisor, once the history of the dead is full and at the
-end, must be the same.
+Soak: agents that make a call and end, of which some at a time are spawned and waited for. Memory and descriptors of
+kernel and supervisor must be the same at the end as when the history of ended agents had become full. (Memory is
+private pages, not PSS, which falls when pages are shared.)
 
 Results go to benchmarks/results/spawn.json.
 """
@@ -43,7 +43,7 @@ from aiosd import procfs  # noqa: E402
 
 PATIENCE_S = 120.0
 KEEP_DEAD = 1000
-SETTLE_S = 1.5  # until processes forked ahead of need are gone, with which the supervisor shares pages
+SETTLE_S = 1.5  # until the processes have ended that were forked ahead and share pages with the supervisor
 
 MEMBER = """
 import libaios as aios
@@ -64,7 +64,7 @@ aios.proc.getpid()
 
 
 def agent_crowd(member: str, agents: int, folder: Path) -> None:
-    """Spawn them all, hear from each, send each a message and get its answer; later collect all their ends."""
+    """Spawn all agents, get a message from each, send each one and get its answer; at last wait for all."""
     import libaios as aios
 
     pids, heard = [], 0
@@ -77,7 +77,7 @@ def agent_crowd(member: str, agents: int, folder: Path) -> None:
         heard += drain(PATIENCE_S)
     there_s = time.monotonic() - began
     report(folder / "born", spawned_s=spawned_s, there_s=there_s, round_s=message_round(pids))
-    aios.msg.recv()  # the others have looked
+    aios.msg.recv()  # the other measurements are done
     report(folder / "again", round_s=message_round(pids))
     ends = dict(aios.proc.wait() for _ in pids)
     report(folder / "ended", at=time.monotonic(), exits={pid: ends.get(pid) for pid in pids})
@@ -96,7 +96,7 @@ def drain(timeout: float = 0.0) -> int:
 
 
 def message_round(pids: list[int]) -> float:
-    """A message to each and an answer from each; seconds. Not more than a mailbox holds are on their way."""
+    """Seconds for a message to each agent and an answer from each, at most as many at a time as a mailbox holds."""
     import libaios as aios
 
     began, flying = time.monotonic(), 0
@@ -123,7 +123,7 @@ def report(path: Path, **figures: Any) -> None:
 
 
 class System:
-    """An aiosd in a home of its own; AIOS_HOME leads there meanwhile."""
+    """An aiosd in a home of its own, to which AIOS_HOME is set."""
 
     def __init__(self, home: str) -> None:
         os.environ["AIOS_HOME"] = home
@@ -140,7 +140,7 @@ class System:
         return [self.daemon.pid, *procfs.descendants(self.daemon.pid)]
 
     def stop(self) -> float:
-        """Seconds from TERM to the end."""
+        """Stop it by TERM; returns the seconds until its end."""
         began = time.monotonic()
         self.daemon.terminate()
         if self.daemon.wait(60) != 0:
@@ -169,7 +169,7 @@ def wait_for(holds: Any, what: str, patience_s: float = PATIENCE_S) -> Any:
 
 
 def command(*argv: str) -> tuple[float, str]:
-    """Run a command; its wall seconds and output."""
+    """Run a command; returns its wall seconds and output."""
     began = time.monotonic()
     done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE_S)
     if done.returncode:
@@ -181,7 +181,7 @@ def command(*argv: str) -> tuple[float, str]:
 
 
 def gather(folder: Path, agents: int) -> tuple[int, dict[str, float]]:
-    """Start a crowd; the pid of its parent, and what that reports when all are there."""
+    """Start a crowd; returns the pid of its parent, and the parent's report when all run."""
     import libaios as aios
 
     for old in folder.glob("*"):
@@ -206,7 +206,7 @@ def alive(pid: int) -> bool:
 
 
 def crowd(running: System, folder: Path, agents: int) -> dict[str, Any]:
-    """One crowd from birth to a second boot's worth of nothing left."""
+    """Measure one crowd from its start until no process of it is left."""
     import libaios as aios
 
     before = set(running.processes())
@@ -237,7 +237,7 @@ def crowd(running: System, folder: Path, agents: int) -> dict[str, Any]:
 
 
 def shutdown(running: System, folder: Path, agents: int) -> dict[str, Any]:
-    """A crowd that ends with aiosd itself."""
+    """Measure a crowd that ends because aiosd is stopped."""
     gather(folder, agents)
     processes = running.processes()
     seconds = running.stop()
@@ -251,7 +251,7 @@ def aios_status() -> dict[str, Any]:
 
 
 def bare(agents: int) -> dict[str, float]:
-    """As many bare forks of this interpreter, which sleep."""
+    """Measure as many bare forks of this interpreter, which sleep."""
     began = time.monotonic()
     pids = []
     for _ in range(agents):
@@ -382,10 +382,10 @@ def line(what: str, value: str, bound: str = "") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--agents", type=int, default=2000, help="in the crowd; 0: no crowd")
+    parser.add_argument("--agents", type=int, default=2000, help="agents in the crowd; 0: no crowd")
     parser.add_argument("--soak", type=int, default=20000, help="agents in the soak; 0: no soak")
-    parser.add_argument("--flying", type=int, default=16, help="of the soak's agents, alive at a time")
-    parser.add_argument("--samples", type=int, default=10, help="of memory and descriptors in the soak")
+    parser.add_argument("--flying", type=int, default=16, help="agents of the soak that are alive at a time")
+    parser.add_argument("--samples", type=int, default=10, help="measurements of memory and descriptors in the soak")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "spawn.json")
     parser.add_argument("--agent", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -393,7 +393,7 @@ def main() -> None:
         member, agents, folder = options.agent
         agent_crowd(member, int(agents), Path(folder))
         return
-    from benchmarks.harness import hardware  # here: this file is also the agents', which see this folder alone
+    from benchmarks.harness import hardware  # here, because agents run this file, too, and see only this folder
 
     machine, load = hardware(), os.getloadavg()[0]
     print(f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['linux']}, Python {machine['python']}")

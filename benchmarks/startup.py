@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """How long the commands take, as multiples of a bare `python -c pass`.
 
-Commands and bare interpreter take turns, so that whatever else the machine does hits all of them alike; medians
-count. `aios-run` starts an empty agent, in the sandbox that is the default, and waits for its end. All run from
-compiled bytecode, as installed ones do.
+Commands and bare interpreter take turns, so that other work on the machine affects all of them equally; medians count.
+`aios-run` starts an empty agent, in the default sandbox, and waits for its end. All commands run from compiled
+bytecode, as installed ones do.
 
     $ python benchmarks/startup.py
     command            median ms   × python -c pass   bar
@@ -31,7 +31,7 @@ BARS = {"aios-ps": 6.0, "aios-top -b": 7.0, "aios-kill": 7.0, "aios-run": 20.0}
 
 
 def sides(folder: Path) -> dict[str, list[str]]:
-    """Name and command line of everything that is measured."""
+    """Names and command lines to measure."""
     python, empty = sys.executable, folder / "empty.py"
     empty.touch()
     (folder / "hello.py").write_text("print('hello')\n")
@@ -45,7 +45,7 @@ def sides(folder: Path) -> dict[str, list[str]]:
         "aios-ps": script("aios-ps"),
         "aios-ps -e": script("aios-ps", "-e"),
         "aios-top -b": script("aios-top", "-b"),
-        "aios-kill": script("aios-kill", "-0", "1"),  # refused, after the way there and back
+        "aios-kill": script("aios-kill", "-0", "1"),  # refused by the kernel
         "aios-run": script("aios-run", str(empty)),
         "aios-run -d": script("aios-run", "-d", str(empty)),
     }
@@ -78,14 +78,14 @@ def report(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40, help="measurements of each command (40)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--model", default="nano", help="a GGUF instead of the embedded model")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         env = {name: value for name, value in os.environ.items() if not name.startswith(("AIOS", "PYTHON"))}
         env |= {"AIOS_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
-        env["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")  # whether or not the checkout may be written to
+        env["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")  # because the checkout may be read-only
         daemon = [sys.executable, str(ROOT / "bin" / "aiosd")]
         subprocess.run([*daemon, "-d", "--threads", "1", "--model", options.model], env=env, check=True)
         try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What notes cost: reading one, and writing them durably from many agents at once, beside SQLite and chromadb.
+"""What notes cost: reading one, and writing them durably from many agents at once, compared with SQLite and chromadb.
 
     $ python benchmarks/store.py
     one agent, µs                                       p50      p99   × getpid
@@ -11,20 +11,21 @@ Reading: one agent calls getpid, reads a note of 1 KB by id and by key, and a fi
 read before, and has not changed, the kernel answers itself. It reads notes and files that it has just written, each for
 the first time. And it reads 100 notes in turn, and 100 files, which are more than the kernel keeps: each comes from the
 store, as what another process wrote does when it is read for the first time. The calls alternate in rounds, and a ratio
-is the median of the rounds'.
+is the median of the ratios of the rounds.
 
-Writing: 32 agents add notes of 1 KB, one call in flight each; a call returns when the note is on the disk, found by its
-words, counted in its owner's quota, and its reply remembered. Against that SQLite alone, by one process that commits
-each row of 1 KB by itself into a table without any index: WAL, `synchronous=FULL`, with a new WAL and with one that has
-its full size already; and 32 processes with a connection of their own each. All on one disk, in alternating rounds.
+Writing: 32 agents add notes of 1 KB, with one call in flight each. A call returns when the note is on the disk, can be
+found by its words, is counted in its owner's quota, and its reply is recorded. For comparison: SQLite alone, in one
+process that commits each row of 1 KB by itself into a table without an index, with WAL and `synchronous=FULL`, once
+with a new WAL and once with one that has its full size already; and 32 processes with a connection of their own each.
+All use the same disk, in alternating rounds.
 
-Beside it what limits this: how long the disk takes for `fdatasync`, and how many calls a second the 32 agents make that
-need none (reads). The words of notes are indexed in the background; the rate at which notes arrive together with their
-words is told, too. `--sync-ms` makes each wait for the disk longer by that, for both sides alike (through a library
-that is loaded before libc, and sleeps): disks without a protected cache take 1 to 10 ms.
+The limits are shown, too: how long the disk takes for `fdatasync`, and how many calls per second the 32 agents make
+that need none (reads). The words of notes are indexed in the background; the rate of notes including this is shown.
+With `--sync-ms` each wait for the disk takes longer by that time, on both sides (by a preloaded library that sleeps):
+disks without a protected cache take 1 to 10 ms.
 
-chromadb (`make chroma`): its adding, searching and reopening at --notes vectors of 384 dimensions, which are given to
-it, beside the same of notes, by words.
+chromadb (`make chroma`): adding, searching and reopening --notes given vectors of 384 dimensions, compared with the
+same for notes, by words.
 
 Results go to benchmarks/results/store.json. Exit status 1 when a bar is missed.
 """
@@ -62,7 +63,7 @@ READS = {
 OWN = ("own", "own file")
 KEPT = ("get", "key", "file", *OWN)  # by the kernel
 
-#: The order: what to do, how often, and from which number the texts go on.
+#: An agent's order: what to do, how often, and the number of the first text.
 SCRIPT = (
     AGENT
     + """
@@ -145,7 +146,7 @@ SLOWER(fdatasync)
 
 
 def slow_down(milliseconds: float) -> None:
-    """Begin this program again, with a slower disk."""
+    """Execute this program again, with a slower disk."""
     folder = Path(tempfile.mkdtemp(prefix="aios-slower-"))
     (folder / "slower.c").write_text(SLOWER)
     out = folder / "slower.so"
@@ -155,7 +156,7 @@ def slow_down(milliseconds: float) -> None:
 
 
 def sync_us(folder: Path) -> list[float]:
-    """Microseconds of `fdatasync` after 4 KB were written over others."""
+    """Microseconds of `fdatasync` after 4 KB were overwritten."""
     took = []
     with open(folder / "sync", "w+b", buffering=0) as file:
         file.write(bytes(1 << 20))
@@ -169,7 +170,7 @@ def sync_us(folder: Path) -> list[float]:
 
 
 def sqlite_alone(folder: Path, writes: int, warm: bool) -> float:
-    """Durable writes per second of one process, each a commit of its own."""
+    """Durable writes per second of one process that commits each by itself."""
     db = connect(folder / "alone.db")
     if warm:
         with db:
@@ -223,7 +224,7 @@ def sqlite_together(folder: Path, processes: int, writes: int) -> float:
 
 
 def reading(system: Aiosd, rounds: int, calls: int) -> dict[str, dict[str, float]]:
-    """Microseconds, and how many times a getpid that is."""
+    """Durations in µs, and their ratios to getpid."""
     (agent,) = system.start(1, SCRIPT, options=("--name", "reader"))
     took: dict[str, list[list[float]]] = {what: [] for what in READS}
     for what in took:
@@ -248,7 +249,7 @@ def reading(system: Aiosd, rounds: int, calls: int) -> dict[str, dict[str, float
 
 
 def writing(system: Aiosd, folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Durable writes per second, of each kind in each round."""
+    """Durable writes per second, for each kind and round."""
     agents = system.start(options.agents, SCRIPT)
     through_aiosd(agents, 5, 0)
     found: dict[str, list[float]] = {"aiosd": [], "new": [], "warm": [], "together": [], "reads": []}
@@ -272,7 +273,7 @@ def writing(system: Aiosd, folder: Path, options: argparse.Namespace) -> dict[st
 
 
 def through_aiosd(agents: list[Any], calls: int, number: int, what: str = "write") -> float:
-    """Calls a second, of all agents together."""
+    """Calls per second of all agents together."""
     if what == "write":
         race(agents, orders("prepare", len(agents), calls, number))
     return len(agents) * calls / makespan(race(agents, orders(what, len(agents), calls, number)))
@@ -283,7 +284,7 @@ def orders(what: str, agents: int, calls: int, number: int) -> list[dict[str, An
 
 
 def with_words(system: Aiosd, agents: list[Any], calls: int, number: int) -> float:
-    """Notes a second, until the words of all are indexed."""
+    """Notes per second, until the words of all are indexed."""
     race(agents, orders("prepare", len(agents), calls, number))
     began = time.monotonic()
     race(agents, orders("write", len(agents), calls, number))
@@ -297,7 +298,7 @@ def store_stats(system: Aiosd) -> dict[str, Any]:
 
 
 def as_chroma(system: Aiosd, notes: int) -> dict[str, float]:
-    """The same as chromadb is asked for, by words. Milliseconds."""
+    """The same operations as of chromadb, with searches by words, in ms."""
     (agent,) = system.start(1, SCRIPT, options=("--name", "many"))
 
     def took(what: str, calls: int, first: int) -> list[float]:
@@ -363,7 +364,7 @@ print((time.monotonic() - began) * 1e3)
 
 
 def chroma(python: str, notes: int, folder: Path) -> dict[str, float]:
-    """Milliseconds."""
+    """The operations of chromadb, in ms."""
     done = subprocess.run([python, "-c", CHROMA, str(notes), str(folder)], capture_output=True, text=True, check=True)
     found = dict(json.loads(done.stdout.splitlines()[-1]))
     again = subprocess.run([python, "-c", REOPEN, str(folder)], capture_output=True, text=True, check=True)
@@ -374,7 +375,7 @@ def chroma(python: str, notes: int, folder: Path) -> dict[str, float]:
 
 
 def show(reads: dict[str, Any], writes: dict[str, list[float]], peers: dict[str, Any], agents: int) -> list[str]:
-    """Print the tables; the bars that were missed."""
+    """Print the tables; returns the bars that were missed."""
     missed = []
     print(f"{'one agent, µs':48}{'p50':>8}{'p99':>9}{'× getpid':>11}")
     for what, row in reads.items():
@@ -408,14 +409,14 @@ def show(reads: dict[str, Any], writes: dict[str, list[float]], peers: dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=2000, help="of each kind in a round, one agent")
+    parser.add_argument("--calls", type=int, default=2000, help="calls of each kind in a round, by one agent")
     parser.add_argument("--agents", type=int, default=32)
-    parser.add_argument("--writes", type=int, default=100, help="of each agent in a round")
+    parser.add_argument("--writes", type=int, default=100, help="writes of each agent in a round")
     parser.add_argument("--alone", type=int, default=400, help="writes of SQLite in a round")
-    parser.add_argument("--notes", type=int, default=10_000, help="beside chromadb; 0: leave that out")
+    parser.add_argument("--notes", type=int, default=10_000, help="compared with chromadb; 0: leave this out")
     parser.add_argument("--chroma", metavar="PYTHON", default=chroma_there(), help="an interpreter with chromadb")
-    parser.add_argument("--sync-ms", type=float, default=0.0, help="by which the disk is slower")
-    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured")
+    parser.add_argument("--sync-ms", type=float, default=0.0, help="make each wait for the disk longer by this")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.sync_ms and "LD_PRELOAD" not in os.environ:

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """What it costs to save, restore and fork a context, against computing it again.
 
-The core: the very steps that preempting and resuming take. Save: llama.cpp's block of the sequence, cut into a piece.
-Restore: the pieces joined to a block and given to another slot. Fork: save once, restore into the child's slot.
-Recompute: the prompt in batches of 512. Medians of alternating runs, the ratio is recompute over restore.
+The core: the steps of preempting and resuming a sequence. Save: read llama.cpp's block of the sequence and cut it into
+a piece. Restore: join the pieces to a block and write it into another slot. Fork: save once, and restore into the
+child's slot. Recompute: prefill the prompt in batches of 512. Times are medians of alternating runs; the ratio is
+recompute over restore.
 
-The system: an agent calls `ctx.save`, `ctx.fork`, `aios.llm.restore`; the time of a call of one token after it, over
-the time of the same call when nothing is cached. There the call itself (one step, processes) is in the time. And a
-tree: 64 children of one context, each with one token, all at once.
+The system: an agent calls `ctx.save`, `ctx.fork`, `aios.llm.restore`. The figure is the time of a call of one token
+after it, over the time of the same call when nothing is cached. Both include the call itself (one step, messages
+between processes). And a tree: 64 children of one context, each with one token, all at once.
 
     $ taskset -c 0,1 python benchmarks/switch.py
     tokens      MB  recompute ms  save ms  restore ms  fork ms  recompute/restore   bar
@@ -41,7 +42,7 @@ CHILDREN, TREE = 64, 2000
 
 
 class Core:
-    """A model with two slots in this process."""
+    """A model with two slots, in this process."""
 
     def __init__(self, model: Path, ctx: int, threads: int) -> None:
         from aiosd.llm import llama
@@ -74,7 +75,7 @@ class Core:
             batch.wanted[:size] = 0
             batch.wanted[size - 1] = 1
             assert context.decode(batch) == self.llama.OK
-        context.logits(1)  # waits for a device that computes aside
+        context.logits(1)  # waits for a device that computes asynchronously
         return time.perf_counter() - began
 
     def save(self, length: int) -> tuple[float, Any]:
@@ -101,7 +102,7 @@ def engine(name: str, lengths: list[int], options: argparse.Namespace) -> list[d
             saved, piece = core.save(length)
             size = piece.size
             restored = core.restore(piece)
-            if round_:  # the first warms up
+            if round_:  # the first round is for warming up
                 for key, value in zip(times, (computed, saved, restored, saved + restored), strict=True):
                     times[key].append(value)
         medians = {f"{key}_s": statistics.median(values) for key, values in times.items()}

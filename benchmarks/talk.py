@@ -1,8 +1,8 @@
-"""Conversations in English for real models: a system prompt that describes tools, questions, the tools' answers.
+"""Conversations in English for real models: a system prompt that describes tools, questions, and answers of tools.
 
-The agents of a run share the system prompt; its first line differs from run to run, so that nothing is cached from the
-run before. Each part is cut to a number of tokens by the model's own tokenizer. A model with a chat template is asked
-by messages, another one goes on with a plain transcript; either way both sides get the very same text and tokenize it.
+The agents of a run share the system prompt. Its first line is new in each run, so that nothing is cached from the run
+before. Each part is cut to a number of tokens of the model's own tokenizer. A model with a chat template gets messages,
+another one continues a plain transcript. In both cases both sides get the same text, and tokenize it.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def ask(messages, order):
 
 @dataclass(frozen=True)
 class Sizes:
-    """In tokens, but for the number of turns."""
+    """Sizes of the parts in tokens, and the number of turns."""
 
     private: int
     turns: int
@@ -175,7 +175,7 @@ class Sizes:
 
 
 class Text:
-    """A model's tokenizer, and texts of a number of its tokens."""
+    """A model's tokenizer, and texts with a given number of its tokens."""
 
     def __init__(self, model: Path) -> None:
         llama.start()
@@ -191,7 +191,7 @@ class Text:
         return len(self._tokens(text))
 
     def cut(self, text: str, tokens: int) -> str:
-        """The beginning of a text, repeated if it is too short."""
+        """The beginning of a text with `count` tokens; a text that is too short is repeated."""
         have = self._tokens(text)
         while len(have) < tokens:
             text += "\n" + text
@@ -229,7 +229,7 @@ def _filled(templates: tuple[str, ...], rng: random.Random) -> str:
 
 
 def workload(text: Text, n: int, prefix: int, seed: int, temperature: float, sizes: Sizes) -> list[dict[str, Any]]:
-    """What each agent is told. `prefix` 0: without a system prompt."""
+    """The order of each agent. `prefix` 0: without a system prompt."""
     run = random.Random(seed)
     shared = [{"role": "system", "content": system_prompt(text, prefix, run)}] if prefix else []
 

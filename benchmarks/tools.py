@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Calls of tools: what one costs, whether a crowd is served in order and fairly, and what a slow tool does to others.
+"""Calls of tools: what one costs, whether many agents are served in order and fairly, how a slow tool affects others.
 
     $ python benchmarks/tools.py
     one caller, µs                        p50      p99
@@ -8,14 +8,14 @@
 
 Four parts, each `--rounds` times; figures are medians over the rounds.
 
-latency  One agent: getpid, `calc` (computed in the agent, counted by the kernel), `list_files` (answered by a worker),
-         and for comparison a note read from the store. The bound is for calc.
-crowd    64 agents with several calls in flight each, of one tool that runs once at a time. The tool writes down when it
-         begins and ends: so it is seen whether two ran at once, whether each agent's calls came in order, whether any
-         was lost or done twice, and how far agents' numbers of served calls were apart while all still waited.
+latency  One agent: getpid, `calc` (computed in the agent, counted by the kernel), `list_files` (run by a worker), and
+         for comparison a note read from the store. The bound is for calc.
+crowd    64 agents with several calls in flight each, of one tool that may run only once at a time. The tool records its
+         begins and ends. This shows whether two calls overlapped, whether each agent's calls ran in order, whether any
+         was lost or done twice, and by how much agents' numbers of served calls differed while all still waited.
 slow     A call of a tool with a worker, while another tool runs and has a queue, against the same without.
 mcp      A call of an MCP server's tool through aiosd, against the `mcp` package's own client with the same server. The
-         server is mcp-server-time where `make mcp-servers` has put it, else a small one of the same package.
+         server is mcp-server-time where `make mcp-servers` has installed it, else a small one of the same package.
 
 Results go to benchmarks/results/tools.json.
 """
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Without this folder, in which this file hides the package `tools`.
+# Remove this folder from the path: in it this file would hide the package `tools`.
 sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT / "benchmarks"))]
 
 from benchmarks import harness  # noqa: E402
@@ -42,7 +42,7 @@ from benchmarks import harness  # noqa: E402
 CALC_BOUND = 6.0  # × getpid
 SLOW_BOUND = 1.1
 AGENTS = 64
-EACH = 6  # calls of an agent of the crowd, all in flight at once
+EACH = 6  # calls of each agent of the crowd, all in flight at once
 
 TOOLS = '''
 import os, time
@@ -69,7 +69,7 @@ def slow(seconds: float) -> None:
     time.sleep(seconds)
 '''
 
-#: A server for those who have no real one.
+#: The server that is used if mcp-server-time is not installed.
 SERVER = """
 from mcp.server import MCPServer
 server = MCPServer("own")
@@ -176,7 +176,7 @@ print(json.dumps(took[20:]))
 
 
 def run(system: harness.Aiosd, script: str, *args: str) -> str:
-    """An agent's output."""
+    """Run an agent; returns its output."""
     path = system.home / "agent.py"
     path.write_text(script)
     words = [*harness.command("aios-run"), str(path), *args]
@@ -194,7 +194,7 @@ def figures(times: Sequence[float]) -> dict[str, float]:
 
 
 def crowd(system: harness.Aiosd, agents: int, each: int) -> dict[str, float]:
-    """Raises SystemExit when a promise is broken."""
+    """Measure the crowd. Raises SystemExit if a call was lost, doubled or out of order."""
     log = system.home / "turns"
     log.unlink(missing_ok=True)
     (system.home / "crowd.py").write_text(CROWD)
@@ -209,7 +209,7 @@ def crowd(system: harness.Aiosd, agents: int, each: int) -> dict[str, float]:
 
 
 def turns(lines: Sequence[str]) -> list[tuple[int, int]]:
-    """The calls in the order in which they ran. Raises SystemExit when two ran at once."""
+    """The calls in the order in which they ran. Raises SystemExit if two overlapped."""
     order = []
     for begin, end in zip(lines[::2], lines[1::2], strict=True):
         if not begin.startswith("begin ") or end != begin.replace("begin", "end"):
@@ -220,7 +220,7 @@ def turns(lines: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def apart(order: Sequence[tuple[int, int]], each: int) -> int:
-    """How many more calls one agent had been served than another at most, while all still had some waiting."""
+    """The largest difference in the numbers of served calls of two agents, while all agents had calls waiting."""
     served: Counter[int] = Counter(dict.fromkeys((agent for agent, _ in order), 0))
     most = 0
     for agent, _ in order:
@@ -338,9 +338,9 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=2000, help="of the one caller, per round")
+    parser.add_argument("--calls", type=int, default=2000, help="calls of the single caller per round")
     parser.add_argument("--agents", type=int, default=AGENTS)
-    parser.add_argument("--parts", default="latency,crowd,slow,mcp", help="which of the four")
+    parser.add_argument("--parts", default="latency,crowd,slow,mcp", help="the parts to run")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="aios-tools-") as folder:

@@ -1,9 +1,9 @@
-"""An agent that works through a list: one question a line on stdin, its answer on stdout.
+"""An agent that works through a list: it reads one question per line from stdin, and prints the answers.
 
     $ aios-run --name adder clerk.py < adder.txt
 
-What stands after `=>` is what a right answer contains; the clerk marks it and counts. It keeps its notes from
-one question to the next, and its files are those of the folder it runs in.
+A right answer contains the text after `=>`; the agent marks its answers and counts the right ones. Notes are kept from
+one question to the next. Files are those of the folder in which it runs.
 """
 
 import sys

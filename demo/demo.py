@@ -1,8 +1,8 @@
-"""`make demo`: a whole life of the system, on the embedded model, in a home that is thrown away afterwards.
+"""`make demo`: the system from boot to shutdown, with the embedded model, in a temporary home.
 
-Boots aiosd, asks one agent a question, runs three more side by side with a fourth that never ends, looks at them,
-kills the fourth, lets a guest call a tool and try what it may not do, shuts down, and makes sure that nothing is left.
-Every command is shown as it would be typed.
+It boots aiosd, asks one agent a question, runs three more at once with a fourth that never ends, lists them, kills the
+fourth, runs an agent of a group with fewer rights, shuts down, and checks that no process is left. Each command is
+shown as one would type it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-#: What they are started with: an agent may change files of the folder where it is started only if that is granted.
+#: Agents and their options: an agent may change files in the folder where it is started only if that is granted.
 CLERKS = {"adder": "", "keeper": "", "writer": "--write . "}
-#: What guests may not do, for all of this system.
+#: The system's settings: agents of the group guests may not call the tool shell.
 RULES = """\
 [access]
 deny = [{ tool = "shell", by = "guests" }]
@@ -32,7 +32,7 @@ BOLD, DIM, PLAIN = ("\x1b[1m", "\x1b[2m", "\x1b[m") if sys.stdout.isatty() else 
 
 
 class Terminal:
-    """Types commands and shows what they print, as somebody in a shell would see it."""
+    """Runs commands and shows each with its output, as in a shell."""
 
     def __init__(self, home: Path, desk: Path) -> None:
         self.home, self.desk = home, desk
@@ -51,7 +51,7 @@ class Terminal:
         )
 
     def type_and_read(self, line: str) -> str:
-        """Run one command in the foreground; returns what it printed, too."""
+        """Run one command in the foreground; returns its output."""
         print(f"{BOLD}$ {line}{PLAIN}", flush=True)
         done = subprocess.run(
             shlex.split(line), env=self.env, cwd=self.desk, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S
@@ -60,7 +60,7 @@ class Terminal:
         return done.stdout.strip()
 
     def type_in_background(self, line: str) -> None:
-        """Run `command < file &`; what it prints is shown by `wait`, so that three do not talk at once."""
+        """Run `command < file &`. `wait` prints its output, so that the outputs of several do not mix."""
         print(f"{BOLD}$ {line} &{PLAIN}", flush=True)
         command, stdin = line.split(" < ")
         output = self.desk / f"{stdin}.out"
@@ -75,7 +75,7 @@ class Terminal:
             print(f"{name}:\n{output.read_text()}", end="", flush=True)
 
     def sandbox(self) -> str:
-        """In which agents run."""
+        """The level of the sandbox in which agents run."""
         done = subprocess.run(
             ["aiosd", "status", "--json"], env=self.env, stdout=subprocess.PIPE, check=True, timeout=20
         )
@@ -113,7 +113,7 @@ def main() -> int:
         print(f"demo: {err or 'interrupted'}", file=sys.stderr)
         return 1
     finally:
-        for process in terminal.left_over():  # only when something went wrong
+        for process in terminal.left_over():  # there are some only if something went wrong
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
         shutil.rmtree(home, ignore_errors=True)
@@ -135,14 +135,14 @@ def show(terminal: Terminal) -> int:
     wait_for(terminal, {"endless", *CLERKS})
     terminal.type("aios-ps -e")
 
-    terminal.say("the one that never ends is ended; 143 is 128 + SIGTERM")
+    terminal.say("end the one that never ends by itself; 143 is 128 + SIGTERM")
     terminal.type("aios-kill endless")
     print(f"exit code {terminal.type(f'aios-wait {endless}')}")
 
-    terminal.say("the others did not notice")
+    terminal.say("the others go on undisturbed")
     terminal.wait()
 
-    terminal.say("a guest: a tool for its model; a rule, and the sandbox in which all agents are, against the rest")
+    terminal.say("a guest: its model may call a tool; a rule denies another tool, and its sandbox hides a file")
     terminal.type("tail -n 1 ../aiosd.toml")
     terminal.type("aios-run -g guests --tool-calls 5 guests/guest.py keys.txt")
     if terminal.sandbox() != "none":
@@ -162,7 +162,7 @@ def show(terminal: Terminal) -> int:
 
 
 def wait_for(terminal: Terminal, names: set[str]) -> None:
-    """Until all agents are there, or the quick ones are done already."""
+    """Wait until all agents run, or until the first has ended."""
     end = time.monotonic() + 5
     while not names <= terminal.live_agents() and time.monotonic() < end:
         if any(job.poll() is not None for _, job, _ in terminal.jobs):

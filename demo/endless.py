@@ -1,4 +1,4 @@
-"""An agent that never comes to an end by itself: something for `aios-kill`."""
+"""An agent that never ends by itself: an example for `aios-kill`."""
 
 import libaios as aios
 

@@ -1,9 +1,9 @@
-"""A guest: an agent of a group that may not do everything.
+"""A guest: an agent of a group with fewer rights.
 
     $ aios-run -g guests guest.py ../keys.txt
 
-Its model calls a tool and has the answer from it. Then it tries what a rule of aiosd.toml denies, and what its sandbox
-hides, in which all agents are where nobody says otherwise.
+Its model answers with the help of a tool. Then it calls a tool that a rule of aiosd.toml denies, and opens a file that
+its sandbox hides. (All agents run in a sandbox by default.)
 """
 
 import sys

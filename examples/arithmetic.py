@@ -1,6 +1,6 @@
 """The tool, the question and the instructions that the examples for frameworks share.
 
-They all are the same agent, so that they can be compared: it is asked for a product, and may use a tool for it.
+All these agents do the same, so that they can be compared: they are asked for a product, and may use a tool for it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 SYSTEM = "You are a helpful agent. Think, use a tool when you need one, and then answer briefly."
 QUESTION = "What is 37 * 91?"
-#: No model's name here, so aiosd's default one answers.
+#: No model of aiosd has this name, so its default model answers.
 MODEL = "local"
 
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}

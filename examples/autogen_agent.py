@@ -1,4 +1,4 @@
-"""AutoGen 0.7 as an agent: an AssistantAgent with a tool, that says what it makes of the tool's result.
+"""AutoGen 0.7 as an agent: an AssistantAgent with a tool, which answers from the tool's result.
 
     pip install autogen-agentchat 'autogen-ext[openai]'
     aios-run -- venv/bin/python examples/autogen_agent.py

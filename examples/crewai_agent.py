@@ -3,8 +3,8 @@
     pip install crewai
     aios-run -- /path/to/venv/bin/python examples/crewai_agent.py
 
-aios-run switches its telemetry off, which it would send at the import already. A model's name that CrewAI does not know
-needs `provider`, else it looks for litellm.
+aios-run switches CrewAI's telemetry off, which it would send as soon as it is imported. A model whose name CrewAI does
+not know needs `provider`; without it CrewAI looks for litellm.
 """
 
 from __future__ import annotations

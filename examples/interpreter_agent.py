@@ -1,9 +1,9 @@
-"""Open-Interpreter as an agent: its tool is running code, here without asking.
+"""Open-Interpreter as an agent: its tool runs code, here without asking the user.
 
     pip install open-interpreter litellm==1.83.0 'setuptools<81'
     aios-run -- /path/to/venv/bin/python examples/interpreter_agent.py
 
-What a model writes is run as this user: the agent's sandbox is what keeps it in.
+The code that the model writes runs as this user; only the agent's sandbox confines it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main() -> None:
     interpreter.llm.temperature = 0
     interpreter.llm.context_window, interpreter.llm.max_tokens = 2048, 128
     interpreter.llm.supports_functions = True
-    # It waits for ever for a shell that its code has ended, as any code does in which bash finds a mistake.
+    # Python only: if code ends the shell (any syntax error does), Open-Interpreter waits for the shell for ever.
     interpreter.computer.languages = [one for one in interpreter.computer.languages if one.name == "Python"]
     interpreter.system_message = "Answer briefly. Run code where you need to compute something."
     for message in interpreter.chat(QUESTION, display=False):

@@ -1,9 +1,9 @@
-"""litellm as an agent: a loop of its own around `litellm.completion`, and an answer in parts.
+"""litellm as an agent: a loop of our own around `litellm.completion`, and a streamed answer.
 
     pip install litellm
     aios-run -- /path/to/venv/bin/python examples/litellm_agent.py
 
-litellm reads OPENAI_BASE_URL and OPENAI_API_KEY, which aios-run sets, and names models with their provider in front.
+litellm reads OPENAI_BASE_URL and OPENAI_API_KEY, which aios-run sets. Its names of models begin with the provider.
 """
 
 from __future__ import annotations

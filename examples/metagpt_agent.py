@@ -1,10 +1,10 @@
-"""MetaGPT as an agent: a role with an action. What a role does is decided by its actions, not by tools.
+"""MetaGPT as an agent: a role with an action. Actions, not tools, decide what a role does.
 
     uv pip install metagpt==0.8.2 --override overrides.txt        # see docs/frameworks.md
     aios-run -- /path/to/venv/bin/python examples/metagpt_agent.py
 
-MetaGPT reads which model to ask from a file in the home folder, and writes its logs beside its package. Here both lie
-in a folder that goes with the agent.
+MetaGPT reads the model's address from a file in the home folder, and writes its logs beside its package. Here both lie
+in a temporary folder, which is removed at the end.
 """
 
 from __future__ import annotations

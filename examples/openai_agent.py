@@ -1,10 +1,10 @@
-"""An agent that knows nothing of aiosd: it uses the official client of OpenAI's API.
+"""An agent that does not use libaios, only the official client of OpenAI's API.
 
     pip install openai
     aios-run examples/openai_agent.py                         # in aiosd's own environment
     aios-run -- /path/to/venv/bin/python examples/openai_agent.py
 
-It needs no key and no address: aios-run has put both into its environment.
+It needs no settings: aios-run puts address and key into its environment.
 """
 
 from __future__ import annotations

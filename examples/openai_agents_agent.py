@@ -1,9 +1,9 @@
-"""openai-agents as an agent: a Runner that makes turns until there is a final output.
+"""openai-agents as an agent: a Runner that calls model and tools until there is a final output.
 
     pip install openai-agents
     aios-run -- /path/to/venv/bin/python examples/openai_agents_agent.py
 
-It speaks the responses API where it is not told otherwise; both are served.
+By default it uses the responses API; this example chooses chat completions. aiosd serves both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""pydantic-ai as an agent: one whose answer is text, after a tool.
+"""pydantic-ai as an agent: it calls a tool, and answers with text.
 
 pip install 'pydantic-ai-slim[openai]'
 aios-run -- /path/to/venv/bin/python examples/pydantic_ai_agent.py

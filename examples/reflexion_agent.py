@@ -1,10 +1,10 @@
-"""A Reflexion agent with an evaluator of its own: it tries until its answer passes the check, and learns in between.
+"""A Reflexion agent with an evaluator of its own: it tries until its answer passes, and learns from each failure.
 
     aios-run --name learner examples/reflexion_agent.py "What is 37 * 91?"
 
-An evaluator is a function of a trial: here the answer must contain the number that Python computes. Where there is no
-such check, `libaios.agents.reflexion.judging` asks the model. Lessons and verdicts are notes of the agent; with a
---name they are there when it is started again.
+An evaluator is a function of a trial; here it checks that the answer contains the number that Python computes. Where
+there is no such check, `libaios.agents.reflexion.judging` asks the model. Lessons and verdicts are notes of the agent;
+an agent with a --name has them again when it is started again.
 """
 
 from __future__ import annotations

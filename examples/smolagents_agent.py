@@ -3,7 +3,7 @@
     pip install 'smolagents[openai]'
     aios-run --tokens 20k -- /path/to/venv/bin/python examples/smolagents_agent.py
 
-A ToolCallingAgent asks for `tool_choice: required`, so each of its steps is a valid call, whatever the model is.
+A ToolCallingAgent sends `tool_choice: required`, so each of its steps is a valid call, whatever the model.
 """
 
 from __future__ import annotations

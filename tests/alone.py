@@ -1,8 +1,7 @@
 """Tests that have the machine to themselves, though pytest-xdist runs several at a time (`@pytest.mark.alone`).
 
-Some tests are about time: who gets which share of a processor, how soon a hang is found. Each test holds a lock while
-it runs, shared with the others, or alone if it is marked so. Where tests run one after another there is nothing to
-lock."""
+Some tests depend on time: who gets which share of a processor, how soon a hang is found. Each test holds a lock while
+it runs: a shared one, or an exclusive one if it is marked so. Where tests run one after another, no lock is taken."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ import pytest
 
 @contextlib.contextmanager
 def held(path: Path, how: int) -> Iterator[None]:
-    """The lock on a file, shared (`LOCK_SH`) or alone (`LOCK_EX`). Children that still have the descriptor do not keep
-    it: it is given up, not only closed."""
+    """The lock on a file, shared (`LOCK_SH`) or exclusive (`LOCK_EX`). It is released explicitly, because
+    closing the file would not release it while a child still has the descriptor."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, how)
@@ -33,8 +32,8 @@ def held(path: Path, how: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def turn(folder: Path, alone: bool) -> Iterator[None]:
-    """A test's turn. All pass the same door one by one, and whoever waits for the floor alone keeps it shut meanwhile:
-    else others would come in for ever."""
+    """A test's turn. Each test takes `door` before `floor`, and a test that waits for an exclusive `floor` holds `door`
+    meanwhile: otherwise new tests could take the shared lock again and again, and the wait would never end."""
     with contextlib.ExitStack() as floor:
         with held(folder / "door", fcntl.LOCK_EX):
             floor.enter_context(held(folder / "floor", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))

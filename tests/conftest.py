@@ -1,12 +1,12 @@
-"""What every test stands on: a deadline, leak counters, and a real aiosd to talk to.
+"""Common fixtures: a deadline and leak checks for every test, and a real aiosd.
 
-    aiosd         one system on the embedded model for the whole run. Tests that use it must leave it as they
-                  found it: after each, every slot is free again and no agent is alive
-    fresh_aiosd   a factory of systems for one test, which may do to them what it likes
+    aiosd         one system with the embedded model for the whole run. Tests that use it must leave it as they
+                  found it: after each test every slot is free again and no agent is alive
+    fresh_aiosd   a factory of systems for one test, which may stop, kill and damage them
 
-A test that leaves a process, a descriptor or a mapped segment behind fails, and so does one that runs for more
-than two minutes (`@pytest.mark.deadline(seconds)` allows more). Whatever is waited for here is waited for with
-a deadline, and what does not end in time is killed: nothing in here can hang a run.
+A test fails if it leaves a process, a descriptor or a mapped segment behind, or runs for more than two minutes
+(`@pytest.mark.deadline(seconds)` allows more). Each wait in this file has a deadline, and processes that do not end in
+time are killed, so nothing here can hang a run.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from tests.realmodels import gemma3, smollm2
 
 __all__ = ["gemma3", "pytest_configure_node", "pytest_runtest_protocol", "smollm2"]  # fixtures and hooks for all tests
 
-# The machine is shared: how long one example takes says nothing about the code.
+# Others use the machine, too, so the duration of one example says nothing about the code.
 hypothesis.settings.register_profile("aiosd", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("aiosd")
 
 DEADLINE_S = 120.0
-# Only what hangs takes so long: on a busy machine a process may not run for seconds.
-PATIENCE_S = 30.0  # for what may take a moment to happen, or to go away after a test
+# Long, because on a busy machine a process may get no processor for seconds. Only a fault takes all of it.
+PATIENCE_S = 30.0  # until an event happens, or until something has gone after a test
 BOOT_S = 60.0
 STOP_S = 60.0
 
-# A shell that runs something in the background has it ignore these, and children inherit that.
+# A shell starts background jobs with INT and QUIT ignored, and children inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
-#: In the environment of all that a test starts, so that it is found wherever it went.
+#: A variable in the environment of all processes that a test starts, by which they are found.
 MARK = "AIOSD_TESTS"
 os.environ[MARK] = str(os.getpid())
 
 
-#: They take longest, so they begin first: else several processes that share the tests end with one at work alone.
+#: Files that take longest. They begin first, or of several processes that share the tests one would work alone at last.
 LONGEST = (
     "faults",
     "real_smollm2",
@@ -75,7 +75,7 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # of pytest-xdist, which has a thread that waits for messages
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist, which has a second thread
         config.addinivalue_line("filterwarnings", "ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
@@ -89,7 +89,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that takes too long. Where a signal cannot get through, faulthandler ends the run later."""
+    """Fail a test that takes too long. If code in C blocks the signal's handler, faulthandler ends the run later."""
     marker = request.node.get_closest_marker("deadline")
     seconds = marker.args[0] if marker else DEADLINE_S
 
@@ -104,7 +104,7 @@ def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def eventually(holds: Callable[[], Any], timeout: float = PATIENCE_S, every: float = 0.02) -> Any:
-    """The first true value that `holds` returns, or its last one when the time is up."""
+    """Call `holds` until it returns a true value or the time is up; returns its last value."""
     end = time.monotonic() + timeout
     while not (value := holds()) and time.monotonic() < end:
         time.sleep(every)
@@ -112,7 +112,7 @@ def eventually(holds: Callable[[], Any], timeout: float = PATIENCE_S, every: flo
 
 
 def emptied(look: Callable[[], Any]) -> Any:
-    """What `look` finds: nothing, as soon as that is so, or what is still there when the time is up."""
+    """Call `look` until it finds nothing or the time is up; returns what it found last."""
     found: Any = ()
 
     def nothing() -> bool:
@@ -128,7 +128,7 @@ def emptied(look: Callable[[], Any]) -> Any:
 
 
 def offspring() -> set[psutil.Process]:
-    """Every process that comes from this test run: what descends from it, and what bears its mark."""
+    """All processes of this test run: its descendants, and those with its mark in their environment."""
     found = set(psutil.Process().children(recursive=True))
     for pid in psutil.pids():
         with contextlib.suppress(OSError, psutil.Error):
@@ -138,10 +138,9 @@ def offspring() -> set[psutil.Process]:
 
 
 def born_since(before: set[int]) -> set[psutil.Process]:
-    """Those of `offspring` whose numbers are not in `before`.
+    """Those of `offspring` whose pids are not in `before`.
 
-    It looks at new processes alone: to look at all that the machine runs, around each of thousands of tests, takes
-    minutes.
+    Only new processes are examined: to examine all of the machine around each of thousands of tests takes minutes.
     """
     found = set()
     for pid in set(psutil.pids()) - before:
@@ -164,7 +163,7 @@ def bears_mark(pid: int) -> bool:
 def descriptors() -> set[str]:
     found = set()
     for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the one that listed them
+        with contextlib.suppress(OSError):  # the descriptor with which the folder was listed
             found.add(f"descriptor {fd} → {os.readlink(f'/proc/self/fd/{fd}')}")
     return found
 
@@ -181,7 +180,7 @@ def in_words(process: psutil.Process) -> str:
 
 
 def command_line(process: psutil.Process) -> str:
-    """Empty when it has ended: between a look for processes and a look at each of them any may end."""
+    """The command line; empty if the process has ended, which it may do at any time."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -189,7 +188,7 @@ def command_line(process: psutil.Process) -> str:
 
 
 def is_helper(process: psutil.Process, before: set[int]) -> bool:
-    """Does it work for a core or a toolbox that stood before the test? Then it lives as long as that."""
+    """Is it a child of a core or toolbox that ran before the test? Then it may outlive the test."""
     try:
         helps = {"aiosd.llm.front", "aiosd.tools.worker"} & set(process.cmdline())
         return bool(helps) and process.ppid() in before
@@ -204,7 +203,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
     def left() -> tuple[set[psutil.Process], set[str]]:
         if drift := (descriptors() | segments()) - held:
-            gc.collect()  # what is only waiting for the collector is not lost
+            gc.collect()  # garbage that is not yet collected is no leak
             drift = (descriptors() | segments()) - held
         return {process for process in born_since(before) if not is_helper(process, before)}, drift
 
@@ -219,19 +218,19 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 # ── a real system ─────────────────────────────────────────────────────────────────────────────────────────
 
-#: What the environment of a test run may have and a system's is not to have.
+#: Variables that a test run may have and that its systems must not inherit.
 STRANGE = {
-    "PYTHONUNBUFFERED",  # print would write in pieces, and those of several agents would mix
-    "PYTHONDONTWRITEBYTECODE",  # each of hundreds of systems would compile the code again
-    "COLUMNS",  # a terminal's width counts, where a test has one; processes of pytest-xdist have it set
+    "PYTHONUNBUFFERED",  # print would write in several pieces, and outputs of agents would mix
+    "PYTHONDONTWRITEBYTECODE",  # each of hundreds of systems would compile all code again
+    "COLUMNS",  # pytest-xdist sets it; the width of a test's own terminal must count
     "LINES",
 }
 
-#: What hundreds of systems need not do at their start: measure how many threads are best, and fill memory for 32 slots.
-#: `env={"AIOSD_SLOTS": ""}` has a system decide by itself, and options count more than these.
+#: Settings that save hundreds of systems work at their start: measuring the best number of threads, and memory for 32
+#: slots. With `env={"AIOSD_SLOTS": ""}` a system decides itself, and options override these settings.
 SMALL = {"AIOSD_THREADS": "1", "AIOSD_SLOTS": "12"}
 
-SYSTEMS: list[System] = []  # running ones, whose logs are shown when a test fails
+SYSTEMS: list[System] = []  # running systems; their logs are shown when a test fails
 
 
 class System:
@@ -246,8 +245,8 @@ class System:
         sandbox: str = "none",
         cwd: str | None = None,
     ) -> None:
-        """`sandbox`: of its agents, where no option says more. Most tests are about other things, and have agents look
-        at what lies outside. "": aiosd's own default."""
+        """`sandbox`: the default level for agents. It is none unless a test is about sandboxes, because agents of tests
+        read files outside. "": aiosd's own default."""
         self.cwd = cwd
         self.options = options
         self.program = program
@@ -267,7 +266,7 @@ class System:
     # the daemon
 
     def start(self, timeout: float = BOOT_S) -> System:
-        """Boot, and return when the system serves."""
+        """Boot; returns when the system is ready."""
         if self not in SYSTEMS:
             SYSTEMS.append(self)
         began = len(self.log())
@@ -293,13 +292,13 @@ class System:
         return self.daemon is not None and self.daemon.poll() is None
 
     def log(self) -> str:
-        """All that aiosd has written to its stderr."""
+        """What aiosd has written to its stderr."""
         with contextlib.suppress(FileNotFoundError):
             return self.stderr.read_text(errors="replace")
         return ""
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of this system: aiosd's own and all that was started in it."""
+        """All processes of this system: aiosd's own, and those started in it."""
         home = f"AIOS_HOME={self.home}".encode()
         found = []
         for pid in psutil.pids():
@@ -309,13 +308,13 @@ class System:
         return found
 
     def stop(self, timeout: float = STOP_S) -> int:
-        """End it as a user would; returns aiosd's exit code."""
+        """Stop it as a user does; returns aiosd's exit code."""
         assert self.daemon is not None
         self.daemon.terminate()
         return self.daemon.wait(timeout)
 
     def destroy(self) -> list[str]:
-        """End it whatever it takes; returns what should not have been left by then."""
+        """End it by force if needed; returns what it has left behind."""
         left = []
         tree = set(self.processes())
         if self.alive:
@@ -342,12 +341,12 @@ class System:
                 client.wait(PATIENCE_S)
             for pipe in (client.stdin, client.stdout, client.stderr):
                 if pipe is not None:
-                    with contextlib.suppress(OSError):  # what was still to be written
+                    with contextlib.suppress(OSError):  # output that was not yet written
                         pipe.close()
         self.started.clear()
 
     def remove(self) -> None:
-        """Forget the home and the log."""
+        """Remove the home and the log."""
         if self in SYSTEMS:
             SYSTEMS.remove(self)
         self.stderr.unlink(missing_ok=True)
@@ -374,7 +373,7 @@ class System:
         return done
 
     def popen(self, *argv: str | Path, **options: Any) -> subprocess.Popen[str]:
-        """Start a command; it is ended with the test at the latest."""
+        """Start a command; it is ended at the end of the test if it still runs."""
         for stream in ("stdin", "stdout", "stderr"):
             options.setdefault(stream, subprocess.PIPE)
         env = self.env | options.pop("env", {})
@@ -393,8 +392,8 @@ class System:
         return [entry for entry in self.ps() if not entry["system"] and entry["exit"] is None]
 
     def unrest(self) -> list[str]:
-        """What a test that is over must have ended: agents, calls, slots. Empty when all is as it should be."""
-        # Straight through the control socket: two commands after each of a thousand tests would take minutes.
+        """What is left of a test: agents, calls, used slots. Empty if nothing is."""
+        # Over the control socket, because two commands after each of a thousand tests would take minutes.
         with Client(Home(self.home)) as client:
             agents = client.call(wire.Sys.PS, wire.Ps(all=True), list[wire.ProcInfo], timeout=30)
             status = client.call(wire.Sys.STATUS, wire.Status(check=True), dict[str, Any], timeout=30)
@@ -407,7 +406,7 @@ class System:
         return busy
 
     def calm_down(self) -> list[str]:
-        """Wait for the system to be idle; what is still there after a while is killed, and named."""
+        """Wait until the system is idle; kills and returns what is left when the time is up."""
         self._end_clients()
         left: list[str] = emptied(self.unrest)
         if left:
@@ -433,7 +432,7 @@ def aiosd() -> Iterator[System]:
 
 @pytest.fixture(autouse=True)
 def calm_aiosd(request: pytest.FixtureRequest, nothing_left_behind: None) -> Iterator[None]:
-    """Around each test that uses `aiosd`: it stands before, and is idle again afterwards."""
+    """For each test that uses `aiosd`: the system runs before it, and is idle again after it."""
     if "aiosd" not in request.fixturenames:
         yield
         return

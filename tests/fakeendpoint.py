@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint whose behaviour a test sets: one deed for each request, the last
+"""An OpenAI-compatible endpoint whose behaviour a test sets: one behaviour for each request, the last
 one again and again."""
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Endpoint(ThreadingHTTPServer):
         self.deeds = list(deeds)
         self.asked: list[tuple[str, dict[str, Any], dict[str, str]]] = []
         self.times: list[float] = []
-        self.ports: list[int] = []  # of clients, where a deed notes them
+        self.ports: list[int] = []  # ports of clients that a behaviour has recorded
         self.lock = threading.Lock()
         self.hung_up = threading.Event()
-        self.over = threading.Event()  # ends deeds that wait
+        self.over = threading.Event()  # ends behaviours that wait
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
 
@@ -91,7 +91,7 @@ class Endpoint(ThreadingHTTPServer):
         self.thread.join()
 
 
-# ── deeds ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── behaviours ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def answers(*words: str, reason: str | None = "stop", usage: dict[str, Any] | None = USAGE, **more: Any) -> Deed:
@@ -124,7 +124,7 @@ def status(number: int, message: str = "no", headers: dict[str, str] | None = No
 
 
 def cut(*words: str) -> Deed:
-    """The connection ends in the middle."""
+    """Close the connection in the middle of an answer."""
 
     def deed(handler: Handler) -> None:
         handler.stream()
@@ -143,7 +143,7 @@ def garbage(data: str) -> Deed:
 
 
 def whole(message: dict[str, Any], reason: str = "stop", usage: dict[str, Any] | None = USAGE) -> Deed:
-    """It does not stream."""
+    """Answer without a stream."""
 
     def deed(handler: Handler) -> None:
         handler.reply({"choices": [{"message": message, "finish_reason": reason}], "usage": usage})
@@ -152,7 +152,7 @@ def whole(message: dict[str, Any], reason: str = "stop", usage: dict[str, Any] |
 
 
 def vectors(*found: Any, tokens: int = 5) -> Deed:
-    """Rows of numbers, or whole items; without any, one for each text."""
+    """Answer with these vectors, or whole items; without any, with one vector for each text."""
 
     def deed(handler: Handler) -> None:
         rows = found or [[3.0, 4.0] for _ in handler.body["input"]]
@@ -163,7 +163,7 @@ def vectors(*found: Any, tokens: int = 5) -> Deed:
 
 
 def hangs(*words: str) -> Deed:
-    """It begins, and then nothing comes until the client is gone."""
+    """Begin an answer, and send nothing more until the client has left."""
 
     def deed(handler: Handler) -> None:
         handler.stream()
@@ -177,7 +177,7 @@ def hangs(*words: str) -> Deed:
 
 
 def bytewise(*words: str) -> Deed:
-    """One byte at a time."""
+    """Send an answer one byte at a time."""
 
     def deed(handler: Handler) -> None:
         handler.stream()
@@ -191,7 +191,7 @@ def bytewise(*words: str) -> Deed:
 
 
 def raw(head: bytes, again: bytes | None = None, pause: float = 0.0) -> Deed:
-    """These bytes, and then the others again and again until the client is gone."""
+    """Send these bytes, and then the others again and again until the client has left."""
 
     def deed(handler: Handler) -> None:
         handler.close_connection = True

@@ -1,7 +1,7 @@
-"""An engine without a model, on a clock of its own: what the real one asks of a policy, in the same order.
+"""An engine without a model, on a fake clock: it calls a policy as the real engine does, in the same order.
 
-The time of a step is that of a small model on one core: 3 ms, and 1.2 ms for each sequence; a prompt token half a
-millisecond, a switch 5 ms. After every step it holds the policy to what all policies promise (`contract.py`).
+Times are those of a small model on one core: a step takes 3 ms, and 1.2 ms for each sequence; a prompt token half a
+millisecond, a switch 5 ms. After every step it checks the guarantees of all policies (`contract.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What an agent asks, so long after it got its last answer."""
+    """A call of an agent, and the time between its last answer and this call."""
 
     think: float = 0.0
     prompt: int = 64
@@ -62,7 +62,7 @@ class FakeEngine:
         self.waiting: list[Call] = []
         self.running: list[Call] = []
         self.agents: dict[int, Agent] = {}
-        self.steps: list[tuple[int, int]] = []  # calls that were ready, calls that were decoded
+        self.steps: list[tuple[int, int]] = []  # by step: how many calls were ready, how many were decoded
         self.evictions: list[tuple[float, Call]] = []
         self.admissions: list[Call] = []
         self.num_arrived = 0
@@ -76,7 +76,7 @@ class FakeEngine:
         return agent
 
     def call(self, agent: Agent, generate: int = ENDLESS, prompt: int = 0) -> Call:
-        """One that arrives now."""
+        """Make a call that arrives now."""
         self.num_arrived += 1
         call = Call(agent.peer, self.num_arrived, agent.nice, agent.group, self.now, 0, prompt, generate)
         call.since = self.now
@@ -223,7 +223,7 @@ class FakeEngine:
 def crowd(
     engine: FakeEngine, agents: int, shared: int = 512, private: int = 64, turns: int = 4, gap: float = 0.001
 ) -> None:
-    """W(n): the first computes the shared prompt; turns of 32 generated tokens with 32 tool tokens between."""
+    """Workload W(n): the first computes the shared prompt; turns of 32 generated tokens, 32 tool tokens between."""
     for peer in range(1, agents + 1):
         first = Turn(0.0, private + (shared if peer == 1 else 0), 32)
         engine.agent(peer, [first, *[Turn(gap, 32, 32)] * (turns - 1)])

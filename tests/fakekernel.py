@@ -1,5 +1,5 @@
-"""Kernels whose behaviour a test sets: one on a channel, one on a control socket. Neither has a thread; a test takes
-requests and gives replies from its own, and makes the SDK's calls in others (`aside`)."""
+"""Kernels whose behaviour a test sets: one on a channel, one on a control socket. Neither has a thread: a test takes
+requests and sends replies in its own thread, and makes the SDK's calls in others (`aside`)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from libaios.channel import Channel, Side, make_channel, raise_epoch
 from libaios.connection import Connection
 from libaios.stream import FrameSocket
 
-PATIENCE_S = 30.0  # only what hangs takes so long
+PATIENCE_S = 30.0  # only a fault takes so long
 
 
 def aside(function: Callable[..., Any], *args: Any) -> Future[Any]:
-    """Run in a thread of its own; its result, or its exception."""
+    """Run a function in a thread of its own; returns a future."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -44,7 +44,7 @@ def args_of(request: wire.Request) -> Any:
 
 
 class Replies:
-    """What both kinds of kernel can say."""
+    """Replies, which both kinds of kernel send."""
 
     def send(self, payload: bytes) -> None:
         raise NotImplementedError
@@ -56,7 +56,7 @@ class Replies:
         self.taken: list[wire.Request] = []
 
     def take(self, sys: int | None = None) -> wire.Request:
-        """The next request (with this number)."""
+        """Wait for the next request (with this number)."""
         deadline = time.monotonic() + PATIENCE_S
         while not self.taken:
             assert time.monotonic() < deadline, "no request came"
@@ -66,7 +66,7 @@ class Replies:
         return request
 
     def quiet(self) -> bool:
-        """Whether nothing has come."""
+        """Whether no request has arrived."""
         self.taken += self.poll(0.0)
         return not self.taken
 
@@ -104,24 +104,24 @@ class ChannelKernel(Replies):
 
     @contextlib.contextmanager
     def one_bell(self) -> Iterator[None]:
-        """What is sent meanwhile is found by the agent in one go."""
+        """The agent finds all that is sent in this block at once."""
         items, sleeps = self.channel._segment.items, self.channel._producer.sleeps
         items[sleeps] = 0
         yield
         os.write(self.bell, b"!")
 
     def die(self) -> None:
-        """As after a kill -9; what the dead one had taken but not answered is forgotten."""
+        """End as by kill -9: requests that were taken but not answered are lost."""
         self.channel.close()
         self.taken.clear()
 
     def rise(self) -> None:
-        """What the supervisor does then."""
+        """Start a new kernel on the channel, as the supervisor does."""
         raise_epoch(self.memfd)
         self.channel = Channel(os.dup(self.memfd), os.dup(self.bell), Side.KERNEL)
 
     def hang_up(self) -> None:
-        """The system ends: no process holds the kernel's end any more."""
+        """Close the kernel's end for good, as when the system ends."""
         self.channel.close()
         if self.bell >= 0:
             os.close(self.bell)
@@ -153,7 +153,7 @@ class ChannelKernel(Replies):
 
 @contextlib.contextmanager
 def as_process_connection(connection: Connection) -> Iterator[None]:
-    """`libaios.*` uses this connection meanwhile."""
+    """Let `libaios.*` use this connection in this block."""
     assert agent._connection is None
     agent._connection = connection
     try:
@@ -180,7 +180,7 @@ class SocketKernel(Replies):
         self.hello: wire.Hello | None = None
 
     def accept(self) -> wire.Hello:
-        """Take a client and its Hello."""
+        """Accept a client and read its Hello."""
         self.listener.settimeout(PATIENCE_S)
         sock, _ = self.listener.accept()
         self.frames = FrameSocket(sock)

@@ -1,4 +1,4 @@
-"""An agent that sends what a test asks for over HTTP (`gatewayprogram`), from the test's side."""
+"""The test's side of an agent that sends HTTP requests for it (`gatewayprogram`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONG: dict[str, Any] = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True
 
 
 class Agent:
-    """A program that speaks HTTP for the test, as an agent."""
+    """A program that runs as an agent and sends HTTP requests for the test."""
 
     def __init__(self, system: System, *options: str, name: str = "http") -> None:
         self.name = name
@@ -43,7 +43,7 @@ class Agent:
         return self.do(env=1)["env"]["OPENAI_API_KEY"]
 
     def stream(self, body: dict[str, Any] = LONG, path: str = "/v1/completions") -> int:
-        """One that is under way."""
+        """Start a stream; returns its number."""
         answer = self.do(start={"path": path, "body": body})
         assert answer["status"] == 200, answer
         assert self.line(answer["stream"]).startswith("data: ")

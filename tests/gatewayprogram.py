@@ -1,8 +1,8 @@
-"""A program that speaks HTTP for a test: it runs as an agent, and does what the test writes to its stdin.
+"""A program that sends HTTP requests for a test: it runs as an agent, and reads the test's orders from stdin.
 
-One JSON object a line: {"method", "path", "headers", "body"}, or {"raw": text} for bytes that are no proper request, or
-{"start": …} for a stream that stays open under a number, {"next": number} for its next line, {"drop": number}. It
-answers each with one line.
+An order is one line with a JSON object: {"method", "path", "headers", "body"}, or {"raw": text} for bytes that are no
+valid request, or {"start": …} for a stream that stays open under a number, {"next": number} for its next line, {"drop":
+number} to close it. It answers each with one line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An aiosd that waits less long for a sign of life from its parts, so that tests of parts that hang need not."""
+"""An aiosd that waits for heartbeats less long, so that tests of processes that hang take less time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 HANG_S = 2.0
 
-#: The guardian keeps its patience: were the supervisor late once on a busy machine, the whole system would end.
+#: The guardian's time is not changed: a supervisor that is late once on a busy machine would end the whole system.
 _CODE = f"""
 from aiosd.ipc import heartbeat
 usual, heartbeat.HANG_S = heartbeat.HANG_S, {HANG_S}

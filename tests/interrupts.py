@@ -1,4 +1,4 @@
-"""Signal handlers that raise, at every moment in turn."""
+"""Simulates signal handlers that raise, at each possible point in turn."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Interrupt(Exception):
 
 
 class Interrupts:
-    """Raises once, at the n-th point in these modules at which a signal handler could: where a function of Python is
-    entered or one of C returns."""
+    """Raises once, at the n-th point in these modules at which a signal handler could raise: where a Python function is
+    entered or a C function returns."""
 
     def __init__(self, n: int, *modules: ModuleType) -> None:
         self.left = n

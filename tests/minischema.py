@@ -1,5 +1,5 @@
-"""A validator for the part of JSON Schema that the tests use: written against the specification, not against
-`aiosd.llm.schema`, so that the two can disagree."""
+"""A validator for the part of JSON Schema that the tests use. It is written from the specification, not from
+`aiosd.llm.schema`, so that it finds faults there."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Boots a system whose proxy finds names in a table, and takes one address of this machine for a public one: so a test
-can be the server. Nothing that a setting, an option or an agent could do has this effect."""
+"""Boots a system whose proxy resolves names by a table, and accepts one address of this machine as a public one, so
+that a test can be the server. No setting, option or agent can do this."""
 
 from __future__ import annotations
 

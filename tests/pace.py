@@ -1,9 +1,9 @@
-"""What a piece of work may cost, on a machine that may be slow, busy, or someone else's in part.
+"""Bounds on processor time, on a machine that may be slow or used by others.
 
-Processor time is no property of the code alone: a processor that another one shares its core with, or that a host gives
-to others meanwhile, takes longer for the same work, and a collection of the garbage of a whole test run counts where it
-happens to fall. So what took too long is compared with work of known cost on the same machine, and is tried again: a
-fault of the code is there each time."""
+The processor time of the same code varies: it is longer if another hardware thread uses the same core, if a host takes
+the processor away, or if Python collects garbage at that moment. So if a piece of work took too long, it is compared
+with work of known cost on the same machine, and tried again. A fault of the code shows each time.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TRIES = 3
 
 
 def cheap(seconds: float, act: Callable[[], object]) -> None:
-    """Do this, which may cost so much processor time on the machine where the bounds were set. It is done again if it
-    cost more."""
+    """Run `act`, which may take this processor time on the machine where the bounds were set. It is run again if it
+    took more."""
     found = []
     for _ in range(TRIES):
         spent = _cost(act)

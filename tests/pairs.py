@@ -1,4 +1,4 @@
-"""Notes as agents keep them, each with a question that means it and shares few words with it. For these tests alone."""
+"""Notes as agents keep them, each with a question about it that shares few words with it."""
 
 from __future__ import annotations
 

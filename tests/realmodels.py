@@ -1,4 +1,4 @@
-"""Real models, where `make models` has put them; a test that needs one is skipped where it is not.
+"""Real models that `make models` has fetched. A test that needs a missing one is skipped.
 
 def test_something(smollm2: Path) -> None:      a chat model of 135 M parameters, Q4_1, ChatML, 2,048 tokens
 def test_something(gemma3: Path) -> None:       a base model of 270 M, Q4_K_M, sliding windows, no template

@@ -1,4 +1,4 @@
-"""A backend of a model that is elsewhere, without a kernel, against an endpoint whose behaviour the test sets."""
+"""The backend of a remote model, without a kernel, against an endpoint whose behaviour the test sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY = "sk-a-secret-key"
 
 
 class Deaf:
-    """A channel that keeps what is sent."""
+    """A channel that records what is sent."""
 
     outbox_bytes, hung_up, more, reborn = 0, False, False, False
 
@@ -65,7 +65,7 @@ class Bench:
         return found
 
     def end(self, key: link.CallKey) -> Any:
-        """The final word on a call."""
+        """The final message about a call."""
         kinds = (link.GenerationDone, link.Failed)
         return self.until(lambda: next((m for m in self.channel.sent if isinstance(m, kinds) and m.key == key), None))
 
@@ -74,7 +74,7 @@ class Bench:
         return [delta for step in steps for delta in step.deltas if delta.key == key]
 
     def text(self, key: link.CallKey) -> str:
-        """What the kernel has, joined as it joins it."""
+        """The text that the kernel has received, joined as it joins it."""
         text, end = "", self.end(key)
         for message in [*self.deltas(key), end]:
             if not isinstance(message, link.Failed):
@@ -87,7 +87,7 @@ class Bench:
         return [one for message in ends for one in message.logprobs or ()]
 
     def charged(self, key: link.CallKey) -> int:
-        """Tokens of answers."""
+        """Tokens of answers that have been charged so far."""
         end = self.end(key)
         return sum(message.charged for message in [*self.deltas(key), end] if not isinstance(message, link.Failed))
 

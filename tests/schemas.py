@@ -1,7 +1,7 @@
 """Schemas as pydantic, zod and servers of the Model Context Protocol write them today, made from parts.
 
-The parts follow what these libraries print for their types (a discriminated union, an optional field, a record with
-keys of an enum, …); `corpus` puts them together by a seed. All of them must become grammars.
+The parts are what these libraries print for their types (such as a discriminated union, an optional field, a record
+with keys of an enum). `corpus` combines them by a seed. All of them must become grammars.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def fields() -> list[tuple[str, Schema]]:
 
 
 def corpus(count: int, seed: int = 0) -> list[tuple[str, Schema]]:
-    """Objects of one style each, of one to six fields, some of them within lists and further objects."""
+    """Schemas of objects with one to six fields of one style; some objects are in lists or in further objects."""
     rng = random.Random(seed)
     made = []
     for i in range(count):

@@ -1,4 +1,4 @@
-"""What agents may do, in a real system: agents that ask, a person who answers, and agents that try to answer."""
+"""Rights of agents in a real system: calls that need an approval, a person who answers, agents that try to answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ask = [
 ]
 """
 
-#: An agent that does what its arguments say, one after the other, and prints what came of each as JSON.
+#: An agent that makes the calls in its arguments, one after the other, and prints the outcome of each as JSON.
 AGENT = """
 import json, os, sys
 import libaios as aios
@@ -75,7 +75,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(system: System) -> Iterator[Start]:
-    """Starts an attached agent, which has ended with the test at the latest."""
+    """Start an attached agent, which is ended at the end of the test if it still runs."""
     yield lambda *argv, **options: system.popen("aios-run", *argv, **options)
     system._end_clients()
 
@@ -87,7 +87,7 @@ def person(system: System) -> Iterator[Client]:
 
 
 class Listener:
-    """A person who is told of everything."""
+    """A person who listens to all asks."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -119,7 +119,7 @@ def listener(person: Client) -> Iterator[Listener]:
 
 
 def did(system: System, *argv: str) -> list[list[str]]:
-    """What came of what an agent did."""
+    """The outcomes of an agent's calls."""
     done = system.run("aios-run", *argv)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -139,7 +139,7 @@ def audit(system: System) -> list[dict[str, Any]]:
 # ── nobody listens ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_denial_names_its_rule_and_nobody_waits(system: System, agent: str) -> None:
+def test_a_denial_names_its_rule_and_comes_at_once(system: System, agent: str) -> None:
     shell = 'aios.tool.call("shell", command="true")'
     kill = "aios.proc.kill(aios.proc.getpid(), 10)"
     write = 'aios.tool.call("write_file", path="keep/../keep/a", content="x")'
@@ -153,7 +153,7 @@ def test_a_denial_names_its_rule_and_nobody_waits(system: System, agent: str) ->
     assert (denied[-1]["rule"].startswith("ask call=kill"), denied[-1]["group"]) == (True, "web")
 
 
-def test_what_is_the_agents_own_never_asks(system: System, agent: str) -> None:
+def test_what_concerns_only_the_agent_needs_no_approval(system: System, agent: str) -> None:
     own = (
         'aios.sto.write("mine", b"1"), aios.sto.write("mine", b"2"), aios.sto.rollback("mine", 1)',
         'aios.sto.remove("mine")',
@@ -169,7 +169,7 @@ def test_what_is_the_agents_own_never_asks(system: System, agent: str) -> None:
         assert did(system, "--name", "own", agent, 'aios.sto.write("again", b"1")')[0][0] == "ok"
 
 
-def test_what_belongs_to_others_too_asks(system: System, agent: str) -> None:
+def test_what_belongs_to_others_too_needs_an_approval(system: System, agent: str) -> None:
     did(system, agent, 'aios.sto.write("shared", b"1", of="group"), aios.mem.add("all", key="all", shared=True)')
     tries = (
         'aios.sto.write("shared", b"2", of="group")',
@@ -239,7 +239,7 @@ def test_what_was_shown_and_nothing_else_is_allowed(
     assert result(second)[0] == "ok"
 
 
-def test_for_all_times_until_it_is_revoked(system: System, start: Start, agent: str, listener: Listener) -> None:
+def test_always_holds_until_it_is_revoked(system: System, start: Start, agent: str, listener: Listener) -> None:
     write = 'aios.tool.call("write_file", path="keep/a", content=str(os.getpid()))'
     running = start(agent, write)
     asked = listener.next()
@@ -253,7 +253,7 @@ def test_for_all_times_until_it_is_revoked(system: System, start: Start, agent: 
     assert "./keep/a" in listed
     other = Path(agent).with_name("other.py")
     other.write_text(AGENT)
-    running = start(other, write)  # another program asks for itself
+    running = start(other, write)  # another program needs its own approval
     listener.answer(listener.next(), allow=False)
     assert result(running)[0] == "PermissionError"
     assert listener.next().state == "denied"
@@ -293,11 +293,11 @@ def test_an_ask_ends_with_its_call_and_with_its_agent(
     with pytest.raises(ProcessLookupError):
         listener.answer(asked, allow=True)
     listener.next()
-    running.kill()  # and with it the agent
+    running.kill()  # which ends the agent
     assert listener.next().state == "gone"
 
 
-def test_when_the_last_listener_leaves_nobody_waits_any_more(system: System, start: Start, agent: str) -> None:
+def test_when_the_last_listener_leaves_waiting_calls_are_denied(system: System, start: Start, agent: str) -> None:
     with Client(Home(str(system.home))) as client:
         listener = Listener(client)
         running = start(agent, CALC)
@@ -313,11 +313,11 @@ def test_nothing_that_an_agent_writes_controls_the_terminal(
     evil = rf'aios.tool.call("write_file", path="keep/\x1b[2Ja", content={content})'
     running = start("--name", "evil", agent, evil)
     asked = listener.next()
-    shown = system.run("aios-approve", asked.id, check=True).stdout  # no terminal: it is shown, and not answered
+    shown = system.run("aios-approve", asked.id, check=True).stdout  # without a terminal it is only shown
     assert not any(not char.isprintable() for line in shown.splitlines() for char in line)
     assert r"\x1b[2Ja" in shown
     assert r"\u202e" in shown
-    assert "  | always means  nothing" in shown  # not a line of ours
+    assert "  | always means  nothing" in shown  # marked as the agent's text
     assert "more characters: --full shows them]" in shown
     assert "more characters" not in system.run("aios-approve", "--full", asked.id, check=True).stdout
     assert asked.id in system.run("aios-approve", check=True).stdout
@@ -372,7 +372,7 @@ def test_an_agent_cannot_answer(system: System, start: Start, agent: str, listen
 
 
 def test_an_ask_outlives_the_kernel(fresh_aiosd: Callable[..., System], agent: str) -> None:
-    """The kernel is killed while a person thinks: the same ask comes back, and what it is for is done once."""
+    """The kernel is killed before a person answers: the same ask is shown again, and its call is done once."""
     own = fresh_aiosd("--config", str(Path(agent).with_name("aiosd.toml")), "--threads", "1")
     did(own, agent, 'aios.sto.write("kept", b"1", of="group")')
     running = own.popen("aios-run", agent, 'aios.sto.write("kept", b"2", of="group").version', CALC)
@@ -382,7 +382,7 @@ def test_an_ask_outlives_the_kernel(fresh_aiosd: Callable[..., System], agent: s
         _kill(own, "kernel")
         again = listener.next()
         assert (again.id, again.digest, again.state) == (asked.id, asked.digest, "open")
-        _kill(own, "store")  # which has kept nothing of the call
+        _kill(own, "store")  # which has no record of the call
         listener.answer(again, allow=True)
         assert listener.next().state == "allowed"
         assert result(running) == ["ok", "2"]
@@ -408,7 +408,7 @@ def an_ask(what: str, resources: list[tuple[str, str]], details: list[tuple[str,
     return Asked("6f1b20c9", "d", 7, "clerk", "web", what, False, resources, details, "a rule", always, time.time())
 
 
-def test_one_line_tells_what_would_happen() -> None:
+def test_one_line_describes_what_would_happen() -> None:
     renice = an_ask("nice", [("group", "web")], [("agent", "clerk(7)"), ("nice", "from 0 to -5")])
     assert asks.in_short(renice) == "nice (group web, agent clerk(7), nice from 0 to -5)"
     written = an_ask("sto_write", [("path", "a.txt")], [("file", "a.txt"), ("text", "one\ntwo"), ("why", "x" * 61)])
@@ -431,7 +431,7 @@ def test_always_is_no_answer_where_it_can_only_be_allowed_once() -> None:
 def test_the_terminal_of_an_attached_agent_shows_what_it_asks(
     system: System, start: Start, agent: str, person: Client
 ) -> None:
-    """And whoever sits there counts as listening."""
+    """And a person at this terminal counts as listening."""
     master, slave = os.openpty()
     running = start(agent, CALC, stderr=slave, stdin=subprocess.DEVNULL)
     os.close(slave)
@@ -451,7 +451,7 @@ def test_the_terminal_of_an_attached_agent_shows_what_it_asks(
 
 
 def test_a_person_answers_at_a_terminal(system: System, start: Start, agent: str) -> None:
-    """What was typed before a question is no answer to it; Ctrl-C ends it."""
+    """Keys typed before a question are no answer to it; Ctrl-C ends the command."""
     master, slave = os.openpty()
     follow = system.popen("aios-approve", "-f", stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
@@ -478,7 +478,7 @@ def test_a_person_answers_at_a_terminal(system: System, start: Start, agent: str
 
 
 def until(master: int, words: str) -> None:
-    """Read from a terminal until this was printed."""
+    """Read from a terminal until this text appears."""
     shown = b""
     while words.encode() not in shown:
         shown += os.read(master, 1)
@@ -503,7 +503,7 @@ def test_rules_are_read_again(system: System, agent: str) -> None:
 
 
 def test_a_rule_for_a_program_and_its_content(fresh_aiosd: Callable[..., System], agent: str, tmp_path: Path) -> None:
-    """It holds for that very script, started by a person; not for a changed one, a copy, or what an agent starts."""
+    """It holds for this script, started by a person; not for a changed script, a copy, or one that an agent starts."""
     script = tmp_path / "trusted.py"
     script.write_text(AGENT)
     digest = hashlib.sha256(script.read_bytes()).hexdigest()
@@ -519,7 +519,7 @@ def test_a_rule_for_a_program_and_its_content(fresh_aiosd: Callable[..., System]
     assert [kind for kind, _ in below] == ["PermissionError", "ok"]  # the child's line, and its parent's
     script.write_text(AGENT + "\n# changed\n")
     assert did(own, str(script), remove % "b")[0][0] == "PermissionError"
-    with Client(Home(str(own.home))) as client:  # what it was when it was hashed, and another thing when it starts
+    with Client(Home(str(own.home))) as client:  # the script changes after it was hashed, before it starts
         forged = wire.Sandbox(program=str(script), sha256=bytes.fromhex(digest))
         spawn = wire.Spawn("file", str(script), detached=True, sandbox=forged)
         with pytest.raises(OSError, match="has changed since it was to be started"):

@@ -1,4 +1,4 @@
-"""The parts of the kernel that decide and write down, without a system."""
+"""The parts of the kernel that decide about asks and record them, without a system."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
 
 
-def test_lines_go_round_and_are_closed_to_others(tmp_path: Path) -> None:
+def test_audit_files_rotate_and_are_private(tmp_path: Path) -> None:
     audit = Audit(tmp_path / "audit.jsonl", size=2000, keep=2, clock=lambda: 1_700_000_000.25)
     for number in range(100):
         audit.note("allowed", number + 1, what="x" * 50)
@@ -48,7 +48,7 @@ def test_lines_go_round_and_are_closed_to_others(tmp_path: Path) -> None:
     assert lines(found[0])[-1]["time"] == "2023-11-14T22:13:20.250Z"
 
 
-def test_an_agent_cannot_wash_the_audit_away(tmp_path: Path) -> None:
+def test_an_agent_cannot_push_the_audit_out_by_many_lines(tmp_path: Path) -> None:
     now = [100.0]
     audit = Audit(tmp_path / "audit.jsonl", clock=lambda: now[0])
     for _ in range(10_000):
@@ -75,7 +75,7 @@ def test_a_file_that_cannot_be_read_allows_nothing(content: bytes, tmp_path: Pat
     assert LastingApprovals(path).covering(Subject("web"), CALC) is not None
 
 
-def test_what_could_not_be_written_is_not_in_force(tmp_path: Path) -> None:
+def test_an_approval_that_could_not_be_written_does_not_hold(tmp_path: Path) -> None:
     always = LastingApprovals(tmp_path / "missing" / "always.json")
     with pytest.raises(OSError, match="missing"):
         always.add(Subject("web"), CALC, "a", 0.0)
@@ -153,7 +153,7 @@ def test_an_ask_waits_as_long_as_the_settings_say(world: Callable[..., World]) -
     assert (made.agent.errno, made.approvals.listed()) == (1, [])
 
 
-def test_while_somebody_listens_it_waits_and_afterwards_the_time_begins(world: Callable[..., World]) -> None:
+def test_the_time_of_an_ask_begins_when_the_last_listener_leaves(world: Callable[..., World]) -> None:
     made = world(timeout=60.0)
     watch = made.listen()
     made.ask()
@@ -180,7 +180,7 @@ def test_who_listens_to_whom(which: dict[str, Any], hears: bool, world: Callable
             made.ask()
 
 
-def test_a_new_kernel_waits_for_those_who_listened_to_the_old_one(world: Callable[..., World]) -> None:
+def test_a_new_kernel_waits_for_the_listeners_of_the_old_one(world: Callable[..., World]) -> None:
     made = world(reborn=True)
     assert made.ask(again=True) is False
     made.after(BACK_S - 1)

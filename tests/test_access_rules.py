@@ -43,7 +43,7 @@ PATHS = [
     ("/etc", "/etc/passwd", True),
     ("/etc", "etc/passwd", False),
     ("etc", "/etc/passwd", False),
-    ("a[b]", "a[b]", True),  # only the star means something
+    ("a[b]", "a[b]", True),  # only the star is special
     ("a[b]", "ab", False),
     ("a?", "ab", False),
 ]
@@ -203,7 +203,7 @@ def test_all_resources_must_be_allowed_and_one_is_enough_to_be_denied() -> None:
     assert msgspec.structs.replace(allow, act=Act.DENY).matches(ME, two)
 
 
-def test_what_a_tool_does_not_tell_is_denied_and_not_allowed() -> None:
+def test_resources_that_a_tool_does_not_declare_are_denied() -> None:
     unclear = Deed("t", True, unknown=["path"])
     deny = Rule(Act.DENY, True, ["t"], resources=[("path", ["x"])])
     assert deny.matches(ME, unclear)
@@ -229,7 +229,7 @@ def test_an_approval_is_for_this_very_deed(change: dict[str, Any]) -> None:
     assert deed.digest == msgspec.structs.replace(deed, default="another reason").digest
 
 
-def test_for_all_times_is_for_group_program_tool_schema_and_resource() -> None:
+def test_always_is_for_group_program_tool_schema_and_resource() -> None:
     here = Deed("t", True, [("path", "/ws/7/keep")], [("text", "1")], b"schema" + bytes(10) + b"inode", base="/ws/7")
     me = Subject("web", b"p")
     entry = lasting(1, me, here, "x", 0.0)
@@ -256,7 +256,7 @@ def test_without_resources_it_is_for_these_very_arguments() -> None:
     assert not entry.covers(ME, msgspec.structs.replace(one, details=[("command", "ls; rm -rf .")]))
 
 
-def test_a_text_that_is_cut_says_so_and_still_counts_as_a_whole() -> None:
+def test_a_cut_text_is_marked_and_still_counts_as_a_whole() -> None:
     long = "x" * (DETAIL_CHARS + 10)
     _, text = detail("text", long)
     assert "10 more characters, not shown" in text
@@ -264,7 +264,7 @@ def test_a_text_that_is_cut_says_so_and_still_counts_as_a_whole() -> None:
     assert detail("text", long[:-1] + "y") != detail("text", long)
 
 
-def test_however_much_a_call_says_what_is_kept_of_it_is_bounded() -> None:
+def test_the_kept_part_of_a_call_is_bounded() -> None:
     arguments = {f"a{number}": "x" * 5000 for number in range(1000)}
     shown = details_of(arguments.items())
     assert sum(len(label) + len(text) for label, text in shown) < 2 * ALL_CHARS
@@ -374,8 +374,8 @@ def test_the_resources_of_a_call(tmp_path: Path) -> None:
     tool = Tool("t", "", {"properties": {"to": {"default": "x"}}}, concerns=("path:{path}", "path:{to}", "host:{url}"))
     deed = deed_of(tool, {"path": "link/passwd", "url": "https://User@EXAMPLE.org.:8/x"}, str(tmp_path))
     assert deed.resources == [
-        ("path", f"{tmp_path}/link/passwd"),  # as it was said,
-        ("path", "/etc/passwd"),  # … and where it leads
+        ("path", f"{tmp_path}/link/passwd"),  # as the call names it
+        ("path", "/etc/passwd"),  # where this leads
         ("path", f"{tmp_path}/x"),
         ("host", "example.org"),
     ]

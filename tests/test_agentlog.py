@@ -1,4 +1,4 @@
-"""Logs of agents: their indexes, making room in them, and readers that lose nothing meanwhile."""
+"""Logs of agents: their indexes, how they are cut, and readers that lose nothing when they are."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def log(tmp_path: Path) -> str:
 
 @pytest.fixture(params=["collapse", "truncate"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the beginning is cut off: both ways, whatever the file system of the tests can."""
+    """Run a test with both ways to cut off a log's beginning, whatever the file system supports."""
     if request.param == "truncate":
         monkeypatch.setattr(logkeeper, "_collapse", lambda fd, end: False)
     return str(request.param)
@@ -59,7 +59,7 @@ def reader(log: str) -> Iterator[LogReader]:
 # ── the index ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_index_tells_how_much_was_written_before(tmp_path: Path) -> None:
+def test_index_has_how_much_was_written_before_a_time(tmp_path: Path) -> None:
     path = tmp_path / "7.idx"
     path.write_bytes(
         b"".join(struct.pack("<dQ", t, size) for t, size in ((10.0, 100), (11.0, 150), (20.0, 900))) + b"half"
@@ -150,7 +150,7 @@ def test_what_is_cut_off_is_kept_in_order(log: str, way: str) -> None:
     assert not list(Path(log).parent.glob(f"*{logkeeper.NEW}"))
 
 
-def test_only_so_many_are_kept(log: str, way: str) -> None:
+def test_a_limited_number_of_files_is_kept(log: str, way: str) -> None:
     for _ in range(9):
         write(log, b"x" * 3 * BLOCK)
         rotate(log, 2 * BLOCK, 3)
@@ -214,7 +214,7 @@ def test_no_room_for_the_copy_leaves_the_log_as_it_is(log: str, monkeypatch: pyt
     assert os.stat(log).st_size == 3 * BLOCK
 
 
-def test_a_reader_that_was_stopped_in_the_middle_holds_nothing_up(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_is_stopped_does_not_block_the_cut(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logkeeper, "LOCK_PATIENCE_S", 0.05)
     write(log, b"x" * 3 * BLOCK)
     reader = LogReader(log)
@@ -253,7 +253,7 @@ def test_a_reader_that_was_left_behind_goes_on_with_the_oldest(log: str, reader:
     assert len(rest) >= 2 * BLOCK
 
 
-def test_a_log_truncated_by_other_hands_is_read_from_its_new_beginning(log: str, reader: LogReader) -> None:
+def test_a_log_truncated_by_another_process_is_read_from_its_new_beginning(log: str, reader: LogReader) -> None:
     write(log, b"old old old\n")
     assert read_all(reader) == b"old old old\n"
     os.truncate(log, 0)
@@ -303,7 +303,7 @@ def test_the_keeper_makes_room_in_the_background(log: str) -> None:
     assert list(Path(log).parent.iterdir()) == []
 
 
-def test_no_limit_is_none(log: str) -> None:
+def test_without_a_limit_nothing_is_cut(log: str) -> None:
     keeper = LogKeeper(Path(log).parent, 0, 2, 10)
     write(log, b"x" * 100 * BLOCK)
     keeper.sample(log)
@@ -311,7 +311,7 @@ def test_no_limit_is_none(log: str) -> None:
     assert os.stat(log).st_size == 100 * BLOCK
 
 
-def test_a_log_that_cannot_be_cut_is_complained_of_once(
+def test_a_log_that_cannot_be_cut_is_reported_once(
     log: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*args: object) -> None:
@@ -326,7 +326,7 @@ def test_a_log_that_cannot_be_cut_is_complained_of_once(
     assert caplog.text.count("cannot be cut: No space left on device") == 1
 
 
-def test_logs_of_earlier_boots_go_as_others_die(tmp_path: Path) -> None:
+def test_logs_of_earlier_boots_are_removed_when_other_agents_end(tmp_path: Path) -> None:
     for pid in (3, 5, 20, 100):
         (tmp_path / f"{pid}.log").touch()
     (tmp_path / "5.log.1").touch()
@@ -344,7 +344,7 @@ def test_logs_of_earlier_boots_go_as_others_die(tmp_path: Path) -> None:
     assert left() == ["100.log"]
 
 
-def test_what_a_dead_kernel_left_is_swept(tmp_path: Path) -> None:
+def test_files_that_a_dead_kernel_left_are_removed(tmp_path: Path) -> None:
     for name in ("7.log", "7.idx", "8.idx", "7.log.0.new", "7.idx.new"):
         (tmp_path / name).touch()
     keeper = LogKeeper(tmp_path, 0, 1, 10)

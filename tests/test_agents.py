@@ -1,4 +1,4 @@
-"""A Python agent behaves as `python FILE.py` does: each script here is run both ways and must not notice."""
+"""A Python agent behaves like `python FILE.py`: each script here is run in both ways, with the same result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SDK in event loops: together with threads, canceled, and over the death of a kernel."""
+"""The SDK in event loops: with threads, with cancelled tasks, and across the death of a kernel."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_many_calls_at_once(kernel: ChannelKernel) -> None:
         end()
 
 
-ECHO = 950  # a call of these tests alone
+ECHO = 950  # a call that only these tests have
 wire.add(wire.Row(ECHO, wire.Tokenize, str, by="tests"))
 
 
@@ -312,7 +312,7 @@ def test_tasks_that_wait_for_room_when_aiosd_ends(small: ChannelKernel) -> None:
 
 @pytest.fixture
 def socket_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SocketKernel]:
-    """A system outside of which this process is: its connection is a client of the control socket."""
+    """A system of which this process is no agent: it connects as a client of the control socket."""
     monkeypatch.setenv(wire.ENV_HOME, str(tmp_path))
     made = SocketKernel(tmp_path / "aiosd.sock")
     yield made
@@ -321,7 +321,7 @@ def socket_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
 
 
 def test_the_loop_goes_on_while_it_connects(socket_kernel: SocketKernel) -> None:
-    """There is an aiosd, but its kernel does not answer yet."""
+    """aiosd runs, but its kernel does not answer yet."""
 
     async def main() -> None:
         ticker = Ticker()
@@ -363,8 +363,8 @@ def test_the_loop_goes_on_while_there_is_no_kernel(socket_kernel: SocketKernel) 
     asyncio.run(main())
 
 
-def test_when_aiosd_is_gone_the_loop_rests(kernel: ChannelKernel) -> None:
-    """A connection that has ended stays readable: the loop must not be woken for it for ever."""
+def test_when_aiosd_has_ended_the_loop_is_not_woken_again(kernel: ChannelKernel) -> None:
+    """A connection that has ended stays readable for ever: the loop must stop watching it."""
 
     async def main() -> int:
         task = asyncio.create_task(aio.proc.getpid())
@@ -381,7 +381,7 @@ def test_when_aiosd_is_gone_the_loop_rests(kernel: ChannelKernel) -> None:
             return original()
 
         kernel.connection._read = read  # type: ignore[method-assign]
-        await asyncio.sleep(0.02)  # the loop's turns are what is counted here
+        await asyncio.sleep(0.02)  # this test counts the loop's turns
         return turns
 
     assert asyncio.run(main()) <= 1
@@ -394,7 +394,7 @@ def test_a_loop_that_runs_on_when_another_thread_closes_keeps_its_other_readers(
         loop = asyncio.get_running_loop()
         kernel.connection.attach_loop(loop)
         number = kernel.connection.transport.fileno()
-        aside(kernel.connection.close).result(PATIENCE_S)  # the loop stands still meanwhile: this is its thread
+        aside(kernel.connection.close).result(PATIENCE_S)  # this blocks the loop, because it is its thread
         reading, writing = os.pipe()
         os.dup2(reading, number)
         found = asyncio.Event()
@@ -410,7 +410,7 @@ def test_a_loop_that_runs_on_when_another_thread_closes_keeps_its_other_readers(
 
 
 class Clock:
-    """What a connection needs of a loop, with a time of its own; and a pace."""
+    """A fake of a loop as a connection needs it, with a clock of its own; and a pace."""
 
     def __init__(self) -> None:
         self.now, self.watched = 0.0, True
@@ -503,7 +503,7 @@ def test_a_reply_and_the_end_of_the_system_at_once(kernel: ChannelKernel, monkey
 def test_closing_while_a_task_looks_for_itself_does_no_harm(
     kernel: ChannelKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another thread closes after the task has looked, before it rings."""
+    """Another thread closes after the task has looked at its ring, before it rings the bell."""
     connection = kernel.connection
     original = connection.pump
 
@@ -521,7 +521,7 @@ def test_closing_while_a_task_looks_for_itself_does_no_harm(
 
 
 def test_a_reply_for_a_loop_that_is_closed_does_no_harm(kernel: ChannelKernel) -> None:
-    """The task is gone with its loop; the thread that reads its reply goes on."""
+    """The task has ended with its loop; the thread that reads the reply goes on."""
     loop = asyncio.new_event_loop()
 
     async def begin() -> None:

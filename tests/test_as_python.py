@@ -1,4 +1,4 @@
-"""A Python agent ends as `python FILE.py` ends: nothing that it has written is lost, and its exit code is the same.
+"""A Python agent ends like `python FILE.py`: no output is lost, and the exit code is the same.
 
 Each script is run both ways, in a folder of its own; exit code, stdout, stderr and all files that it has left are
 compared.
@@ -184,8 +184,8 @@ Outcome = tuple[int, str, str, dict[str, bytes]]
 
 
 def both_ways(system: System, folder: Path, lay: dict[str, str], *argv: str, **own: str) -> tuple[Outcome, Outcome]:
-    """What python and aios-run make of the same files: exit code, stdout, stderr, files. aios-run's code for a signal
-    is a shell's."""
+    """The results of python and aios-run with the same files: exit code, stdout, stderr, files. aios-run's code for a
+    signal is that of a shell."""
     env = {"PYTHONUNBUFFERED": "", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "80"}
     here, there = folder / "a" / "work", folder / "b" / "work"
     for work in (here, there):
@@ -204,7 +204,7 @@ def both_ways(system: System, folder: Path, lay: dict[str, str], *argv: str, **o
 
 
 def plain(text: str, folder: Path) -> str:
-    """Without what differs from one process to the next."""
+    """The text without parts that differ between processes."""
     text = re.sub(r"refcount : \d+", "refcount", re.sub("0x[0-9a-f]+", "0x…", text))
     text = re.sub(r"repeated \d+ more", "repeated", text)
     return re.sub("tmp[a-z0-9_]{8}", "tmp…", text.replace(str(folder), "…"))
@@ -296,7 +296,7 @@ def test_a_module_ends_as_with_python_m(aiosd: System, tmp_path: Path, text: str
 def test_a_file_in_a_module_of_the_library_is_written_even_with_the_collector_off(
     aiosd: System, tmp_path: Path
 ) -> None:
-    """Where python3 itself would lose it."""
+    """python3 itself would lose it."""
     (tmp_path / "a.py").write_text("import gc; gc.disable()\nf = open('out', 'w')\nf.write('x')\nl = [f]; l.append(l)")
     aiosd.run("aios-run", "a.py", cwd=tmp_path, check=True)
     assert (tmp_path / "out").read_text() == "x"
@@ -313,7 +313,7 @@ def test_an_interrupt_shows_the_scripts_lines_only(aiosd: System, tmp_path: Path
     lines = words.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
     (place,) = [line for line in lines if line.startswith("  File")]
-    assert place in [f'  File "{tmp_path}/a.py", line {number}, in <module>' for number in (2, 3)]  # 2: still in print
+    assert place in [f'  File "{tmp_path}/a.py", line {number}, in <module>' for number in (2, 3)]  # 2: during print
     assert lines[-1] == "KeyboardInterrupt"
 
 
@@ -325,7 +325,7 @@ def test_an_error_of_a_call_shows_the_scripts_lines_and_one_more(aiosd: System, 
     assert done.stderr.splitlines()[-1].startswith("ChildProcessError: ")
 
 
-def test_a_full_disk_is_told(aiosd: System, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(aiosd: System, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("print('lost')")
     with open("/dev/full", "w") as full:
         done = aiosd.run("aios-run", tmp_path / "a.py", stdout=full, env={"PYTHONUNBUFFERED": ""})

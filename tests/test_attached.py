@@ -1,4 +1,4 @@
-"""Attached agents when a kernel has died: which of them get HUP, and when."""
+"""After the death of a kernel: which attached agents get HUP, and when."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_client_that_does_not_come_back_is_gone(client: subprocess.Popen[bytes
 
 
 def test_a_client_that_is_stopped_keeps_its_agent(client: subprocess.Popen[bytes]) -> None:
-    """However long; and has time to come back when it goes on."""
+    """However long it is stopped. When it goes on it has time to connect again."""
     stop(client)
     house = House(named(client))
     house.agents.hang_up_unclaimed()
@@ -72,7 +72,7 @@ def test_a_client_that_is_stopped_keeps_its_agent(client: subprocess.Popen[bytes
     assert eventually(lambda: not procfs.is_stopped(*named(client)))
     house.pass_time(REATTACH_S / 2)
     assert house.hung_up == []
-    house.agents.peers.clients[5] = client  # back
+    house.agents.peers.clients[5] = client  # connected again
     house.pass_time(10 * REATTACH_S)
     assert house.hung_up == []
     assert len(house.agents.timers) == 0

@@ -246,15 +246,16 @@ def test_busy_neighbours_leave_a_fair_share(tmp_path):
     options = busy.parse(["--rounds", "1", "--tokens", "4"])
     rows = busy.cell(str(write(tmp_path / "m.gguf", vocab=512)), 1, options)
     assert [row["busy"] for row in rows] == [1, 2]
-    assert "MISSED" in busy.line(rows[0] | {"ratio": 0.79})
-    assert "MISSED" not in busy.line(rows[0] | {"ratio": 0.81})
+    bar = rows[0]["bar"]  # it depends on the number of cores
+    assert "MISSED" in busy.line(rows[0] | {"ratio": bar - 0.01})
+    assert "MISSED" not in busy.line(rows[0] | {"ratio": bar + 0.01})
 
 
 def test_guesses_are_measured_against_none_through_the_whole_system(tmp_path):
     chance = random.Random(1)
     assert all(text(chance, chat) != text(chance, chat) for text in lookup.TEXTS.values() for chat in (False, True))
     prompt = lookup.TEXTS["json"](chance, False).prompt
-    assert prompt.count(prompt.rpartition("\n\n")[2]) == 2  # what is to be copied, and its beginning
+    assert prompt.count(prompt.rpartition("\n\n")[2]) == 2  # the text to copy, and its beginning in the answer
     options = lookup.parse([*ONE, "--agents", "1", "--tokens", "8", "--rounds", "1"])
     path = write(tmp_path / "m.gguf", vocab=512)
     default, off = lookup.LookaheadSide(path, options), lookup.LookaheadSide(path, options, "--lookahead", "off")
@@ -369,6 +370,6 @@ def test_a_model_elsewhere_is_measured_against_its_endpoint(monkeypatch):
 
 @pytest.mark.parametrize("script", ["store", "tools"])
 def test_a_script_may_be_named_as_a_package(script):
-    """Run as a file, its folder is on the path: `tools` there must not be taken for ours."""
+    """When it is run as a file, its folder is on the path; `tools.py` there must not hide the package `tools`."""
     argv = [sys.executable, str(harness.ROOT / "benchmarks" / f"{script}.py"), "--help"]
     assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout.startswith("usage: ")

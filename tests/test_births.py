@@ -1,6 +1,6 @@
-"""What an agent names is looked up by its own process: one that never comes to an end holds up no other.
+"""Each agent's process looks up the agent's paths itself, so a look-up that never ends delays no other agent.
 
-A FIFO stands for a file system that hangs: a process that opens it waits for a writer.
+A FIFO simulates a file system that hangs: a process that opens it waits for a writer.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def slow(tmp_path: Path) -> Path:
 
 
 def answer(slow: Path, text: str) -> None:
-    """What hung goes on, with this text. Its reader must have opened it in time."""
+    """Let the process that hangs go on, with this text. It must have opened the FIFO in time."""
 
     def written() -> bool:
-        with contextlib.suppress(OSError):  # ENXIO: it is not open for reading yet
+        with contextlib.suppress(OSError):  # ENXIO: no process has opened it for reading yet
             fd = os.open(slow, os.O_WRONLY | os.O_NONBLOCK)
             os.write(fd, text.encode())
             os.close(fd)
@@ -61,7 +61,7 @@ def answer(slow: Path, text: str) -> None:
 
 
 def test_a_birth_is_over_with_its_process_though_another_holds_its_socket() -> None:
-    """A spare that was forked beside it, and has not run yet, has a copy: the end of the socket comes late."""
+    """A spare that was forked at the same time has a copy of the socket until it runs, so the socket ends late."""
     over: list[Birth] = []
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with select.epoll() as epoll, ours, theirs:
@@ -74,7 +74,7 @@ def test_a_birth_is_over_with_its_process_though_another_holds_its_socket() -> N
         assert epoll.poll(0) == []
 
 
-def test_a_program_that_cannot_be_looked_up_holds_up_no_other_agent(fresh_aiosd: Fresh, slow: Path) -> None:
+def test_a_look_up_that_hangs_delays_no_other_agent(fresh_aiosd: Fresh, slow: Path) -> None:
     system = fresh_aiosd()
     run = system.popen("aios-run", slow)
     assert eventually(lambda: system.run("aios-run", "--", "echo", "others", check=True).stdout == "others\n")
@@ -84,8 +84,8 @@ def test_a_program_that_cannot_be_looked_up_holds_up_no_other_agent(fresh_aiosd:
 
 
 def test_a_program_is_looked_up_with_the_descriptors_of_its_own_agent_alone(fresh_aiosd: Fresh, slow: Path) -> None:
-    """The process had copies of all that the supervisor had open at that moment: an agent that was spawned beside it
-    seemed not to end, because the pipe of its output stayed open until the look-up was given up."""
+    """Once it had copies of all descriptors of the supervisor. Then an agent that was spawned at the same time seemed
+    not to end, because the pipe of its output stayed open until the look-up was given up."""
     system = fresh_aiosd()
     system.popen("aios-run", slow)
     supervisor = next(entry["ospid"] for entry in system.ps() if entry["name"] == "supervisor")
@@ -103,7 +103,7 @@ def test_a_program_is_looked_up_with_the_descriptors_of_its_own_agent_alone(fres
 
 
 def test_a_pipe_is_left_to_the_agent_that_reads_it(slow: Path) -> None:
-    """It can be read only once: the command that starts the agent must not take its program away."""
+    """It can be read only once, so the command that starts the agent must not read it."""
     reader = os.open(slow, os.O_RDONLY | os.O_NONBLOCK)
     try:
         slow.write_text("print()")
@@ -187,11 +187,11 @@ def test_an_agent_that_stops_itself_at_once_is_shown_so(aiosd: System, tmp_path:
     assert aiosd.run("aios-logs", pid, check=True).stdout == "went on\n"
 
 
-# ── alone ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── births without a system ───────────────────────────────────────────────────────────────────────────────
 
 
 class Ward:
-    """Births with a clock of their own."""
+    """Births with a fake clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -254,7 +254,7 @@ def test_one_that_has_rung_reports_that(ward: Ward) -> None:
     bell.close()
 
 
-def test_a_report_says_why_it_cannot(ward: Ward) -> None:
+def test_a_report_has_the_reason_of_a_failure(ward: Ward) -> None:
     birth = ward.expect()
     Report(ward.theirs[0].detach()).refuse(FileNotFoundError(2, ""), "x.py: not found")
     ward.births.ended(birth.agent)
@@ -280,7 +280,7 @@ def test_one_that_takes_too_long_is_killed(ward: Ward) -> None:
 
 
 def test_one_that_is_stopped_has_more_time(ward: Ward) -> None:
-    """It may have been stopped between its ring and its report: its spawner knows it by then."""
+    """It may have been stopped between its ring and its report; its spawner has its pid by then."""
     with subprocess.Popen(("sleep", "100")) as child:
         birth = ward.expect(child.pid)
         birth.agent.stopped = True
@@ -292,7 +292,7 @@ def test_one_that_is_stopped_has_more_time(ward: Ward) -> None:
         child.kill()
 
 
-def test_a_kernel_that_asks_again_is_answered(ward: Ward) -> None:
+def test_a_kernel_that_sends_a_fork_again_is_answered(ward: Ward) -> None:
     birth = ward.expect()
     for epoch in (1, 2):
         assert ward.births.claim(birth.agent, epoch)
@@ -302,7 +302,7 @@ def test_a_kernel_that_asks_again_is_answered(ward: Ward) -> None:
 
 
 class Sent:
-    """A link to a kernel of this epoch, which notes the names of messages."""
+    """A link to a kernel of this epoch, which records the names of messages."""
 
     def __init__(self, epoch: int, names: list[str]) -> None:
         self.epoch = epoch
@@ -324,10 +324,10 @@ class Sent:
         (1, 2, True, {2: ["Forked"]}),
     ],
 )
-def test_a_kernel_is_told_what_it_does_not_know(
+def test_a_kernel_gets_the_births_that_it_has_not_inherited(
     ward: Ward, restarts: int, claimed: int, rung: bool, sent: dict[int, list[str]]
 ) -> None:
-    """By its epoch: one that was forked during the birth, which began in epoch 1, has inherited the process."""
+    """Its epoch decides: a kernel that was forked after the birth began (in epoch 1) has inherited the process."""
     birth = ward.expect()
     birth.claimed, birth.rung = claimed, rung
     birth.agent.restarts = SimpleNamespace(total=restarts)  # type: ignore[assignment]
@@ -347,7 +347,7 @@ FORKED = link.Forked(KEY, pid=7, ospid=70, pgid=7, started=0.0, since=0.0, log="
 
 
 class Nursery:
-    """The kernel's side of one birth, with a real bell."""
+    """The kernel's side of one birth, with a real doorbell."""
 
     def __init__(self) -> None:
         self.events = Events(Timers())

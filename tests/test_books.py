@@ -23,8 +23,8 @@ from libaios import wire
 
 @pytest.fixture
 def kernel() -> Any:
-    """A kernel's books with one agent in them, which is this very process, with a message and a generation that a child
-    of it makes over the control socket."""
+    """A kernel's books with one agent, which is this process, and with a message and a generation that a child of it
+    makes over the control socket."""
     row = memoryview(bytearray(8 * ledger.ITEMS)).cast("Q")
     table = ProcTable(10)
     budget = Budget(7, wire.Limits(tokens=100), tokens_used=9, row=row, sharers={7})
@@ -75,7 +75,7 @@ PARTS = [books.families, books.calls, books.slots, books.mailboxes, books.tokens
 
 
 def check(kernel: Any) -> list[str]:
-    """All but the comparison with /proc: this process is no supervisor's child."""
+    """Check the books, without the comparison with /proc, because this process is no child of a supervisor."""
     return [line for part in PARTS for line in part(kernel)]
 
 

@@ -1,4 +1,4 @@
-"""aiosd from outside: how it starts, how it reports that it cannot start, how it ends, and that it leaves nothing."""
+"""aiosd from outside: its start, its reports when it cannot start, its end, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Fresh = Callable[..., System]
 
 
 def one_line(text: str) -> str:
-    """The one line that a failed command says; no traceback, no log."""
+    """The only line that a failed command prints: no traceback, no log."""
     lines = text.strip().splitlines()
     assert len(lines) == 1, text
     return lines[0]
@@ -39,7 +39,7 @@ def ready_lines(log: str) -> list[str]:
 
 
 def test_says_ready_once_and_serves(fresh_aiosd: Fresh) -> None:
-    """With all as a user has it, who chooses nothing."""
+    """With all defaults."""
     system = fresh_aiosd(env=dict.fromkeys(SMALL, ""))
     assert len(ready_lines(system.log())) == 1
     status = system.status()
@@ -49,22 +49,22 @@ def test_says_ready_once_and_serves(fresh_aiosd: Fresh) -> None:
     assert "asked for" not in model["stats"]["threads_why"]
 
 
-def test_what_is_waited_for_loads_while_the_supervisor_prepares_for_agents(fresh_aiosd: Fresh) -> None:
-    """The kernel is forked when all is prepared; a model that loads only then would come up later by that time."""
+def test_services_load_while_the_supervisor_prepares_for_agents(fresh_aiosd: Fresh) -> None:
+    """The kernel is forked when all is prepared; a model that was loaded only then would delay the start."""
     system = fresh_aiosd()
     began = {entry["name"]: psutil.Process(entry["ospid"]).create_time() for entry in system.ps() if entry["system"]}
     assert max(began[name] for name in ("llm", "store", "toolbox")) < began["kernel"] <= began["gateway"]
 
 
 def test_the_store_imports_no_numpy_before_it_needs_it(fresh_aiosd: Fresh) -> None:
-    """That is half of its start and of its memory."""
+    """numpy is half of its start and of its memory."""
     system = fresh_aiosd()
     maps = {name: Path(f"/proc/{ospid_of(system, name)}/maps").read_text() for name in ("llm", "store")}
     assert "numpy" in maps["llm"]
     assert "numpy" not in maps["store"]
 
 
-def test_status_tells_where_what_runs(aiosd: System) -> None:
+def test_status_shows_what_runs(aiosd: System) -> None:
     status = aiosd.status()
     assert status["home"] == str(aiosd.home)
     assert status["pid"] == aiosd.daemon.pid
@@ -86,7 +86,7 @@ def test_processes_are_named_as_promised(aiosd: System) -> None:
     assert {"supervisor", "kernel", "llm"} <= names
 
 
-def test_flags_stand_over_environment_and_file(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+def test_flags_override_environment_and_file(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     system = fresh_aiosd("--slots", "3", "--ctx", "2048")
     (model,) = system.status()["models"]
     assert model["info"]["n_slots"] == 3
@@ -114,7 +114,7 @@ def test_a_home_too_long_for_a_socket_path_works(fresh_aiosd: Fresh, tmp_path: P
 
 
 def test_starts_without_standard_streams(fresh_aiosd: Fresh) -> None:
-    """As some service managers start things: descriptors 0, 1 and 2 closed."""
+    """Some service managers start programs with descriptors 0, 1 and 2 closed."""
     system = fresh_aiosd(start=False)
     daemon = system.popen("sh", "-c", "exec aiosd <&- >&- 2>&-")
     assert eventually(lambda: system.run("aiosd", "status").returncode == 0, timeout=30, every=0.2)
@@ -123,7 +123,7 @@ def test_starts_without_standard_streams(fresh_aiosd: Fresh) -> None:
     assert daemon.wait(30) == 0
 
 
-def test_tells_systemd(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+def test_reports_its_state_to_systemd(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     address = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(os.fspath(address))
@@ -154,7 +154,7 @@ def test_background_returns_when_it_serves(fresh_aiosd: Fresh) -> None:
     assert eventually(lambda: not system.processes())
 
 
-def test_background_says_why_it_did_not_come_up(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+def test_background_reports_why_the_start_failed(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     system = fresh_aiosd(start=False)
     done = system.run("aiosd", "-d", "--model", tmp_path / "nowhere.gguf")
     assert done.returncode == 1
@@ -207,7 +207,7 @@ def test_a_second_home_does_not_take_the_socket_of_the_first(fresh_aiosd: Fresh,
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_without_a_kernel_each_command_says_so(fresh_aiosd: Fresh, command: list[str], code: int) -> None:
+def test_without_a_kernel_each_command_reports_that(fresh_aiosd: Fresh, command: list[str], code: int) -> None:
     done = fresh_aiosd(start=False).run(*command)
     assert (done.returncode, done.stdout) == (code, "")
     assert one_line(done.stderr).startswith(command[0])
@@ -318,7 +318,7 @@ def test_agents_get_term_then_kill(fresh_aiosd: Fresh) -> None:
 
 @pytest.mark.parametrize("who", ["guardian", "supervisor"])
 def test_nothing_outlives_either_of_the_two(fresh_aiosd: Fresh, who: str) -> None:
-    """Agents that ignore TERM and fork twice included."""
+    """Not even agents that ignore TERM and fork twice."""
     system = fresh_aiosd()
     agent = system.popen("aios-run", "--", "sh", "-c", "trap '' TERM HUP; (setsid sleep 300 &) ; echo up; sleep 300")
     assert agent.stdout.readline() == "up\n"
@@ -357,14 +357,14 @@ def test_a_home_with_rubbish_where_the_socket_should_be(fresh_aiosd: Fresh) -> N
 
 @pytest.mark.alone
 def test_idle_system_costs_next_to_nothing(aiosd: System) -> None:
-    """Some seconds may have work left by what ran before; idle is a time without any, and it comes soon."""
+    """Work of earlier tests may still be going on, so the idle time is awaited."""
 
     def spent() -> tuple[float, int]:
-        """CPU in seconds, and how often a thread went to sleep again."""
+        """CPU seconds, and how often a thread has gone to sleep."""
         processes = [psutil.Process(aiosd.daemon.pid), *psutil.Process(aiosd.daemon.pid).children(recursive=True)]
         cpu_s, woken = 0.0, 0
         for process in processes:
-            with contextlib.suppress(psutil.Error, OSError):  # a spare or a worker that leaves is no unrest
+            with contextlib.suppress(psutil.Error, OSError):  # a spare or a worker may end
                 cpu_s += sum(process.cpu_times()[:2])
                 woken += sleeps(process)
         return cpu_s, woken
@@ -377,7 +377,7 @@ def test_idle_system_costs_next_to_nothing(aiosd: System) -> None:
 
     def idle() -> bool:
         cpu_s, woken = spent()
-        time.sleep(2)  # the time that is measured
+        time.sleep(2)  # the measured time
         after_s, after_woken = spent()
         windows.append((after_s - cpu_s, after_woken - woken))
         return windows[-1][0] < 0.1 and windows[-1][1] < 60
@@ -419,7 +419,7 @@ def test_run_from_a_folder_that_is_gone(aiosd: System, tmp_path: Path) -> None:
 
 
 def test_demo(fresh_aiosd: Fresh) -> None:
-    """`make demo`, less the set-up."""
+    """`make demo`, without the set-up."""
     script = Path(aiosd_package.__file__).parent.parent / "demo" / "demo.py"
     done = fresh_aiosd(start=False).run("python", script, stderr=subprocess.STDOUT, timeout=100)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""Who may have which sandbox; the seccomp program, run here as Linux runs it; the tables of aiosd.toml."""
+"""Which agent gets which sandbox; the seccomp program, run here as Linux runs it; the tables of aiosd.toml."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARENT = Box("flat", "none", "/w/mine", ["/r"], ["/rw"])
 # ── boxes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_is_not_asked_for_is_as_the_rules_say() -> None:
+def test_without_options_a_box_follows_the_rules() -> None:
     rules = SandboxSettings("flat", "none", read=("/data",), write=("/out",))
     assert box.of_person(wire.Sandbox(own=["/app"]), rules, "/w") == Box(
         "flat", "none", "/w", ["/data", "/app"], ["/out"]
@@ -76,8 +76,8 @@ def sandboxes(tmp_path: Path) -> Sandboxes:
 
 @pytest.mark.parametrize("path", ["home/data", "home/data/store", "home", "."])
 @pytest.mark.parametrize("kind", ["read", "write"])
-def test_nobody_grants_the_data_of_aiosd(path: str, kind: str, tmp_path: Path) -> None:
-    """What was approved for all times, the audit, and what other agents keep."""
+def test_the_data_of_aiosd_cannot_be_granted(path: str, kind: str, tmp_path: Path) -> None:
+    """There are the approvals, the audit, and other agents' files."""
     wish = wire.Sandbox(**{kind: [os.path.normpath(tmp_path / path)]})
     with pytest.raises(OSError, match="aiosd's own data is there"):
         sandboxes(tmp_path).decide(wire.Spawn("file", "a.py", sandbox=wish), None)
@@ -85,7 +85,7 @@ def test_nobody_grants_the_data_of_aiosd(path: str, kind: str, tmp_path: Path) -
     assert sandboxes(tmp_path).decide(wire.Spawn("file", "a.py", sandbox=wish), None) is not None
 
 
-def test_a_script_beside_the_data_of_aiosd_comes_alone(tmp_path: Path) -> None:
+def test_a_script_beside_the_data_of_aiosd_may_read_only_itself(tmp_path: Path) -> None:
     script = str(tmp_path / "a.py")
     wish = wire.Sandbox(own=[str(tmp_path)], program=script)
     found = sandboxes(tmp_path).decide(wire.Spawn("file", script, sandbox=wish), None)
@@ -132,7 +132,7 @@ def test_the_patterns_are_not_tried_one_by_one_for_every_variable() -> None:
 
 @contextlib.contextmanager
 def counted_calls() -> Iterator[list[str]]:
-    """All calls of functions, also of those in C, while the context lasts."""
+    """Count all calls of functions in this block, also of those in C."""
     calls: list[str] = []
     sys.setprofile(lambda frame, event, arg: calls.append(event) if event.endswith("call") else None)
     try:
@@ -152,12 +152,10 @@ def test_a_workspace_lies_below_its_folder_whatever_the_program_is_called(progra
     assert box.workspace("/w", "g", program, "x") != one
 
 
-# ── what a person's program brings with it ────────────────────────────────────────────────────────────────
+# ── what a person's program may read without a grant ──────────────────────────────────────────────────────
 
 
-def test_a_script_brings_its_folder_and_one_at_home_comes_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_may_read_its_folder_and_at_home_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
     (home / "project").mkdir(parents=True)
     (home / "project" / "a.py").touch()
@@ -181,7 +179,7 @@ def test_a_script_brings_its_folder_and_one_at_home_comes_alone(
     assert sandbox.wish("exec", "sh", "/", {"PATH": "/bin"}).program == os.path.realpath("/bin/sh")
 
 
-def test_a_program_brings_the_folder_that_it_starts_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_may_read_the_folder_that_it_starts_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     project = tmp_path / "home" / "project"
     project.mkdir(parents=True)
@@ -251,7 +249,7 @@ def test_packages_of_the_user_and_certificates_are_found(tmp_path: Path, monkeyp
     assert sandbox.wish("file", "-", "/", trusted).own == [str(tmp_path / "ca.pem")]
 
 
-def test_a_program_of_an_environment_of_python_brings_all_of_it(
+def test_a_program_of_an_environment_of_python_may_read_all_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
@@ -283,7 +281,7 @@ def test_a_program_of_an_environment_of_python_brings_all_of_it(
 
 
 def run(program: bytes, number: int, *args: int, arch: int = 0xC000003E) -> int:
-    """What the program answers, as the virtual machine in Linux would."""
+    """Run the filter program as Linux's virtual machine does; returns its answer."""
     instructions = [struct.unpack("=HBBI", program[at : at + 8]) for at in range(0, len(program), 8)]
     words = [arg & (1 << 64) - 1 for arg in (*args, 0, 0, 0, 0, 0, 0)[:6]]
     data = struct.pack("=iIQ6Q", number - (1 << 32) if number >= 1 << 31 else number, arch, 0, *words)
@@ -329,7 +327,7 @@ def test_the_program_is_short_because_linux_translates_it_for_every_agent() -> N
 
 
 def test_what_is_too_far_for_a_jump_is_reached_nevertheless() -> None:
-    """With as many ranges as there are numbers, each with another block."""
+    """With as many ranges as numbers, each with a block of its own."""
     actions = {number: [filter._return(0x50000 | number)] for number in range(470)}
     load_number = struct.pack("=HBBI", 0x20, 0, 0, 0)
     program = load_number + b"".join(struct.pack("=HBBI", *one) for one in filter._search(actions))
@@ -385,7 +383,7 @@ HIGH = 1 << 32  # in an int argument, Linux does not look at it
         (203, (9,), EPERM, EPERM),
         (144, (0, 3), ALLOW, ALLOW),
         (144, (9, 3), EPERM, EPERM),
-        (144, (9, HIGH), 0x50000, 0x50000),  # it "has succeeded", and nothing was done
+        (144, (9, HIGH), 0x50000, 0x50000),  # the call returns 0 and does nothing
         (141, (0, 0), ALLOW, ALLOW),
         (141, (0, 9), EPERM, EPERM),
         (141, (2, 0), EPERM, EPERM),
@@ -404,7 +402,7 @@ def test_calls_that_depend_on_their_arguments(number: int, args: tuple[int, ...]
     assert run(filter.program(True, doors=True), number, *args) == online
 
 
-def test_without_a_door_nobody_is_asked() -> None:
+def test_without_a_door_no_listener_is_notified() -> None:
     assert run(filter.program(False, doors=False), 41, 2, 1, 0) == EAFNOSUPPORT
     assert run(filter.program(True, doors=False), 41, 1, 1, 0) == EAFNOSUPPORT
 
@@ -416,7 +414,9 @@ def test_without_a_door_nobody_is_asked() -> None:
     (1, 0x1FFF, 0, 0, 8), (2, 0x3FFF, 0, 0, 8), (3, 0x7FFF, 0, 0, 8), (4, 0x7FFF, 3, 0, 16), (6, 0xFFFF, 3, 3, 24),
     (9, 0xFFFF, 3, 3, 24),
 ])  # fmt: skip
-def test_an_older_linux_is_asked_for_what_it_knows(version: int, files: int, net: int, scoped: int, size: int) -> None:
+def test_an_older_linux_gets_only_rights_that_it_has(
+    version: int, files: int, net: int, scoped: int, size: int
+) -> None:
     assert landlock.ruleset(version) == landlock.Ruleset(files, net, scoped, size)
 
 
@@ -465,7 +465,7 @@ _PATHS = _NAMES.map(lambda names: "/" + "/".join(names))
 
 
 def shown(read: list[str], write: list[str]) -> dict[str, bool]:
-    """What is attached, and whether it can be written to, as the last step has it."""
+    """The attached paths, and whether each is writable after the last step."""
     steps = places.of_agent(MACHINE, "/home/u/w", read, write)
     return {step.target: not step.attributes & places.READ_ONLY for step in steps if step.kind == places.ATTACH}
 
@@ -478,7 +478,7 @@ def test_a_workspace_is_attached_where_it_lies_and_the_system_beside_it() -> Non
 
 
 def test_programs_are_found_over_the_links_that_lead_to_them(tmp_path: Path) -> None:
-    """/home/me may be a link to another disk, and an environment knows itself by that name."""
+    """/home/me may be a link to another disk, while an environment contains paths with that name."""
     (tmp_path / "disk" / "me" / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "me").symlink_to("disk/me")
     (tmp_path / "me" / "venv" / "lib").symlink_to("bin")
@@ -498,7 +498,7 @@ def test_programs_are_found_over_the_links_that_lead_to_them(tmp_path: Path) -> 
         assert way < order.index((places.ATTACH, venv))
 
 
-def test_what_can_be_seen_anyway_is_not_attached_again() -> None:
+def test_visible_paths_are_not_attached_again() -> None:
     assert "/usr/lib/x" not in shown(["/usr/lib/x"], [])
     assert shown([], ["/usr/lib/x"])["/usr/lib/x"]
     assert "/srv/a/b" not in shown(["/srv/a", "/srv/a/b"], [])
@@ -525,7 +525,7 @@ def test_all_that_was_granted_can_be_seen_and_nothing_else_be_changed(read: list
 
 
 @given(st.lists(_PATHS, max_size=4), st.lists(_PATHS, max_size=4))
-def test_no_memory_covers_what_was_attached(read: list[str], write: list[str]) -> None:
+def test_no_memory_covers_an_attached_path(read: list[str], write: list[str]) -> None:
     steps = places.of_agent(MACHINE, "/home/u/w", read, write)
     for number, step in enumerate(steps):
         if step.kind == places.MEMORY:
@@ -536,7 +536,7 @@ def test_no_memory_covers_what_was_attached(read: list[str], write: list[str]) -
 # ── aiosd.toml ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_group_says_what_it_wants_and_has_the_rest(tmp_path: Path) -> None:
+def test_a_groups_table_overrides_single_defaults(tmp_path: Path) -> None:
     general = SandboxSettings("flat", "none")
     values = {"name": "web", "net": "all", "read": ["data"], "env": ["KEY"]}
     name, rules = boxgroups.read(values, str(tmp_path), general)
@@ -551,7 +551,7 @@ def test_a_group_says_what_it_wants_and_has_the_rest(tmp_path: Path) -> None:
 # ── a machine that cannot do it ───────────────────────────────────────────────────────────────────────────
 
 
-def test_what_is_not_possible_is_one_level_lower_and_said_in_one_line() -> None:
+def test_an_impossible_level_is_replaced_by_the_next_lower_one_and_reported_in_a_line() -> None:
     lacking = Offer("none", "Linux has no Landlock; boot with it")
     rooms = Sandboxes(
         SandboxSettings("flat"), {"web": SandboxSettings("flat", env=("K",)), "free": SandboxSettings()}, lacking, "/w"
@@ -579,7 +579,7 @@ def test_what_is_not_possible_is_one_level_lower_and_said_in_one_line() -> None:
 
 
 def test_modules_that_lie_in_a_home_grant_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of a folder of sys.path that is the root, a home or above one, aiosd is all that an agent gets."""
+    """If a folder of sys.path is the root, a home or above one, an agent may read only aiosd in it."""
     (home := tmp_path / "me").mkdir()
     monkeypatch.setenv("HOME", str(home))
     account = os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir)

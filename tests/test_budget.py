@@ -1,4 +1,4 @@
-"""Budgets: shared by descendants, never failing open."""
+"""Budgets: shared by descendants, and never exceeded because of an error."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Clock:
 
 
 def books() -> tuple[Budgets, Timers, Clock, Ledger, list[int]]:
-    """Budgets over a ledger, and the owners of those whose time was up."""
+    """Budgets with a ledger, and a list of the owners whose time was up."""
     clock = Clock()
     memfd = os.memfd_create("ledger")
     ledger, timers, up = Ledger(memfd), Timers(clock), list[int]()
@@ -88,12 +88,12 @@ def test_the_time_of_a_dead_owner_runs_on_for_its_children() -> None:
     assert up == [2]
 
 
-def test_a_budget_ends_with_the_last_that_shares_it() -> None:
+def test_a_budget_ends_with_the_last_agent_that_shares_it() -> None:
     budgets, timers, clock, ledger, up = books()
     (budget,) = owned = budgets.join(2, 100.0, [BudgetShare(0, Limits(time_s=2))])
     budgets.join(3, 101.0, [budget.share])
     budgets.leave(2, owned)
-    budgets.forget(2)  # the owner has left the history, its row must not
+    budgets.forget(2)  # the owner has left the history; its row must stay
     assert ledger.pids() == {2}
     budgets.leave(3, owned)
     assert (ledger.pids(), list(budgets)) == (set(), [])
@@ -109,14 +109,14 @@ def test_a_new_kernel_finds_what_a_dead_owner_had_used() -> None:
     settle(owned, 30)
     successor = Budgets(ledger, timers)
     successor.time_is_up = lambda budget: None
-    (again,) = successor.join(3, 101.0, [budget.share])  # the owner is dead, and forgotten
+    (again,) = successor.join(3, 101.0, [budget.share])  # the owner is dead, and no longer in the history
     successor.adopt({3})
     assert (again.owner, again.tokens_left, again.since) == (2, 20, 100.0)
     assert ledger.pids() == {2}
 
 
 def test_a_budget_waits_for_an_agent_that_is_being_forked() -> None:
-    """All that share it end meanwhile, and are forgotten: what they have used counts for the one that comes."""
+    """All that share it end meanwhile, and leave the history: their use still counts for the new agent."""
     budgets, timers, clock, ledger, up = books()
     (budget,) = owned = budgets.join(2, 100.0, [BudgetShare(0, Limits(tokens=50, time_s=2))])
     shares = [budget.share]
@@ -151,7 +151,7 @@ def test_a_budget_ends_when_the_last_could_not_be_forked() -> None:
 
 @given(st.integers(0, 50), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20))))
 def test_nothing_is_counted_beyond_any_of_the_shared_budgets(limit: int, takes: list[tuple[int, int]]) -> None:
-    """Three agents, of which two share a budget, and all that of an ancestor: whoever asks in whatever order."""
+    """Three agents, of which two share a budget, and all that of an ancestor, in any order of requests."""
     all_of_them, pair = Budget(2, Limits(tool_calls=limit)), Budget(3, Limits(tool_calls=limit // 2))
     shares = [[all_of_them, pair], [all_of_them, pair], [all_of_them]]
     begun = [0, 0, 0]
@@ -256,7 +256,7 @@ def test_what_a_group_used_stays_used_and_what_it_had_is_free_again() -> None:
 # ── messages ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_agent_is_told_once_whichever_kernel_tells_it() -> None:
+def test_an_agent_gets_one_notice_whichever_kernel_sends_it() -> None:
     _, _, clock, ledger, _ = books()
     said: list[tuple[int, str]] = []
 
@@ -286,7 +286,7 @@ def test_an_agent_is_told_once_whichever_kernel_tells_it() -> None:
     assert said[2:] == [(2, "time")]
 
 
-def test_a_budget_may_say_itself_when_to_tell() -> None:
+def test_a_budget_may_set_when_the_notice_is_sent() -> None:
     budgets, *_ = books()
     said: list[str] = []
     budgets.near = lambda budget, which: said.append(which)
@@ -326,7 +326,7 @@ class House:
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
 
 
-def test_who_asks_for_more_has_time_to_end_and_then_all_are_ended() -> None:
+def test_an_agent_that_requests_more_has_time_to_end_before_all_are_ended() -> None:
     house = House(Limits(tool_calls=1))
     house.enforcer.refused(house.budget, "tool_calls", house.table.procs[3])
     house.run(4.9)
@@ -338,7 +338,7 @@ def test_who_asks_for_more_has_time_to_end_and_then_all_are_ended() -> None:
     assert house.table.procs[3].reason == "tool call budget of 1 used up"
 
 
-def test_of_a_group_the_agent_that_asks_is_ended_and_no_other() -> None:
+def test_of_a_group_only_the_agent_that_requests_more_is_ended() -> None:
     house = House(Limits(tool_calls=1), group="web")
     for _ in range(2):
         house.enforcer.refused(house.budget, "tool_calls", house.table.procs[3])
@@ -348,8 +348,8 @@ def test_of_a_group_the_agent_that_asks_is_ended_and_no_other() -> None:
     assert house.table.procs[2].budget == ""
 
 
-def test_who_has_no_process_is_refused_for_ever_and_never_ended() -> None:
-    """What it started is not ended for its requests either; and what its budget still allows goes on."""
+def test_an_owner_without_a_process_is_refused_and_never_ended() -> None:
+    """Agents that it started are not ended for its requests either, and calls within its budget go on."""
     house = House(Limits(tool_calls=1, tokens=100))
     house.table.procs[2].outside = True
     house.enforcer.refused(house.budget, "tool_calls", house.table.procs[2])
@@ -370,7 +370,7 @@ def test_what_is_sampled_or_cannot_be_measured_is_ended_at_once() -> None:
     assert house.table.procs[2].reason == "memory budget: it cannot be measured (x)"
 
 
-def test_a_notice_stands_over_a_kernels_death() -> None:
+def test_a_notice_survives_the_kernels_death() -> None:
     house = House(Limits(tool_calls=1))
     house.table.procs[3].budget = "tool_calls"
     house.enforcer.adopted(house.table.procs[3])

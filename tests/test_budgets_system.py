@@ -1,4 +1,4 @@
-"""Budgets of real agents: whatever they spawn, whoever dies, whoever races."""
+"""Budgets of real agents, which spawn, die and use them at the same time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Fresh = Callable[..., System]
 
 HEADER = "import errno, os, subprocess, sys, time\nimport libaios as aios\n"
 
-#: Calls tools until it is refused, and prints how many had an answer. One that the kernel had when it died has none.
+#: Calls tools until it is refused, and prints how many were answered. A call in the kernel when it dies is not.
 CALLS = """
 done = err = 0
 while not err or err.errno == errno.EIO:
@@ -106,7 +106,7 @@ def inspected(system: System, pid: int | str) -> dict[str, Any]:
         ),
     ],
 )
-def test_what_is_sampled_is_ended(
+def test_an_agent_beyond_a_sampled_budget_is_ended(
     system: System, write: Write, options: tuple[str, ...], code: str, words: str
 ) -> None:
     done = system.run("aios-run", "--name", "sampled", *options, write(code))
@@ -118,10 +118,10 @@ def test_what_is_sampled_is_ended(
     assert f"agent {found['pid']}: {words}" in system.log()
 
 
-def test_a_fork_bomb_in_a_sandbox_is_ended_and_nobody_else(fresh_aiosd: Fresh, write: Write) -> None:
-    """Linux counts no processes of root, and elsewhere those of the user: so the kernel does. A bomb that ends by
-    itself at 2048: where it is not stopped the test fails, and the machine lives on. On a single processor the bomb may
-    keep the kernel from it for so long that it is replaced: hence a system of its own."""
+def test_a_fork_bomb_in_a_sandbox_is_ended_and_no_other_agent(fresh_aiosd: Fresh, write: Write) -> None:
+    """Linux counts no processes of root, and otherwise all processes of the user, so aiosd's kernel counts. The bomb
+    ends by itself at 2,048, so that the machine survives if it is not stopped. On a single processor the bomb may delay
+    the kernel for so long that it is replaced; so the test has a system of its own."""
     system = fresh_aiosd("--threads", "1")
     beside = write("for _ in sys.stdin: print(aios.proc.getpid(), flush=True)", "beside.py")
     neighbour = system.popen("aios-run", beside)
@@ -137,7 +137,7 @@ def test_a_fork_bomb_in_a_sandbox_is_ended_and_nobody_else(fresh_aiosd: Fresh, w
 
 
 def test_linux_refuses_what_is_far_beyond_a_memory_budget(system: System, write: Write) -> None:
-    """No sample could be in time for that."""
+    """A sample would be too late."""
     script = write("""
         try: bytes(1 << 30)
         except MemoryError: print("refused")
@@ -154,7 +154,7 @@ def test_calls_of_tools_are_counted_and_the_next_is_refused(system: System, writ
 
 
 def test_children_of_children_count(system: System, write: Write) -> None:
-    """A chain in which each starts the next, and ends."""
+    """In a chain of agents each starts the next one, and ends."""
     script = write("""
         print(aios.proc.getpid(), flush=True)
         try: aios.proc.spawn(sys.argv[0])
@@ -194,7 +194,7 @@ def test_files_and_the_store_count_as_disk(system: System, write: Write) -> None
     assert (done.returncode, "disk budget of 1.0M exceeded" in done.stderr) == (124, True)
 
 
-def test_an_agent_is_told_when_a_budget_runs_short(system: System, write: Write) -> None:
+def test_an_agent_gets_a_message_when_a_budget_runs_short(system: System, write: Write) -> None:
     script = write("""
         for _ in range(4): aios.tool.call("calc", expression="1")
         print(aios.msg.recv(timeout=30))
@@ -204,7 +204,7 @@ def test_an_agent_is_told_when_a_budget_runs_short(system: System, write: Write)
     assert done.stdout == "(1, {'budget': 'tool_calls', 'used': 4.0, 'limit': 5, 'group': ''})\n"
 
 
-def test_inspect_says_what_is_exact_and_what_lags(system: System, write: Write) -> None:
+def test_inspect_shows_which_figures_are_exact_and_which_lag(system: System, write: Write) -> None:
     script = write("print(aios.proc.getpid(), flush=True); aios.msg.recv()")
     job = system.popen("aios-run", "--tokens", "5", "--memory", "1G", script)
     assert job.stdout is not None
@@ -232,7 +232,7 @@ def test_agents_that_race_with_one_budget_do_not_go_beyond_it(system: System, wr
 
 
 def test_a_chain_of_agents_that_end_shares_one_cpu_budget(system: System, write: Write) -> None:
-    """Each lives shorter than the time between two samples."""
+    """Each lives for less than the time between two samples."""
     script = write("""
         end = time.process_time() + 0.04
         while time.process_time() < end: pass
@@ -243,7 +243,7 @@ def test_a_chain_of_agents_that_end_shares_one_cpu_budget(system: System, write:
     assert eventually(lambda: "CPU budget of 0.5 s used up" in system.log())
 
 
-def test_a_group_shares_its_budget_and_only_who_asks_is_ended(system: System, write: Write) -> None:
+def test_a_group_shares_its_budget_and_only_the_agent_that_requests_more_is_ended(system: System, write: Write) -> None:
     first = system.run("aios-run", "-g", "few", write(CALLS))
     assert first.stdout == "20 EDQUOT tool call budget of 20 used up by group few\n"
     assert first.returncode == 124
@@ -272,8 +272,8 @@ def kill_kernel(system: System) -> None:
 
 
 def test_a_kernels_death_in_the_middle_gives_nothing_back(fresh_aiosd: Fresh, write: Write) -> None:
-    """The parent is dead, its children race, and the kernel dies twice: no call too many begins, no child is counted
-    twice, and processor time goes on where it was."""
+    """The parent is dead, its children call at the same time, and the kernel dies twice: no call beyond the budget
+    begins, no child is counted twice, and processor time is counted on from where it was."""
     system = fresh_aiosd("--threads", "1")
     write("aios.msg.recv()\n" + CALLS + "\naios.msg.recv()", "child.py")
     parent = write("for _ in range(3): print(aios.proc.spawn('child.py'), flush=True)")
@@ -309,7 +309,7 @@ def test_a_kernels_death_in_the_middle_gives_nothing_back(fresh_aiosd: Fresh, wr
 
 
 def test_no_answer_is_empty_because_too_little_is_left(fresh_aiosd: Fresh, write: Write) -> None:
-    """Whatever is left, the last call is refused: an empty answer would be asked for again and again."""
+    """The last call is refused, whatever is left: an agent might repeat a call with an empty answer for ever."""
     system = fresh_aiosd("--threads", "1")
     agent = write("""
         try:

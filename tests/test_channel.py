@@ -23,7 +23,7 @@ from libaios.channel import Channel, ProtocolError, Side, make_channel, raise_ep
 from tests.interrupts import Interrupt, Interrupts
 
 SMALL = ring.MIN_RING
-LOST_S = 5.0  # a side that sleeps that long on a bell that should have rung was not woken
+LOST_S = 5.0  # a side that sleeps for so long has lost a wake-up
 
 
 class Ends:
@@ -31,12 +31,12 @@ class Ends:
 
     def __init__(self, sub_size: int = SMALL, comp_size: int = SMALL) -> None:
         memfd, kernel_bell, agent_bell = make_channel(sub_size, comp_size)
-        self.memfd, self.kernel_bell = os.dup(memfd), os.dup(kernel_bell)  # the supervisor's
+        self.memfd, self.kernel_bell = os.dup(memfd), os.dup(kernel_bell)  # those of the supervisor
         self.kernel = Channel(memfd, kernel_bell, Side.KERNEL)
         self.agent = Channel(os.dup(memfd), agent_bell, Side.AGENT)
 
     def new_kernel(self) -> Channel:
-        """What the supervisor does when the kernel has died."""
+        """Attach a new kernel, as the supervisor does when one has died."""
         self.kernel.close()
         raise_epoch(self.memfd)
         self.kernel = Channel(os.dup(self.memfd), os.dup(self.kernel_bell), Side.KERNEL)
@@ -65,7 +65,7 @@ def rung(side: Channel) -> bool:
 
 
 class Item:
-    """What is looked at: changes after some looks, which are counted."""
+    """A value that changes after a number of looks; looks are counted."""
 
     def __init__(self, after: int) -> None:
         self.looks, self.after = 0, after
@@ -92,13 +92,13 @@ def test_patience_that_does_not_pay_is_lost_and_comes_back() -> None:
     assert found > 3 * channels.RESTS - 10
 
 
-def test_all_that_fall_asleep_are_told_of_what_came_meanwhile(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_that_come_while_channels_announce_sleep_are_found(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Ends()
     try:
         both = [ends.kernel, other.kernel]
         for side in both:
             side.receive()
-            side._items[side._consumer.sleeps] = 0  # as it is while they are looked after
+            side._items[side._consumer.sleeps] = 0  # the value while the side is awake
         original = ring.fence
 
         def fence() -> None:
@@ -122,7 +122,7 @@ def test_a_look_at_several_rings_finds_the_one_that_has_something(ends: Ends) ->
         both = [ends.kernel, other.kernel]
         for side in both:
             side.receive()
-            side._items[side._consumer.sleeps] = 0  # as it is while they are looked after
+            side._items[side._consumer.sleeps] = 0  # the value while the side is awake
         assert not channels.look(both, 100)
         other.agent.send(b"found without a bell")
         assert not rung(other.kernel)
@@ -160,7 +160,7 @@ def test_a_busy_reader_is_not_rung_for_every_frame(ends: Ends) -> None:
     assert len(os.read(ends.kernel.fileno(), 100)) == 1
 
 
-def test_a_limited_receive_says_that_there_is_more(ends: Ends) -> None:
+def test_a_limited_receive_reports_that_there_is_more(ends: Ends) -> None:
     for number in range(5):
         ends.agent.send(bytes([number]))
     assert ends.kernel.receive(3) == [b"\0", b"\1", b"\2"]
@@ -169,7 +169,7 @@ def test_a_limited_receive_says_that_there_is_more(ends: Ends) -> None:
     assert not ends.kernel.more
 
 
-def test_a_reader_that_makes_room_rings_who_waits_for_it(ends: Ends) -> None:
+def test_a_reader_that_makes_room_rings_a_writer_that_waits_for_it(ends: Ends) -> None:
     frame = bytes(SMALL // 4)
     while not ends.agent.outbox_bytes:
         ends.agent.send(frame)
@@ -182,7 +182,7 @@ def test_a_reader_that_makes_room_rings_who_waits_for_it(ends: Ends) -> None:
 
 
 def test_wait_rings_again_when_its_ring_was_lost(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when a signal handler raises between a frame and its ring."""
+    """A ring is lost, for example, if a signal handler raises between a frame and its ring."""
     monkeypatch.setattr(channels, "BACKSTOP_S", 0.01)
     ends.agent.send(b"frame")
     os.read(ends.kernel.fileno(), 10)
@@ -191,10 +191,10 @@ def test_wait_rings_again_when_its_ring_was_lost(ends: Ends, monkeypatch: pytest
     assert rung(ends.kernel)
 
 
-def test_the_bell_of_one_that_never_listens_does_not_block(ends: Ends) -> None:
+def test_the_bell_of_an_agent_that_never_reads_it_does_not_block(ends: Ends) -> None:
     sleeps = ring._COMP + ring._SLEEPS
     for _ in range(20_000):  # more than a pipe holds
-        ends.agent._segment.items[sleeps] = 1  # an agent that says it sleeps and never reads its bell
+        ends.agent._segment.items[sleeps] = 1  # an agent that announces sleep and never reads its bell
         ends.kernel.send(b"r")
         ends.agent._consumer.get()
     assert not ends.kernel.hung_up
@@ -234,7 +234,7 @@ def test_a_hang_up_is_seen(ends: Ends) -> None:
 
 
 def test_a_frame_and_a_hang_up_at_once_are_both_found(ends: Ends) -> None:
-    """Both come with one event on the bell, and a look at it takes the ring alone."""
+    """Both cause one event on the bell, and reading it returns the ring only."""
     ends.agent.receive()  # asleep: the frame rings
     ends.kernel.send(b"last words")
     ends.kernel.close()
@@ -247,7 +247,7 @@ def test_a_frame_and_a_hang_up_at_once_are_both_found(ends: Ends) -> None:
     assert ends.agent.hung_up
 
 
-def test_shutdown_wakes_who_waits(ends: Ends) -> None:
+def test_shutdown_wakes_a_side_that_waits(ends: Ends) -> None:
     done = threading.Event()
 
     def wait() -> None:
@@ -264,7 +264,7 @@ def test_shutdown_wakes_who_waits(ends: Ends) -> None:
 
 
 def test_a_bell_shut_down_by_halves_is_an_end_and_nothing_is_raised() -> None:
-    """By a hostile agent: poll does not report it, and a kernel that attaches later rings, too."""
+    """A hostile agent shuts it down. poll does not report this, and a kernel that attaches later rings, too."""
     memfd, kernel_bell, agent_bell = make_channel()
     raise_epoch(memfd)
     with socket.socket(fileno=agent_bell) as bell:
@@ -278,8 +278,8 @@ def test_a_bell_shut_down_by_halves_is_an_end_and_nothing_is_raised() -> None:
     os.close(kernel_bell)
 
 
-def test_who_is_roused_wakes_once(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And sleeps in its read again afterwards."""
+def test_rouse_wakes_a_side_once(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Afterwards it sleeps again."""
     monkeypatch.setattr(channels, "BACKSTOP_S", 1000.0)
     ends.agent.sleep_in_read()
     bell = ends.agent.fileno()
@@ -293,7 +293,7 @@ def test_who_is_roused_wakes_once(ends: Ends, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_long_wait_sleeps_longer_each_time(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the first sleep after a frame is short again."""
+    """After a frame the first sleep is short again."""
     monkeypatch.setattr(channels, "BACKSTOP_S", 0.01)
     ends.agent._backstop_s = 0.01
     ends.agent.sleep_in_read()
@@ -316,7 +316,7 @@ def test_wait_ends_after_its_time(ends: Ends) -> None:
 
 
 def test_a_frame_that_comes_while_sleep_is_announced_is_received(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sender did not see us asleep, and has not rung."""
+    """Its sender has read that we are awake, and has not rung."""
     ends.kernel.receive()
     ends.kernel._segment.items[ends.agent._producer.sleeps] = 0
     original = ring.Consumer.gather
@@ -334,8 +334,8 @@ def test_a_ring_for_room_that_comes_between_pump_and_receive_is_not_lost(ends: E
     while not ends.kernel.outbox_bytes:
         ends.kernel.send(bytes(SMALL // 4))
     assert not ends.kernel.pump()
-    ends.agent.receive()  # makes room and rings,
-    ends.kernel.receive()  # … and this drains the bell
+    ends.agent.receive()  # makes room and rings
+    ends.kernel.receive()  # drains the bell
     assert ends.kernel.more
 
 
@@ -374,8 +374,8 @@ def test_a_frame_of_sixteen_megabytes(ends: Ends) -> None:
 
 @pytest.mark.parametrize("sizes", [(1, 3, 2), (1, 3000, 1, 700), (5000, 5000, 1)])
 def test_a_signal_handler_that_raises_anywhere_tears_nothing(sizes: tuple[int, ...]) -> None:
-    """What was being sent or received when it came may be lost, or not; all else arrives once, whole and in order, and
-    the owner notices the next ring."""
+    """The frame that was being sent or received may be lost or not. All others arrive once, whole and in order, and the
+    owner gets the next ring."""
     frames = [struct.pack("<I", number) * size for number, size in enumerate(sizes, 1)]
     for n in range(1, 100_000):
         ends = Ends()
@@ -421,7 +421,7 @@ def test_a_signal_handler_that_raises_anywhere_tears_nothing(sizes: tuple[int, .
 # ── epochs ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_new_kernel_hears_nothing_that_was_meant_for_the_dead_one(ends: Ends) -> None:
+def test_a_new_kernel_receives_no_frame_of_an_earlier_epoch(ends: Ends) -> None:
     ends.agent.send(b"old")
     kernel = ends.new_kernel()
     ends.agent.send(b"between the raise and the notice")
@@ -452,12 +452,12 @@ def test_the_kernel_died_with_half_a_reply_in_the_ring(ends: Ends) -> None:
     ends.kernel.send(b"whole")
     ends.kernel.send(bytes(3 * SMALL))
     kernel = ends.new_kernel()
-    assert ends.agent.receive() == [b"whole"]  # what it had published counts
+    assert ends.agent.receive() == [b"whole"]  # a published frame counts
     kernel.send(b"from the new one")
     assert ends.agent.receive() == [b"from the new one"]
 
 
-def test_a_new_kernel_wakes_who_sleeps(ends: Ends) -> None:
+def test_a_new_kernel_wakes_an_agent_that_sleeps(ends: Ends) -> None:
     ends.agent.receive()
     assert not rung(ends.agent)
     ends.new_kernel()
@@ -480,7 +480,7 @@ def test_a_new_kernel_finds_the_ring_full(ends: Ends) -> None:
 
 
 def test_agent_keeps_writing_while_the_kernel_reads(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel takes at most one ring of bytes and goes on to others, whatever limit it gave."""
+    """In one receive the kernel takes at most as many bytes as the ring has, whatever its limit of frames."""
     original = ring.Consumer._available
 
     def available(self: ring.Consumer) -> int:
@@ -515,7 +515,7 @@ def test_agent_destroys_the_header_before_the_kernel_looks() -> None:
     os.pwrite(memfd, os.urandom(ring.HEADER), 0)
     with pytest.raises(ProtocolError):
         Channel(memfd, kernel_bell, Side.KERNEL)
-    assert os.read(agent_bell, 1) == b""  # the refused channel has closed what it owned
+    assert os.read(agent_bell, 1) == b""  # the refused channel has closed its descriptors
     os.close(agent_bell)
 
 
@@ -549,7 +549,7 @@ def test_agent_writes_noise_everywhere(seed: int) -> None:
 
 
 def idle(chance: random.Random) -> None:
-    """A pause of random length, mostly none; without sleeping."""
+    """A busy pause of random length, mostly none."""
     if chance.random() < 0.02:
         for _ in range(chance.randrange(2000)):
             pass
@@ -558,7 +558,7 @@ def idle(chance: random.Random) -> None:
 
 
 def listen(side: Channel, what: str) -> None:
-    """Sleep on the bell alone, with no back-stop: a side that is not woken was forgotten."""
+    """Sleep on the bell without a time limit, so that a lost wake-up shows."""
     poll = select.poll()
     poll.register(side.fileno(), select.POLLIN)
     if not side.more and not poll.poll(LOST_S * 1000):

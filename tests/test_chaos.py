@@ -1,4 +1,4 @@
-"""A slice of benchmarks/chaos.py: any part killed at random moments, from a seed, and no other part is harmed."""
+"""A small run of benchmarks/chaos.py: parts are killed at random moments, from a seed, and no other part is harmed."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ Fresh = Callable[..., System]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., config.Settings]:
-    """Settings of a home whose aiosd.toml says `toml`, as read in the folder /models."""
+    """The settings of a home with this aiosd.toml, read in the folder /models."""
 
     def do(toml: str = "", environ: dict[str, str] | None = None, **flags: object) -> config.Settings:
         (tmp_path / "aiosd.toml").write_text(toml)
@@ -49,7 +49,7 @@ Load = Callable[..., config.Settings]
 # ── where a value comes from ──────────────────────────────────────────────────────────────────────────────
 
 
-def test_nothing_said_is_the_embedded_model(load: Load) -> None:
+def test_the_default_is_the_embedded_model(load: Load) -> None:
     settings = load()
     (model,) = settings.models
     assert model.name == "nano"
@@ -85,7 +85,7 @@ def test_how_far_not(load: Load, wrong: str) -> None:
         load(f"lookahead = {wrong}")
 
 
-def test_an_empty_variable_is_none(load: Load) -> None:
+def test_an_empty_variable_counts_as_unset(load: Load) -> None:
     assert load("slots = 3", {"AIOSD_SLOTS": ""}).models[0].slots == 3
 
 
@@ -182,7 +182,7 @@ def test_two_models_of_one_name(load: Load) -> None:
         ("[[agent]]\nfile = 'a'\nargs = 'x y'\n", "line 3: args: 'x y' is no list of texts"),
     ],
 )
-def test_an_error_in_the_file_tells_its_place(load: Load, tmp_path: Path, toml: str, words: str) -> None:
+def test_an_error_in_the_file_names_its_place(load: Load, tmp_path: Path, toml: str, words: str) -> None:
     with pytest.raises(UsageError) as told:
         load(toml)
     assert str(tmp_path / "aiosd.toml") in str(told.value)
@@ -190,7 +190,7 @@ def test_an_error_in_the_file_tells_its_place(load: Load, tmp_path: Path, toml: 
     assert "\n" not in str(told.value)
 
 
-def test_an_error_in_the_environment_tells_the_variable(load: Load) -> None:
+def test_an_error_in_the_environment_names_the_variable(load: Load) -> None:
     with pytest.raises(UsageError, match="AIOSD_SLOTS: 'x' is no whole number"):
         load(environ={"AIOSD_SLOTS": "x"})
 
@@ -273,7 +273,7 @@ def test_shares_of_groups(load: Load, toml: str) -> None:
     assert load(toml, {"AIOSD_SHARES": "web=1"}).shares == {"web": 1.0}
 
 
-def test_the_settings_know_the_policies_that_there_are() -> None:
+def test_the_settings_have_all_policies() -> None:
     assert policy.NAMES == keys.POLICIES
 
 
@@ -333,7 +333,7 @@ def test_broken_settings_leave_a_running_system_alone(fresh_aiosd: Fresh) -> Non
     assert system.status()["state"] == "ready"
 
 
-def test_a_terminal_that_is_closed_ends_what_was_started_in_it(fresh_aiosd: Fresh) -> None:
+def test_aiosd_ends_with_the_terminal_in_which_it_runs(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd(start=False)
     master, slave = os.openpty()
     with open(slave, "r+b", buffering=0) as terminal:
@@ -412,13 +412,13 @@ def test_background_starter_that_is_interrupted_takes_the_system_down(fresh_aios
     lock = system.home / "data" / "lock"
     assert eventually(lambda: lock.exists() and lock.read_text())
     starter.send_signal(signal.SIGINT)
-    assert starter.wait(30) in (-signal.SIGINT, 0)  # 0: it was ready before the signal came
+    assert starter.wait(30) in (-signal.SIGINT, 0)  # 0: it was ready before the signal
     if starter.returncode == 0:
         system.run("aiosd", "stop", check=True)
     assert eventually(lambda: not system.processes())
 
 
-def test_a_home_that_cannot_be_made_is_told_with_a_way_out(fresh_aiosd: Fresh) -> None:
+def test_a_home_that_cannot_be_made_is_reported_with_a_remedy(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd(start=False)
     for options in ([], ["-d"]):
         done = system.run("aiosd", *options, env={"AIOS_HOME": "/proc/nowhere"})
@@ -455,14 +455,14 @@ def test_restart_starts_as_it_was_started(fresh_aiosd: Fresh, tmp_path: Path) ->
         system.run("aiosd", "stop")
 
 
-def test_what_runs_in_the_foreground_is_not_restarted_behind_its_back(fresh_aiosd: Fresh) -> None:
+def test_a_system_in_the_foreground_is_not_restarted(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd()
     done = system.run("aiosd", "restart")
     assert (done.returncode, system.alive) == (1, True)
     assert f"runs in the foreground (pid {system.daemon.pid})" in done.stderr
 
 
-def test_reload_tells_what_took_effect(fresh_aiosd: Fresh) -> None:
+def test_reload_reports_what_took_effect(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd()
     file = system.home / "aiosd.toml"
     assert system.run("aiosd", "reload", check=True).stdout == "nothing changed\n"
@@ -600,7 +600,7 @@ def _keys(value: object) -> set[str]:
     return set(value).union(*map(_keys, value.values())) if isinstance(value, dict) else set()
 
 
-def test_no_figure_of_a_status_is_named_as_in_the_code(aiosd: System) -> None:
+def test_every_figure_of_a_status_has_a_label_in_plain_words(aiosd: System) -> None:
     shown = aiosd.run("aiosd", "status", "-v", check=True).stdout
     for words in ("  Linux pid ", "  parameters ", "  KV memory ", "(asked for)"):
         assert words in shown
@@ -678,7 +678,7 @@ def test_completion_has_every_command(fresh_aiosd: Fresh, shell: str) -> None:
 
 
 def complete(aiosd: System, line: str) -> list[str]:
-    """What bash would offer after `line`."""
+    """The completions that bash offers after `line`."""
     words = line.split(" ")
     script = (
         'eval "$(aiosd completion bash)"\n'
@@ -691,7 +691,7 @@ def complete(aiosd: System, line: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_completion_knows_options_pids_and_names(aiosd: System) -> None:
+def test_completion_has_options_pids_and_names(aiosd: System) -> None:
     pid = aiosd.run("aios-run", "-d", "--name", "completed", "--", "sleep", "300", check=True).stdout.strip()
     assert complete(aiosd, "aios-kill comp") == ["completed"]
     assert pid in complete(aiosd, "aios-wait ")
@@ -721,7 +721,7 @@ def test_completion_knows_options_pids_and_names(aiosd: System) -> None:
         ("aiosd set stop_timeout ", []),
     ],
 )
-def test_completion_knows_words(fresh_aiosd: Fresh, line: str, words: list[str]) -> None:
+def test_completion_has_words(fresh_aiosd: Fresh, line: str, words: list[str]) -> None:
     assert complete(fresh_aiosd(start=False), line) == words
 
 

@@ -115,7 +115,7 @@ def test_int_and_quit_are_passed_on(aiosd: System, name: str) -> None:
     view = attach(aiosd, start(aiosd, f"trap 'echo {name}; exit 8' {name}; echo up; {LOOP}"))
     assert line_of(view) == "up\n"
     view.send_signal(getattr(signal, f"SIG{name}"))
-    assert f"{name}\n" in view.communicate(timeout=PATIENCE_S)[0]  # after what the shell prints of its child
+    assert f"{name}\n" in view.communicate(timeout=PATIENCE_S)[0]  # after the shell's line about its child
     assert view.returncode == 8
 
 
@@ -127,7 +127,7 @@ def test_an_agent_that_dies_of_our_int_takes_us_with_it(aiosd: System) -> None:
 
 
 @pytest.mark.parametrize(("options", "number"), [(["--no-signals"], 2), ([], 1), ([], 15)], ids=["INT", "HUP", "TERM"])
-def test_what_only_detaches(aiosd: System, options: list[str], number: int) -> None:
+def test_what_detaches_and_does_not_end_the_agent(aiosd: System, options: list[str], number: int) -> None:
     pid = start(aiosd, "echo up; exec sleep 300")
     view = attach(aiosd, pid, *options)
     assert line_of(view) == "up\n"
@@ -148,7 +148,7 @@ def test_nothing_of_it_is_lost_when_the_kernel_dies(fresh_aiosd: Fresh) -> None:
     assert view.wait(PATIENCE_S) == 6
 
 
-def test_when_aiosd_is_gone_it_says_so(fresh_aiosd: Fresh) -> None:
+def test_when_aiosd_has_ended_it_reports_that(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd()
     view = attach(system, start(system, "echo up; exec sleep 300"))
     assert line_of(view) == "up\n"
@@ -184,7 +184,7 @@ def test_it_ends_when_its_reader_has_gone(aiosd: System) -> None:
     aiosd.run("aios-kill", pid, check=True)
 
 
-def test_signals_are_passed_on_while_the_reader_stands_still(aiosd: System) -> None:
+def test_signals_are_passed_on_while_the_reader_does_not_read(aiosd: System) -> None:
     output, printing = os.pipe()
     try:
         view = aiosd.popen(
@@ -314,7 +314,7 @@ def test_dt_keys_and_the_window_belong_to_the_agent(shell: Terminal, aiosd: Syst
     shell.expect(re.escape(PROMPT) + "$")
     shell.command("aios-attach held")
     shell.expect("33 111\nup\n")
-    shell.expect("33 111\n")  # it is told to paint anew
+    shell.expect("33 111\n")  # it gets WINCH and paints again
     shell.resize(17, 55)
     shell.expect("17 55\n")
     shell.type(CTRL_C)
@@ -326,7 +326,7 @@ def test_dt_other_keys_to_detach(shell: Terminal, aiosd: System) -> None:
     pid = held(aiosd)
     shell.command("aios-attach --detach-keys ctrl-a,d held")
     shell.expect("up\n")
-    shell.type("\x10\x11x\r")  # these are keys like others now
+    shell.type("\x10\x11x\r")  # now these keys go to the agent
     shell.expect("got .*x\n")
     shell.type("\x01d")
     shell.expect("detached")
@@ -369,7 +369,7 @@ def test_dt_leaves_the_terminal_as_it_was(shell: Terminal, aiosd: System, how: s
             aiosd.run("aios-kill", "-KILL", pid, check=True)
         case "holder killed":
             holders()[0].kill()
-        case "no signal for the agent":  # it lives on without its terminal: Ctrl-C is a signal again
+        case "no signal for the agent":  # the agent lives on without its terminal: Ctrl-C is a signal again
             holders()[0].kill()
             assert eventually(lambda: shell.modes() == before)
             shell.type(CTRL_C)
@@ -440,7 +440,7 @@ def test_dt_has_a_size_where_there_is_no_terminal(aiosd: System) -> None:
     assert aiosd.run("aios-attach", held(aiosd, "stty size; tty")).stdout.startswith("24 80\n/dev/pts/")
 
 
-def test_dt_what_does_not_start_is_told_as_by_aios_run(aiosd: System, fresh_aiosd: Fresh) -> None:
+def test_dt_a_failed_start_is_reported_as_by_aios_run(aiosd: System, fresh_aiosd: Fresh) -> None:
     done = aiosd.run("aios-run", "-dt", "--", "no-such-program")
     assert (done.returncode, done.stderr) == (127, "aios-run: no-such-program: not found\n")
     none = fresh_aiosd(start=False).run("aios-run", "-dt", "--", "true")

@@ -133,7 +133,7 @@ def test_a_name_stands_for_all_live_agents(aiosd: System) -> None:
     aiosd.run("aios-kill", bystander, check=True)
 
 
-def test_unknown_pids_are_told_and_the_others_done(aiosd: System) -> None:
+def test_unknown_pids_are_reported_and_the_others_signalled(aiosd: System) -> None:
     pid = sleeper(aiosd)
     done = aiosd.run("aios-kill", "999998", pid, "999999", "nobody")
     assert done.returncode == 1
@@ -169,7 +169,7 @@ def test_a_process_group(aiosd: System, tmp_path: Path) -> None:
     assert "aios-kill: -999999: no such" in done.stderr
 
 
-def test_timeout_kills_what_does_not_go(aiosd: System) -> None:
+def test_timeout_kills_an_agent_that_does_not_end(aiosd: System) -> None:
     run = aiosd.popen(
         "aios-run", "--name", "stubborn", "--", "sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"
     )
@@ -200,8 +200,8 @@ def test_an_agent_may_not_kill_a_stranger(aiosd: System) -> None:
 
 
 @pytest.mark.parametrize("command", ["aios-kill", "aios-renice 5"])
-def test_an_error_speaks_of_what_was_typed(aiosd: System, command: str) -> None:
-    """And names which agent it is about, where several have the name."""
+def test_an_error_names_the_argument_as_typed(aiosd: System, command: str) -> None:
+    """And names the agent, where several have this name."""
     program, *options = command.split()
     first = sleeper(aiosd, "typed")
     one = aiosd.run("aios-run", "--", program, *options, "typed")
@@ -263,7 +263,7 @@ def test_run_with_a_nice_value(aiosd: System) -> None:
     aiosd.run("aios-kill", pid, check=True)
 
 
-def test_renice_what_is_not_there(aiosd: System) -> None:
+def test_renice_an_unknown_agent(aiosd: System) -> None:
     done = aiosd.run("aios-renice", "5", "999999", "nobody")
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["aios-renice: 999999: no such agent", "aios-renice: nobody: no such agent"]

@@ -40,14 +40,14 @@ NOW = 1_800_000_000.0
         ("14:05:00", datetime.fromtimestamp(NOW).replace(hour=14, minute=5, second=0).timestamp()),
     ],
 )
-def test_moments_as_people_write_them(text: str, moment: float) -> None:
+def test_times_as_people_write_them(text: str, moment: float) -> None:
     assert parse_moment(text, NOW) == moment
 
 
 @pytest.mark.parametrize(
     "text", ["", "yesterday", "-5", "@", "1e9", "inf", "nan", "10x", "2026-13-01", "25:00", "1:2", "@99999999999999"]
 )
-def test_what_is_no_moment(text: str) -> None:
+def test_invalid_times(text: str) -> None:
     with pytest.raises(ValueError, match="is neither a date"):
         parse_moment(text, NOW)
 
@@ -130,7 +130,7 @@ def test_since(aiosd: System) -> None:
     aiosd.run("aios-kill", pid, check=True)
 
 
-def test_an_attached_agent_has_no_log_and_that_is_said(aiosd: System) -> None:
+def test_an_attached_agent_has_no_log_and_the_command_reports_that(aiosd: System) -> None:
     run = aiosd.popen("aios-run", "--name", "here", "--", "sh", "-c", "echo up; read x")
     assert run.stdout.readline() == "up\n"
     done = aiosd.run("aios-logs", "here")
@@ -154,7 +154,7 @@ def test_the_system_is_no_agent(aiosd: System, command: str) -> None:
         assert told == f"{program}: {word}: is part of aiosd itself (see aiosd status, aiosd stop)\n"
 
 
-def test_interrupted_it_dies_of_that(aiosd: System) -> None:
+def test_it_dies_by_an_interrupt(aiosd: System) -> None:
     pid = start(aiosd, "echo up; exec sleep 300")
     follower = aiosd.popen("aios-logs", "-f", pid)
     assert follower.stdout.readline() == "up\n"
@@ -198,7 +198,7 @@ def test_a_log_has_a_limit_and_is_read_across_its_files(fresh_aiosd: Fresh) -> N
     assert found == [0]
 
 
-def test_what_was_forgotten_leaves_no_file(fresh_aiosd: Fresh) -> None:
+def test_an_agent_that_leaves_the_history_leaves_no_log(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd("--keep-dead", "2", "--log-size", "4K")
     logs = system.home / "data" / "logs"
     for _ in range(5):
@@ -207,7 +207,7 @@ def test_what_was_forgotten_leaves_no_file(fresh_aiosd: Fresh) -> None:
     assert eventually(lambda: len({path.name.split(".")[0] for path in logs.iterdir()}) == 2), sorted(logs.iterdir())
 
 
-def test_logs_outlive_the_system_as_long_as_the_dead_are_remembered(fresh_aiosd: Fresh) -> None:
+def test_logs_outlive_the_system_as_long_as_their_agents_are_in_the_history(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd("--keep-dead", "2")
     first, second = (start(system, f"echo of the first boot {n}") for n in (1, 2))
     system.run("aios-wait", first, second, check=True)
@@ -288,7 +288,7 @@ def test_wait_exits_with_the_last_status(aiosd: System) -> None:
     pids = [start(aiosd, f"exit {n}", f"w{n}") for n in (3, 4)]
     assert aiosd.run("aios-wait", *pids).returncode == 4
     assert aiosd.run("aios-wait", *reversed(pids)).returncode == 3
-    assert aiosd.run("aios-wait", pids[0]).returncode == 3  # it is kept, however often it is asked for
+    assert aiosd.run("aios-wait", pids[0]).returncode == 3  # the status is kept, however often it is read
 
 
 def test_wait_for_a_live_one_by_name(aiosd: System) -> None:
@@ -296,7 +296,7 @@ def test_wait_for_a_live_one_by_name(aiosd: System) -> None:
     assert aiosd.run("aios-wait", "later").returncode == 6
 
 
-def test_wait_for_another_ones_child_does_not_take_it_away(aiosd: System, tmp_path: Path) -> None:
+def test_wait_for_another_agents_child_does_not_reap_it(aiosd: System, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import libaios as aios\n"
@@ -331,7 +331,7 @@ def test_wait_with_a_timeout(aiosd: System) -> None:
     aiosd.run("aios-kill", pid, check=True)
 
 
-def test_wait_tells_no_aiosd_from_an_agent_that_failed(fresh_aiosd: Fresh) -> None:
+def test_wait_distinguishes_no_aiosd_from_an_agent_that_failed(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd(start=False)
     done = system.run("aios-wait", "7")
     assert (done.returncode, done.stderr.count("\n")) == (125, 1)
@@ -358,7 +358,7 @@ def test_inspect_is_a_list_of_records(aiosd: System) -> None:
     aiosd.run("aios-kill", *pids, check=True)
 
 
-def test_inspect_tells_what_it_found_and_what_not(aiosd: System) -> None:
+def test_inspect_reports_found_and_unknown_agents(aiosd: System) -> None:
     pid = start(aiosd, "exit 3")
     aiosd.run("aios-wait", pid)
     done = aiosd.run("aios-inspect", pid, "nobody", "999999")

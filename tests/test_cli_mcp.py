@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def with_client(system: System, act: Callable[[Client], Any], *options: str) -> Any:
-    """What `act` gives of a client of `aiosd mcp`."""
+    """Run `act` with a client of `aiosd mcp`; returns its result."""
 
     async def run() -> Any:
         env = {**os.environ, "AIOS_HOME": str(system.home), "PYTHONPATH": str(ROOT)}
@@ -95,7 +95,7 @@ def test_the_tools_of_agents_are_those_of_the_person(aiosd: System) -> None:
     with_client(aiosd, act)
 
 
-def test_only_what_was_named_is_offered(aiosd: System) -> None:
+def test_only_named_tools_are_offered(aiosd: System) -> None:
     async def act(client: Client) -> None:
         assert [tool.name for tool in (await client.list_tools()).tools] == ["ps", "calc"]
         assert await call(client, "calc", expression="1") == ("1", False)
@@ -162,7 +162,7 @@ def test_it_ends_with_its_input_and_on_an_interrupt(aiosd: System, end: str) -> 
         assert process.stderr.read() == ""
 
 
-def test_without_aiosd_or_the_package_it_says_so(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+def test_without_aiosd_or_the_package_it_reports_that(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
     system = fresh_aiosd(start=False)
     done = system.run("aiosd", "mcp")
     assert (done.returncode, "no aiosd is running" in done.stderr) == (1, True), done.stderr

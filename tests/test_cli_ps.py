@@ -93,7 +93,7 @@ def test_forest_is_drawn() -> None:
 
 @given(st.lists(st.integers(0, 30), max_size=30))
 def test_forest_shows_everyone_once_and_parents_first(parents: list[int]) -> None:
-    """Whatever the parents are said to be, short of a circle."""
+    """With any parents that form no circle."""
     family = [proc(pid, parent if parent < pid else 0) for pid, parent in enumerate(parents, 1)]
     order, branches = table.forest(family)
     assert sorted(p.pid for p in order) == [p.pid for p in family]
@@ -249,7 +249,7 @@ def test_json_of_chosen_columns(aiosd: System, sleepers: list[str]) -> None:
     assert len(ask("-f")[0]) > 15
 
 
-def test_the_dead_that_are_remembered(aiosd: System) -> None:
+def test_agents_of_the_history(aiosd: System) -> None:
     pid = aiosd.run("aios-run", "-d", "--name", "gone", "--", "sh", "-c", "exit 3", check=True).stdout.strip()
     aiosd.run("aios-wait", pid)
     columns = ["-o", "pid=,stat=,exit=,name="]
@@ -262,13 +262,13 @@ def test_the_dead_that_are_remembered(aiosd: System) -> None:
     assert (head.split()[2:4], line.split()[2:4]) == (["STAT", "EXIT"], ["X", "3"])
 
 
-def test_of_the_dead_all_their_time_is_known_and_grows_no_more(aiosd: System) -> None:
+def test_the_time_of_an_ended_agent_is_complete_and_grows_no_more(aiosd: System) -> None:
     work = "import time\nwhile time.process_time() < 0.3: pass"
     pid = aiosd.run("aios-run", "-d", "--", "python3", "-c", work, check=True).stdout.strip()
     aiosd.run("aios-wait", pid, check=True)
     ask = ["--dead", "--json", "-p", pid, "-o", "cpu_s,etime"]
     first, second = (json.loads(aiosd.run("aios-ps", *ask, check=True).stdout)[0] for _ in range(2))
-    assert first["cpu_s"] >= 0.3  # nobody had asked while it lived
+    assert first["cpu_s"] >= 0.3  # it was never sampled while it lived
     assert first == second
 
 

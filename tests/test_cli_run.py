@@ -192,7 +192,7 @@ def test_arguments_environment_folder_umask_streams(aiosd: System, tmp_path: Pat
 
 
 def test_its_very_descriptors_are_passed(aiosd: System, tmp_path: Path) -> None:
-    """A file stays a file: the agent can seek in it, and appends where the shell said so."""
+    """A file stays a file: the agent can seek in it, and appends if the shell opened it so."""
     (tmp_path / "in").write_text("0123456789")
     (tmp_path / "out").write_text("before\n")
     script = "import os; os.lseek(0, 5, 0); os.write(1, os.read(0, 9) + b'\\n')"
@@ -240,7 +240,7 @@ def test_modules_are_not_looked_for_beside_aiosd(aiosd: System, tmp_path: Path) 
 
 
 def run_bytes(system: System, *argv: bytes, env: dict[bytes, bytes] | None = None, cwd: bytes | None = None) -> bytes:
-    """What a command prints, none of whose words need be UTF-8."""
+    """Run a command whose words may be any bytes; returns its output."""
     done = subprocess.run(
         argv,
         env={os.fsencode(k): os.fsencode(v) for k, v in system.env.items()} | (env or {}),
@@ -334,7 +334,7 @@ def test_a_script_on_stdin(aiosd: System, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (python.returncode, python.stdout, python.stderr)
     pid = aiosd.run("aios-run", "-d", "-", check=True, input="raise SystemExit(3)").stdout.strip()
-    assert aiosd.run("aios-wait", pid).returncode == 0  # a detached one has no stdin of ours
+    assert aiosd.run("aios-wait", pid).returncode == 0  # a detached agent does not get the stdin of aios-run
 
 
 def test_a_program_that_was_taken_for_a_script(aiosd: System) -> None:
@@ -362,7 +362,7 @@ def test_a_terminal_is_given_for_writing_only(aiosd: System, tmp_path: Path) -> 
 
 
 def test_a_terminal_that_cannot_be_opened_again_is_not_given(aiosd: System, tmp_path: Path) -> None:
-    """As after su: it belongs to another user. The agent writes into pipes, and what it wrote is shown."""
+    """After su, for example, it belongs to another user. The agent then writes into pipes, and aios-run prints that."""
     script = tmp_path / "agent.py"
     script.write_text(
         "import os, stat, sys\n"
@@ -454,7 +454,7 @@ def test_signals_are_sent_on(aiosd: System) -> None:
 
 
 def test_it_dies_of_an_interrupt_as_the_agent_does(aiosd: System) -> None:
-    """Else a shell would go on with its loop."""
+    """Otherwise a shell would go on with its loop."""
     run = aiosd.popen("aios-run", "--", "sh", "-c", "echo up; exec sleep 300")
     assert run.stdout.readline() == "up\n"
     run.send_signal(signal.SIGINT)
@@ -462,14 +462,14 @@ def test_it_dies_of_an_interrupt_as_the_agent_does(aiosd: System) -> None:
     assert aiosd.run("aios-run", "--", "sh", "-c", "kill -INT $$").returncode == 130, "no signal came to aios-run"
 
 
-def test_a_budget_is_told_on_stderr(aiosd: System) -> None:
+def test_a_used_up_budget_is_reported_on_stderr(aiosd: System) -> None:
     done = aiosd.run("aios-run", "--time", "0.3", "--", "sleep", "300")
     assert done.returncode == 124
     assert done.stderr.startswith("aios-run: agent ")
     assert done.stderr.endswith(": time budget of 0.3 s used up\n")
 
 
-def test_detached_prints_the_pid_and_is_gone(aiosd: System) -> None:
+def test_detached_prints_the_pid_and_returns(aiosd: System) -> None:
     done = aiosd.run("aios-run", "-d", "--", "sh", "-c", "echo hidden; sleep 300", check=True)
     pid = done.stdout.strip()
     assert pid.isdigit()
@@ -504,7 +504,7 @@ def test_inside_an_agent_it_starts_a_child(aiosd: System) -> None:
 
 
 def test_fast_agents_one_after_the_other(aiosd: System) -> None:
-    """An agent that has ended before anybody waits for it."""
+    """An agent may end before it is waited for."""
     assert [aiosd.run("aios-run", "--", "sh", "-c", f"exit {n}").returncode for n in range(10)] == list(range(10))
 
 

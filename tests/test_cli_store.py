@@ -71,7 +71,7 @@ def test_from_one_home_to_another(fresh_aiosd: Callable[..., System], tmp_path: 
 
 
 def test_a_damaged_store_is_named_and_repaired(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
-    """aiosd serves what it can of it meanwhile, and its log tells what to do."""
+    """aiosd serves the undamaged part meanwhile, and its log says what to do."""
     system = fresh_aiosd()
     with Client(Home(str(system.home))) as client:
         for number in range(20):

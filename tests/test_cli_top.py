@@ -1,4 +1,4 @@
-"""aios-top: pictures from samples; then a real one, plain, on a pty, and in tmux."""
+"""aios-top: screens from given samples; then a real aios-top, plain, on a pty, and in tmux."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ STATUS: dict[str, Any] = {
 # ── pure ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_head_has_what_the_system_tells() -> None:
+def test_the_head_shows_the_figures_of_the_system() -> None:
     lines = picture.head(STATUS, 80, 0.0)
     assert re.fullmatch(r"aios-top \d\d:\d\d:\d\d, up 1 min 15 s, policy fair \(64 tokens or 10 s\)", lines[0])
     assert lines[1:] == [
@@ -125,7 +125,7 @@ def test_the_store_is_shown_when_it_is_used() -> None:
     assert picture.head({"services": [{"kind": "store", "stats": {"hits": 0, "bytes": 0}}]}, 100, 0.0)[2:] == []
 
 
-def test_a_model_that_is_not_there_says_why() -> None:
+def test_a_model_that_does_not_run_is_shown_with_the_reason() -> None:
     model = {"name": "big", "state": "down", "last_death": "SIGKILL", "stats": {}}
     assert picture.head({"models": [model]}, 80, 0.0)[2] == "big  down (SIGKILL)"
 
@@ -228,7 +228,7 @@ def test_all_adds_the_system(aiosd: System) -> None:
     assert {"supervisor", "kernel", "llm"} <= names
 
 
-def test_status_tells_people_the_same_figures(aiosd: System) -> None:
+def test_status_prints_the_same_figures(aiosd: System) -> None:
     told, shown = aiosd.status()["models"][0]["stats"], aiosd.run("aiosd", "status", "-v", check=True).stdout
     assert "tiers" in told
     for name in ("slots", "running", "waiting", "policy", "tokens_per_s", "prefix", "preemptions", "step_s"):
@@ -253,14 +253,14 @@ MODERN = ("env", "TERM=xterm")
 
 @pytest.fixture
 def shell(aiosd: System) -> Iterator[Terminal]:
-    """`sh` at a terminal: what a command leaves behind is seen in the modes."""
+    """`sh` at a terminal, whose modes show what a command has changed."""
     terminal = Terminal(aiosd, "sh", "-i")
     yield terminal
     terminal.close()
 
 
 def top(shell: Terminal, *options: str) -> list[Any]:
-    """Start it; the modes of the terminal before."""
+    """Start aios-top; returns the modes of the terminal before."""
     shell.expect("READY> $")
     before = shell.modes()
     shell.command(" ".join([*MODERN, "aios-top", "-d", "0.2", *options]))
@@ -270,7 +270,7 @@ def top(shell: Terminal, *options: str) -> list[Any]:
 
 
 def the_top(shell: Terminal) -> int:
-    """Its Linux pid."""
+    """The Linux pid of aios-top."""
     (pid,) = (p.pid for p in shell.system.processes() if "/aios-top" in command_line(p))
     return pid
 
@@ -279,7 +279,7 @@ def test_q_and_n_end_it_and_the_terminal_is_as_before(shell: Terminal) -> None:
     before = top(shell)
     shell.type("q")
     assert shell.exit_code() == 0
-    shell.expect("READY> $")  # else it would be taken for the one after the next command
+    shell.expect("READY> $")  # or it would match as the prompt after the next command
     assert shell.modes() == before
     shell.command(" ".join([*MODERN, "aios-top", "-d", "0.1", "-n", "2"]))
     assert shell.exit_code() == 0
@@ -351,7 +351,7 @@ def test_the_machine_is_in_the_picture(aiosd: System) -> None:
     assert re.search(r"\n\d+ CPUs? \d+% busy, load ", second)
 
 
-def test_a_terminal_that_cannot_is_told_of_b(shell: Terminal) -> None:
+def test_on_a_terminal_without_the_abilities_the_error_names_option_b(shell: Terminal) -> None:
     for name in ("dumb", "nosuchterminal"):
         shell.expect("READY> $")
         shell.command(f"env TERM={name} aios-top")
@@ -412,7 +412,7 @@ def tmux(aiosd: System, tmp_path: Path) -> Iterator[Callable[..., Tmux]]:
 
 
 def first_row(lines: list[str]) -> int:
-    """Where the first agent stands. The store has a line of its own above, once it is used."""
+    """The row of the first agent. Above is a line of the store, once it is used."""
     return next(number for number, line in enumerate(lines, 1) if line.split()[:1] == ["PID"])
 
 
@@ -433,7 +433,7 @@ def test_another_size(tmux: Callable[..., Tmux], sleepers: list[str]) -> None:
     window("resize-window", "-x", "40", "-y", "12")
     assert eventually(lambda: len(window.screen()) == 12 and "q quit" in window.screen()[-1])
     assert max(map(len, window.screen())) <= 40
-    window("resize-window", "-x", "5", "-y", "2")  # nonsense, and no crash
+    window("resize-window", "-x", "5", "-y", "2")  # an absurd size must not crash it
     window("resize-window", "-x", "100", "-y", "30")
     assert window.shows("second$")
     assert len(window.screen()) == 30

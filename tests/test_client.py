@@ -1,4 +1,4 @@
-"""The control socket: found, or reported as missing in one sentence; and one identity over the death of a kernel."""
+"""Clients of the control socket: finding it, errors of one sentence, and one identity across the death of a kernel."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def client(kernel: SocketKernel) -> Iterator[Client]:
 # ── connecting ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_no_socket_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_socket_is_an_error_of_one_sentence(tmp_path: Path) -> None:
     words = f"no aiosd is running .no socket at {tmp_path}/aiosd.sock.; start one with"
     with pytest.raises(NoKernel, match=words) as caught:
         Client(Home(tmp_path))
     assert caught.value.errno == errno.ECONNREFUSED
 
 
-def test_no_folder_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error_of_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(NoKernel, match="no aiosd is running"):
         Client(Home(tmp_path / "nowhere"))
 
@@ -78,7 +78,7 @@ def test_a_path_too_long_for_a_socket_is_reached(tmp_path: Path) -> None:
     kernel.close()
 
 
-def test_something_else_answers(kernel: SocketKernel) -> None:
+def test_another_program_answers(kernel: SocketKernel) -> None:
     made = aside(Client, Home(kernel.path.parent))
     kernel.accept()
     kernel.send(b"HTTP/1.1 400 Bad Request")
@@ -120,7 +120,7 @@ def test_a_default_folder_of_another_user_is_not_trusted(kernel: SocketKernel, m
 
 
 def fill_queue(kernel: SocketKernel) -> list[socket.socket]:
-    """Connections that wait to be accepted, and as the last one that which found no room."""
+    """Connections that wait to be accepted; the last one found no room in the queue."""
     kernel.listener.listen(0)
     waiting = []
     while True:
@@ -133,7 +133,7 @@ def fill_queue(kernel: SocketKernel) -> list[socket.socket]:
             return waiting
 
 
-def test_so_many_connect_that_the_queue_is_full(tmp_path: Path) -> None:
+def test_the_queue_of_connections_is_full(tmp_path: Path) -> None:
     kernel = SocketKernel(tmp_path / "aiosd.sock")
     waiting = fill_queue(kernel)
     made = aside(Client, Home(tmp_path))
@@ -207,7 +207,7 @@ def readable(fd: int) -> bool:
 
 
 def test_asking_for_the_descriptor_again_takes_nothing(kernel: SocketKernel, client: Client) -> None:
-    """Else a loop would sleep on what it took with that."""
+    """Otherwise a loop would sleep although a reply was taken."""
     fd = client.fileno()
     call = client.submit(Sys.GETPID, NoArgs())
     kernel.reply(kernel.take(), 5)
@@ -228,7 +228,7 @@ def test_aios_run_sees_a_reply_that_comes_just_before_it_sleeps(
     looked: list[bool] = []
 
     def pump() -> None:
-        """The first time as if the reply came right after the look."""
+        """The first time the reply comes right after the look."""
         if looked:
             client.pump()
         else:
@@ -257,7 +257,7 @@ def test_open_calls_survive_the_kernel_under_one_identity(kernel: SocketKernel, 
     for request in again:
         kernel.reply(request, args_of(request).text)
     assert sorted(call.result(PATIENCE_S) for call in calls) == ["0", "1", "2"]
-    assert client.fileno() == fd  # a loop that watches it need not know
+    assert client.fileno() == fd  # a loop that watches it need not change
 
 
 def test_a_loop_of_the_callers_own_sees_the_reconnect(kernel: SocketKernel, client: Client) -> None:
@@ -301,7 +301,7 @@ def test_the_kernel_dies_while_a_large_call_is_sent(kernel: SocketKernel, client
     assert call.result(PATIENCE_S) == 1
 
 
-def test_aiosd_that_was_started_anew_is_another_one(kernel: SocketKernel, client: Client) -> None:
+def test_a_restarted_aiosd_is_another_system(kernel: SocketKernel, client: Client) -> None:
     call = aside(client.call, Sys.GETPID, NoArgs(), int)
     kernel.take()
     kernel.boot = "another boot"
@@ -331,12 +331,12 @@ def test_closing_from_another_thread_ends_a_call(kernel: SocketKernel, client: C
 # ── no kernel for a while ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_nothing_but_waiting_waits_while_there_is_no_kernel(kernel: SocketKernel, client: Client) -> None:
-    """Another thread waits for a reply meanwhile, and so reads the connection."""
+def test_only_waiting_calls_wait_while_there_is_no_kernel(kernel: SocketKernel, client: Client) -> None:
+    """Meanwhile another thread waits for a reply, and so reads the connection."""
     waiting = aside(client.call, Sys.GETPID, NoArgs(), int)
     kernel.take(Sys.GETPID)
     kernel.die()
-    kernel.accept()  # … and sends no Welcome
+    kernel.accept()  # but send no Welcome
     client.pump()
     call = client.submit(Sys.GETPPID, NoArgs())
     with pytest.raises(TimeoutError, match="no answer"):
@@ -351,7 +351,7 @@ def test_nothing_but_waiting_waits_while_there_is_no_kernel(kernel: SocketKernel
 def test_closing_while_there_is_no_kernel_ends_calls_at_once(
     kernel: SocketKernel, client: Client, monkeypatch: pytest.MonkeyPatch, greeted: bool
 ) -> None:
-    """While it waits for a Welcome, and while it waits to try again."""
+    """Both while the client waits for a Welcome, and while it waits to try again."""
     monkeypatch.setattr(clients, "RETRY_S", 1000.0)
     monkeypatch.setattr(clients, "BACKSTOP_S", 1000.0)
     call = aside(client.call, Sys.GETPID, NoArgs(), int)
@@ -394,7 +394,7 @@ def test_a_kernel_that_does_not_come_back(
 
 
 def test_a_reply_and_the_end_of_the_system_at_once(kernel: SocketKernel, client: Client) -> None:
-    """Both are found: the call that was answered has its result, the other one its error."""
+    """Both are seen: the answered call has its result, the other one an error."""
     answered, other = client.submit(Sys.GETPID, NoArgs()), client.submit(Sys.GETPPID, NoArgs())
     request = kernel.take(Sys.GETPID)
     kernel.take(Sys.GETPPID)
@@ -408,7 +408,7 @@ def test_a_reply_and_the_end_of_the_system_at_once(kernel: SocketKernel, client:
 
 
 def test_kernel_sends_a_frame_that_is_too_long(kernel: SocketKernel, client: Client) -> None:
-    """No kernel of ours does: connect again."""
+    """No kernel of aiosd does so: connect again."""
     call = aside(client.call, Sys.GETPID, NoArgs(), int)
     kernel.take()
     assert kernel.frames is not None
@@ -444,7 +444,7 @@ def test_without_aios_home_the_xdg_folders(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_the_wait_that_a_signal_handler_interrupted_ends_after_it(client: Client) -> None:
-    """The handler may have received what that waits for; once is enough, and the next one sleeps."""
+    """The handler may have received the reply that the wait is for. Only this one wait ends; the next one sleeps."""
     transport = client.transport
     assert not transport.wait(0)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""A sandbox must not be a nuisance: ordinary programs work in it."""
+"""Ordinary programs work in a sandbox."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from aiosd.sandbox.box import LEVELS
 from tests.conftest import System
 
-#: What is run, in a shell in the workspace. The first word that needs to be there is looked up first.
+#: Shell commands, run in the workspace. One is skipped if its program is not installed.
 SHELL = {
     "cat": "echo text > a && cat a",
     "bash": "bash -c 'cat <(echo x) && for i in 1 2; do echo $i; done'",
@@ -77,7 +77,7 @@ PYTHON = {
     "dns": "import socket\ntry: socket.getaddrinfo('localhost', 80)\nexcept socket.gaierror: pass",
 }
 
-#: What needs /tmp, /dev/shm or terminals, of which an agent has its own in the cage alone.
+#: Commands that need /tmp, /dev/shm or terminals, of which an agent has its own only in the cage.
 IN_CAGE = {
     "pty": "import pty, os; pid, fd = pty.fork()\nif not pid: os.execlp('tty', 'tty')\n"
     "assert os.read(fd, 99).startswith(b'/dev/pts/'); os.wait()",

@@ -1,4 +1,4 @@
-"""The counters around each test count: a test that leaves something behind, or never ends, fails."""
+"""The leak checks and deadlines of conftest.py work: a test that leaves something behind, or never ends, fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contexts: chat, fork, save, restore, from inside agents and over a restart; and the files that they are saved in."""
+"""Contexts: chat, fork, save and restore by agents and across a restart; and the files in which they are saved."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def ask(aiosd: System, tmp_path: Path) -> Callable[[str], str]:
 Ask = Callable[[str], str]
 
 
-def test_a_context_remembers_and_says_what_a_chat_with_all_messages_says(ask: Ask) -> None:
+def test_a_context_gives_the_same_answers_as_chats_with_all_messages(ask: Ask) -> None:
     ask("""
         ctx = llm.context(LONG)
         first = ctx.chat("What is 12 * 3?", **GREEDY)
@@ -60,7 +60,7 @@ def test_a_context_remembers_and_says_what_a_chat_with_all_messages_says(ask: As
     """)
 
 
-def test_forks_go_their_own_ways_and_share_what_was_before(ask: Ask) -> None:
+def test_forks_are_independent_and_share_their_beginning(ask: Ask) -> None:
     ask("""
         ctx = llm.context(LONG)
         ctx.chat("hello", **GREEDY)
@@ -87,7 +87,7 @@ def test_a_stream_is_kept_when_it_ends_and_a_failure_changes_nothing(ask: Ask) -
     """)
 
 
-def test_what_is_closed_is_not_kept_and_can_be_used_again(ask: Ask) -> None:
+def test_a_closed_context_is_not_kept_and_can_be_used_again(ask: Ask) -> None:
     ask("""
         with llm.context([{"role": "system", "content": "Only this test says so. " * 30}]) as ctx:
             ctx.chat("hello", **GREEDY)
@@ -142,7 +142,7 @@ def test_saved_contexts_belong_to_a_group(aiosd: System, tmp_path: Path) -> None
     assert aiosd.run("aios-run", "-g", "red", other).stdout == "['ours']\nTrue\n"
 
 
-def test_a_full_disk_is_said_and_the_old_one_stays(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_the_old_file_stays(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
     system = fresh_aiosd("--threads", "1", "--slots", "2", start=False)
     system.home.mkdir(exist_ok=True)
     where = system.home / "data" / "contexts"
@@ -174,7 +174,7 @@ def test_a_full_disk_is_said_and_the_old_one_stays(fresh_aiosd: Callable[..., Sy
         system.run("umount", where)
 
 
-def test_ps_tells_where_a_context_lies(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+def test_ps_shows_where_a_context_lies(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
     system = fresh_aiosd("--threads", "1", "--slots", "1")
     path = tmp_path / "keep.py"
     path.write_text(
@@ -216,7 +216,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert files.list("h") == []
 
 
-def test_what_a_dead_core_has_half_written_goes(tmp_path: Path) -> None:
+def test_a_file_that_a_dead_core_has_half_written_is_removed(tmp_path: Path) -> None:
     files = Saved(str(tmp_path), {})
     files.write("g", "n", MESSAGES, TOKENS, piece())
     half = files.path("g", "n").with_name(".n.ctx.999999999")  # Linux gives no such pid
@@ -225,7 +225,7 @@ def test_what_a_dead_core_has_half_written_goes(tmp_path: Path) -> None:
     assert sorted(path.name for path in half.parent.iterdir()) == ["m.ctx", "n.ctx"]
 
 
-def test_a_model_that_was_replaced_on_disk_does_not_sign_for_the_one_in_memory(tmp_path: Path) -> None:
+def test_the_signature_is_of_the_model_in_memory_not_of_a_file_that_replaced_it(tmp_path: Path) -> None:
     model = tmp_path / "m.gguf"
     model.write_bytes(b"the one that was loaded")
     library = a_library(model, tmp_path / "saved")
@@ -234,7 +234,7 @@ def test_a_model_that_was_replaced_on_disk_does_not_sign_for_the_one_in_memory(t
     library.close()
 
 
-def test_every_part_of_a_split_model_signs(tmp_path: Path) -> None:
+def test_the_signature_covers_every_part_of_a_split_model(tmp_path: Path) -> None:
     parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
     for part in parts:
         part.write_bytes(part.name.encode())
@@ -246,7 +246,7 @@ def test_every_part_of_a_split_model_signs(tmp_path: Path) -> None:
     library.close()
 
 
-def test_a_mistake_of_ours_in_one_call_is_that_calls_alone(tmp_path: Path) -> None:
+def test_a_bug_in_one_call_fails_that_call_only(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"")
     failed: list[OSError] = []
     library = a_library(tmp_path / "m.gguf", tmp_path, lambda _, error: failed.append(error))
@@ -273,7 +273,7 @@ def test_state_of_another_model_is_refused_and_the_messages_are_not(tmp_path: Pa
 
 
 @pytest.mark.parametrize("place", [0, 3, 9, 14, 30, 200, -1, -60, -100])
-def test_no_damage_goes_unseen(tmp_path: Path, place: int) -> None:
+def test_all_damage_is_detected(tmp_path: Path, place: int) -> None:
     files = Saved(str(tmp_path), {"model": "a"})
     files.write("g", "n", MESSAGES, TOKENS, piece())
     path = files.path("g", "n")
@@ -308,7 +308,7 @@ def test_a_short_file_is_damaged_and_a_newer_format_is_another_release(tmp_path:
     assert files.list("g") == []
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = Saved(str(tmp_path), {})
     files.write("g", "n", MESSAGES, TOKENS, piece())
 

@@ -1,4 +1,4 @@
-"""Money: prices of models, budgets of it, and that neither a death nor leaving is a way out."""
+"""Money: prices of models and budgets of money, which count calls whose core dies or whose caller leaves, too."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_money_is_read(text: Any, amount: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1,5", "$2", "1e5", "nan", "inf", True, None, "1." + "1" * 13, 10**7, "٣"])
-def test_what_is_no_money(text: Any) -> None:
+def test_invalid_amounts_of_money(text: Any) -> None:
     with pytest.raises(ValueError, match=r"money|decimals|range"):
         parse_money(text)
 
@@ -86,7 +86,7 @@ def submit(bench: Any, money: int | None, **args: Any) -> link.CallKey:
     return key  # type: ignore[no-any-return]
 
 
-def test_no_more_is_asked_for_than_money_is_there_for(make: Make) -> None:
+def test_a_call_requests_no_more_tokens_than_the_budget_can_pay(make: Make) -> None:
     bench = make(answers(*"abcdef", reason="length", usage=None), price=PRICE)
     bench.end(bench.submit())
     prompt = bench.prompts((1, 1)) * PRICE.prompt
@@ -98,14 +98,14 @@ def test_no_more_is_asked_for_than_money_is_there_for(make: Make) -> None:
     assert len(bench.endpoint.asked) == 2
 
 
-def test_a_limit_of_the_callers_own_is_none_of_the_budget(make: Make) -> None:
+def test_the_callers_own_limit_is_not_taken_for_the_budgets(make: Make) -> None:
     bench = make(answers("a", reason="length"), price=PRICE)
     key = bench.submit(sampling=Sampling(max_tokens=1), budget=1 << 20)
     assert bench.end(key).finish_reason == "length"
 
 
 def test_a_prompt_is_charged_when_it_is_sent(make: Make) -> None:
-    """… so leaving before the answer does not make it free; what was refused is."""
+    """So a caller that leaves before the answer pays for it. A refused prompt is free."""
     bench = make(hangs(), price=PRICE)
     key = bench.submit()
     bench.until(lambda: bench.endpoint.asked)
@@ -116,7 +116,7 @@ def test_a_prompt_is_charged_when_it_is_sent(make: Make) -> None:
     assert refused.prompts(key) == 0
 
 
-def test_a_new_kernel_is_told_all_that_was_charged(make: Make) -> None:
+def test_a_new_kernel_gets_all_that_was_charged(make: Make) -> None:
     bench = make(status(500), hangs("one "))
     key = bench.submit()
     bench.until(lambda: bench.deltas(key))
@@ -157,7 +157,7 @@ def endpoint() -> Any:
 def test_a_budget_of_money_ends_an_agent(
     fresh_aiosd: Callable[..., System], tmp_path: Path, endpoint: Endpoint
 ) -> None:
-    """… and those of a group; what is free may be used on."""
+    """The same for a group. Models without a price can still be used."""
     script = tmp_path / "agent.py"
     script.write_text(AGENT)
     toml = f'[[model]]\nname = "far"\nurl = "{endpoint.url}"\nmodel = "m"\nprice = "10,100"\n'
@@ -178,7 +178,7 @@ def test_a_budget_of_money_ends_an_agent(
     assert (vectored.returncode, vectored.stdout.splitlines()[:2]) == (124, ["(1, 2)"] * 2), vectored.stderr
     assert "cost budget of 0.025 used up" in vectored.stderr
     first = system.run("aios-run", "-g", "g", "--cost", "0.03", script, "far")
-    rest = system.run("aios-run", "-g", "g", script, "far")  # has what the group has left
+    rest = system.run("aios-run", "-g", "g", script, "far")  # gets the rest of the group's budget
     assert (first.returncode, len(first.stdout.splitlines())) == (124, 2)
     assert (rest.returncode, len(rest.stdout.splitlines())) == (124, 2)
     assert "cost budget of 0.07 used up by group g" in rest.stderr

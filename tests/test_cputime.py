@@ -1,4 +1,4 @@
-"""The meter of processor time: never more than was used, all of it where parents wait, nothing twice."""
+"""Accounting of processor time: never too much, complete where parents wait for children, and nothing twice."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Linux:
             self.all.append(child)
 
     def end(self, process: Process, ignored: bool) -> None:
-        """`ignored`: its parent does not want to know; Linux then adds its time to nothing."""
+        """End a process. `ignored`: its parent ignores SIGCHLD, so Linux adds its time to no other process."""
         if process is self.root or process.ended:
             return
         process.ended = True
@@ -69,7 +69,7 @@ class Linux:
         self.all.remove(process)
 
     def sample(self, between: Process | None = None) -> Iterator[ProcessSample]:
-        """Parents first. `between`: is waited for after its parent was looked at, and before it is."""
+        """Sample all processes, parents first. `between`: a process that is waited for after its parent was sampled."""
         seen = []
         todo = [self.root]
         for process in todo:
@@ -121,7 +121,7 @@ def test_it_is_never_more_than_was_used_and_never_less_than_before(actions: list
         before = meter.total_s
 
 
-def test_what_is_seen_of_a_process_that_nobody_waits_for_stays_counted() -> None:
+def test_sampled_time_of_a_process_without_a_wait_stays_counted() -> None:
     linux, meter = Linux(), CpuMeter()
     linux.fork(linux.root)
     child = linux.all[1]
@@ -151,7 +151,7 @@ def test_a_successor_goes_on_where_the_dead_one_was() -> None:
     assert CpuMeter(2.0).update([ProcessSample((1, 0), 1.5, 0.25)]) == 0.0
 
 
-def test_the_end_tells_what_no_sample_has_shown() -> None:
+def test_the_end_adds_time_after_the_last_sample() -> None:
     meter = CpuMeter()
     assert meter.end(0.7) == 0.7
     meter = CpuMeter()

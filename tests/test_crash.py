@@ -1,4 +1,4 @@
-"""A slice of benchmarks/crash.py: what agents write while any part of the system is killed, checked write by write."""
+"""A small run of benchmarks/crash.py: agents write while parts of the system are killed, and each write is checked."""
 
 from __future__ import annotations
 

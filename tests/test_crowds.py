@@ -1,4 +1,4 @@
-"""What two thousand agents cost the kernel: each thing is looked at once, and what takes long is done in pieces."""
+"""The cost of two thousand agents for the kernel: nothing is examined twice, and long work is done in slices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from libaios import wire
 from libaios.wire import Sys
 
 MANY = 2000
-READ_S = 36e-6  # of /proc/PID/stat
+READ_S = 36e-6  # time to read /proc/PID/stat
 
 
 class Clock:
@@ -55,7 +55,7 @@ def access_to(table: ProcTable) -> Access:
 
 
 class House:
-    """A table of agents, and calls that note with what they were closed."""
+    """A table of agents, and calls that record with which result they were closed."""
 
     def __init__(self, table: ProcTable) -> None:
         self.table, self.clock = table, Clock()
@@ -75,7 +75,7 @@ class House:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[int]]:
-    """A clock that reading about a process moves on, and the processes that were read about."""
+    """A clock that each look at a process advances, and a list of these processes."""
     clock, found = Clock(), list[int]()
 
     def read_stat(ospid: int) -> Stat:
@@ -104,7 +104,7 @@ def lister(house: House, clock: Clock) -> tuple[ProcessCalls, Jobs]:
 
 
 def slices(jobs: Jobs, clock: Clock) -> list[float]:
-    """How long each piece of the work took."""
+    """The duration of each slice of a job."""
     found = []
     while jobs.waiting:
         began = clock.now
@@ -178,7 +178,7 @@ def test_the_figures_of_thousands_are_gathered_in_pieces(reads: tuple[Clock, lis
 
 
 class Counted(dict[int, Proc]):
-    """Counts how often one is looked for."""
+    """Counts look-ups."""
 
     looks = 0
 
@@ -189,7 +189,7 @@ class Counted(dict[int, Proc]):
 
 @pytest.fixture
 def chain() -> ProcTable:
-    """Each the child of the one before, in one group."""
+    """Agents of one group, each of which is a child of the one before."""
     table = ProcTable(10)
     table.procs = Counted()
     for pid in range(2, MANY + 2):
@@ -199,7 +199,7 @@ def chain() -> ProcTable:
 
 
 def test_a_long_line_of_ancestors_is_walked_once(chain: ProcTable) -> None:
-    """By one in the middle of it that lists its family, and that signals its group."""
+    """An agent in the middle of the line lists its family, and signals its group."""
     house, clock = House(chain), Clock()
     calls, _ = lister(house, clock)
     me = Peer(1000, chain.procs[1000])
@@ -214,7 +214,7 @@ def test_a_long_line_of_ancestors_is_walked_once(chain: ProcTable) -> None:
 # ── waiting ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_stop_of_thousands_asks_each_once_or_twice() -> None:
+def test_a_stop_of_thousands_looks_at_each_once_or_twice() -> None:
     table = table_of(make(pid) for pid in range(2, MANY + 2))
     house = House(table)
     asked: list[int] = []
@@ -229,7 +229,7 @@ def test_a_stop_of_thousands_asks_each_once_or_twice() -> None:
         assert house.sent == []
         table.advance(proc, ProcEvent.STOP)
         house.waiters.on_change(proc)
-        house.waiters.on_change(proc)  # such as a core's word that it stands still
+        house.waiters.on_change(proc)  # for example, a core has confirmed that it is parked
     assert len(house.sent) == 1
     assert len(asked) == 2 * MANY
     assert house.waiters.calls() == []
@@ -293,7 +293,7 @@ def core_with(parked: Callable[[int], None]) -> Core:
     )
 
 
-def test_a_core_that_confirms_tells_of_that_peer_alone() -> None:
+def test_a_confirmation_of_a_core_is_about_one_peer() -> None:
     from aiosd.ipc import link
 
     told: list[int] = []
@@ -303,7 +303,7 @@ def test_a_core_that_confirms_tells_of_that_peer_alone() -> None:
     assert not core.stands_still([5])
     numbers = {peer: number for number, peer in core.unconfirmed.items()}
     core.park(5, False)
-    core.park(5, True)  # again: the first confirmation is not for this one
+    core.park(5, True)  # again: the first confirmation does not count for this
     core.handle(link.Parked(numbers[5]))
     assert (told, core.stands_still([5])) == ([], False)
     core.handle(link.Parked(core.latest[5]))

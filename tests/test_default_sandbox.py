@@ -1,6 +1,4 @@
-"""The defaults, for a person who has set nothing: agents run in the strongest sandbox that the machine offers, and the
-examples of README work in it.
-"""
+"""The default sandbox: agents run in the strongest one of the machine, and the examples of README work in it."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from tests.conftest import System
 
 @pytest.fixture(scope="module")
 def system() -> Iterator[System]:
-    """No option, no variable and no file says how agents are confined."""
+    """A system without any setting about the sandbox."""
     system = System("--threads", "1", sandbox="").start()
     yield system
     left = system.destroy()
@@ -44,7 +42,7 @@ def script(folder: Path, code: str, name: str = "agent.py") -> str:
     return name
 
 
-def test_agents_are_in_the_strongest_sandbox_and_the_status_says_so(system: System) -> None:
+def test_agents_are_in_the_strongest_sandbox_and_the_status_shows_it(system: System) -> None:
     found = system.status()["sandbox"]
     assert found["default"] == found["possible"]
     line = next(line for line in system.run("aiosd", "status").stdout.splitlines() if line.startswith("  sandbox"))
@@ -55,7 +53,7 @@ def test_agents_are_in_the_strongest_sandbox_and_the_status_says_so(system: Syst
         assert system.run("aios-run", *option, "-", input=agent, check=True).stdout.strip() == level
 
 
-def test_an_agent_reads_beside_itself_writes_at_home_and_sees_nothing_else(system: System, project: Path) -> None:
+def test_an_agent_reads_beside_its_script_writes_at_home_and_sees_nothing_else(system: System, project: Path) -> None:
     name = script(project, f"""
         import os, sys
         import libaios as aios
@@ -92,8 +90,8 @@ def test_an_agent_reads_beside_itself_writes_at_home_and_sees_nothing_else(syste
     assert (project / "out.txt").exists()
 
 
-def test_what_was_named_and_is_not_seen_is_told(system: System, project: Path) -> None:
-    """Whatever language the program is in."""
+def test_a_named_path_that_the_sandbox_hides_is_reported(system: System, project: Path) -> None:
+    """For programs in any language."""
     below = project / "below"
     below.mkdir()
     (below / "own.txt").write_text("own")
@@ -109,8 +107,8 @@ def test_what_was_named_and_is_not_seen_is_told(system: System, project: Path) -
         assert done.stderr == ""
 
 
-def test_what_a_person_types_goes_in_and_comes_out(system: System, project: Path) -> None:
-    """Pipes and files of the person's own are handed over open; programs run as scripts do."""
+def test_pipes_and_files_of_the_person_work(system: System, project: Path) -> None:
+    """They are passed as open descriptors. Programs run as scripts do."""
     with open(project / "out.txt", "w") as out:
         code = "cat; pwd; echo $HOME; echo again >> /dev/stdout"
         done = system.run("aios-run", "--", "sh", "-c", code, input="typed\n", stdout=out, cwd=project)
@@ -146,7 +144,7 @@ def test_a_key_that_is_missed_is_named(system: System, project: Path) -> None:
 
 
 def test_an_agent_that_a_person_has_let_out_has_children_outside(system: System, project: Path) -> None:
-    """And what it starts in a sandbox stays in there."""
+    """And children that it starts in a sandbox stay in it."""
     name = script(project, """
         import sys
         import libaios as aios
@@ -164,7 +162,7 @@ def test_the_ready_agent_works_in_it(system: System, project: Path) -> None:
 
 
 def test_keys_that_a_program_may_have_missed_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of any language; after it has failed."""
+    """For programs in any language, after they have failed."""
     env = {"PATH": "/bin", "HF_TOKEN": "x", "MY_KEY": "y", "OPENAI_API_KEY": "z", "PAGE": "1"}
     spawn = wire.Spawn("exec", "true", env=env, sandbox=wire.Sandbox(env=["MY_*"]))
     unseen.note_variables(spawn, wire.Spawned(7, sandbox="cage"))
@@ -174,8 +172,8 @@ def test_keys_that_a_program_may_have_missed_are_named(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
 
 
-def test_that_files_beside_a_script_in_tmp_do_not_stay_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """Everywhere else writing beside the script fails. There it succeeds, in memory of the agent's own."""
+def test_a_line_reports_that_files_beside_a_script_in_tmp_do_not_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    """In other folders writing beside the script fails. In /tmp it succeeds, but in a memory of the agent's own."""
 
     def told(script: str, sandbox: str) -> list[str]:
         own = wire.Sandbox(own=[script], alone=True)

@@ -1,4 +1,4 @@
-"""What an agent's children do is the agent's: budgets and STOP hold over every connection, and over every death."""
+"""Budgets and STOP of an agent hold for its child processes, over every connection, and across every death."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def inspected(system: System, pid: int | str) -> dict[str, Any]:
 
 
 def seen(client: Client, pid: int) -> dict[str, Any]:
-    """As `inspected`, at once: while a process of aiosd is stopped there are seconds, and a command may take one."""
+    """Like `inspected`, without a command: a command takes long, and a stopped process of aiosd is soon replaced."""
     return client.call(wire.Sys.INSPECT, wire.PidArgs(pid), dict[str, Any], timeout=30)
 
 
@@ -121,7 +121,7 @@ def tokens_of(client: Client, name: str) -> int:
 
 
 def test_of_a_stopped_agent_nothing_is_counted_until_it_goes_on(aiosd: System, write: Write) -> None:
-    """Neither of it, nor of its child, nor of what these have started: while another agent gets its tokens."""
+    """Neither for it, nor for its child, nor for their processes, while another agent gets its tokens."""
     generate = "for _ in aios.llm.complete('Once', max_tokens=1500, ignore_eos=True, stream=True): pass\n"
     write(generate, "child.py")
     family = write(
@@ -153,7 +153,7 @@ def test_of_a_stopped_agent_nothing_is_counted_until_it_goes_on(aiosd: System, w
     aiosd.run("aios-kill", "-KILL", "family", "other", check=True)
 
 
-def test_a_child_that_is_being_forked_when_its_parent_stops_stands_still_too(aiosd: System, write: Write) -> None:
+def test_a_child_that_is_being_forked_when_its_parent_stops_is_stopped_too(aiosd: System, write: Write) -> None:
     write("aios.llm.complete('Once', max_tokens=1500, ignore_eos=True)", "child.py")
     parent = write("""
         print(aios.proc.getpid(), flush=True)
@@ -170,7 +170,7 @@ def test_a_child_that_is_being_forked_when_its_parent_stops_stands_still_too(aio
         os.kill(supervisor, signal.SIGSTOP)
         try:
             print(file=job.stdin, flush=True)
-            # It has asked for a child, and the supervisor does nothing yet.
+            # It has requested a child; the supervisor is stopped.
             assert eventually(lambda: any(call["call"] == "spawn" for call in seen(client, pid)["open_calls"]))
             stop = client.submit(wire.Sys.KILL, wire.Kill(pid, signal.SIGSTOP))
         finally:
@@ -189,13 +189,13 @@ def test_a_child_that_is_being_forked_when_its_parent_stops_stands_still_too(aio
 
 def test_the_time_of_a_parent_that_is_gone_ends_its_children(aiosd: System, write: Write) -> None:
     parent = write("print(aios.proc.spawn('sleep', '1000'))")
-    done = aiosd.run("aios-run", "--time", "3", parent, check=True)  # in time, and not ended
+    done = aiosd.run("aios-run", "--time", "3", parent, check=True)  # ends in time, by itself
     assert aiosd.run("aios-wait", done.stdout.strip()).returncode == 124
     assert inspected(aiosd, done.stdout.strip())["reason"] == "time budget of 3 s used up"
 
 
 def test_a_parent_that_ends_in_its_spawn_leaves_its_budget(aiosd: System, write: Write) -> None:
-    """It is gone, collected and its place taken before its child is there."""
+    """It has ended and was waited for before its child exists."""
     parent = write("""
         from libaios.agent import connection
         from libaios import wire
@@ -248,7 +248,7 @@ def test_a_budget_of_the_dead_outlives_the_kernel(fresh_aiosd: Fresh, write: Wri
 
 
 def test_a_fork_under_way_when_the_budget_ends_is_ended(aiosd: System, write: Write) -> None:
-    """The supervisor has not come to it yet; the parent dies meanwhile, or by the same end."""
+    """The supervisor has not forked it yet. The parent dies meanwhile, or by the same budget."""
     parent = write("""
         print(aios.proc.getpid(), flush=True)
         sys.stdin.readline()

@@ -1,4 +1,4 @@
-"""What makes vectors: a table, a model that is converted and runs in a core, and the command that gets both."""
+"""Embedders: a table, a converted model that runs in a core, and the command that gets both."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_converted_model_gives_what_the_original_gives(tmp_path: Path) -> None
 
 
 def test_a_table_is_near_to_what_it_was_distilled_from() -> None:
-    """With all dimensions kept, two pieces are as far apart as for the model (whose mean is taken out)."""
+    """With all dimensions kept, distances of pieces are those of the model (after its mean is subtracted)."""
     model = tinybert.make()
     words, weights, rows = bert.distil(model, 32)
     assert words[0] == "the"
@@ -112,7 +112,7 @@ def test_a_table_is_near_to_what_it_was_distilled_from() -> None:
 
 
 @pytest.mark.parametrize("spoilt", ["config.json", "model.safetensors", "vocab.txt"])
-def test_what_is_no_bert_is_refused_with_a_sentence(tmp_path: Path, spoilt: str) -> None:
+def test_a_model_that_is_no_bert_is_refused_with_a_sentence(tmp_path: Path, spoilt: str) -> None:
     folder = tinybert.write_original(tinybert.make(), tmp_path / "original")
     (folder / spoilt).write_text('{"model_type": "t5", "num_hidden_layers": 1}')
     with pytest.raises(UsageError, match=r"original: "):
@@ -186,7 +186,7 @@ def models(tmp_path: Path) -> Path:
 
 
 def system_with(folder: Path, embedder: str) -> System:
-    """One whose models lie in a folder of its own: the user's are not touched."""
+    """A system with a folder of models of its own, so that the user's models are not changed."""
     return System("--embed-model", embedder, env={"AIOSD_MODELS": str(folder / "models")})
 
 
@@ -208,7 +208,7 @@ def test_a_table_serves_a_whole_system(models: Path) -> None:
 
 
 def test_a_core_makes_the_vectors_of_a_whole_system(models: Path) -> None:
-    """And when it dies, or the kernel does, words serve, the queue waits, and then all goes on."""
+    """If it or the kernel dies, searches go by words and the queue waits; then all goes on."""
     system = system_with(models, "all-MiniLM-L6-v2")
     try:
         get_embedder(system, Path(shutil.make_archive(str(models / "package"), "zip", models, "original")))
@@ -223,7 +223,7 @@ def test_a_core_makes_the_vectors_of_a_whole_system(models: Path) -> None:
                 stats = next(one for one in system.status()["services"] if one["name"] == "store")["stats"]
                 return int(stats["vectors"])
 
-            client.call(wire.Sys.MEM_ADD, wire.MemAdd("the cat " * 200), int)  # longer than the model takes
+            client.call(wire.Sys.MEM_ADD, wire.MemAdd("the cat " * 200), int)  # longer than the model's context
             client.call(wire.Sys.MEM_ADD, wire.MemAdd("tea"), int)
             assert eventually(lambda: vectors() == 2)
             assert len(found("dog")) == 2, "by meaning: no word of it is there"
@@ -247,7 +247,7 @@ def kill(system: System, name: str) -> None:
     assert eventually(lambda: not psutil.pid_exists(old))
 
 
-def test_what_makes_no_vectors_is_told_at_the_start(models: Path) -> None:
+def test_a_model_that_makes_no_vectors_is_reported_at_the_start(models: Path) -> None:
     system = system_with(models, "nothing.vectors")
     try:
         done = system.run("aiosd", "--embed-model", "nothing.vectors")
@@ -269,7 +269,7 @@ def test_what_makes_no_vectors_is_told_at_the_start(models: Path) -> None:
         system.destroy()
 
 
-def test_the_store_says_the_same_of_a_model_that_is_not_there() -> None:
-    """It or the model's core looks first."""
+def test_the_store_reports_a_missing_model_in_the_same_words() -> None:
+    """The store or the model's core may look first."""
     with pytest.raises(UsageError, match=r"^nothing: /nothing.gguf: no such file \(aiosd models lists"):
         _embedder(StoreSpec("/", 0, 0, 0, 0, model="nothing", model_path="/nothing.gguf"))

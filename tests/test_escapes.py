@@ -1,4 +1,4 @@
-"""What must not be possible in a sandbox. The deeds are in `deeds`, each is first shown to work outside."""
+"""Deeds that a sandbox must prevent. They are in `deeds`; each is first shown to succeed outside."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.conftest import System
 from tests.deeds.accepted import ACCEPTED, WITH_HOSTS, WITH_NETWORK
 from tests.deeds.stage import RUN, Stage
 
-#: Deeds that show that the filter lets nothing pass; and a person may do this one.
+#: Counted although it fails in the run outside, where it finds no aiosd; a person may do it.
 ALWAYS = {"door_as_person"}
-FEWEST = 90  # deeds that work outside: else the comparison proves little
+FEWEST = 90  # least number of deeds that must succeed outside
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def stage(aiosd: System, tmp_path: Path) -> Iterator[Stage]:
 
 
 def inside(system: System, stage: Stage, *options: str) -> dict[str, str]:
-    """What becomes of each deed in an agent."""
+    """Run the deeds in an agent; returns the outcome of each."""
     with stage.for_inside() as inherited:
         done = system.run(
             "aios-run", *options, "--processes", "5000", "--read", stage.path.parent, RUN, stage.path,
@@ -36,7 +36,7 @@ def inside(system: System, stage: Stage, *options: str) -> dict[str, str]:
     return Stage.survivor(found, Path(found.pop("workspace")))
 
 
-def test_all_deeds_are_stopped_but_those_that_are_accepted(aiosd: System, stage: Stage) -> None:
+def test_all_deeds_are_prevented_but_those_that_are_accepted(aiosd: System, stage: Stage) -> None:
     """In each level that this machine offers, without a network, with one, and with single hosts."""
     offered = aiosd.status()["sandbox"]
     levels = LEVELS[1 : LEVELS.index(offered["possible"]) + 1]

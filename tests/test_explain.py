@@ -1,4 +1,4 @@
-"""Arguments are named as their callers know them."""
+"""Errors name arguments as in the caller's function."""
 
 from __future__ import annotations
 

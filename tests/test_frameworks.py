@@ -1,6 +1,6 @@
 """Frameworks as agents, unchanged: those that `make frameworks` has installed (none of them is a dependency).
 
-The whole table, with every framework and with a real model, is that command's; this holds two of them to it.
+That command makes the whole table, with every framework and with a real model. Here two of them are tested.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import System
 from tools.frameworks import FRAMEWORKS, ROOT, python_of
 
-#: Those that start within seconds, with the modules that a template of them has.
+#: Frameworks that start within seconds, with the modules for a template.
 CHEAP = {
     "autogen": "autogen_agentchat.agents,autogen_ext.models.openai",
     "pydantic_ai": "pydantic_ai,pydantic_ai.models.openai",
@@ -20,8 +20,8 @@ CHEAP = {
 
 
 @pytest.mark.parametrize("name", CHEAP)
-def test_a_framework_asks_calls_a_tool_and_answers(aiosd: System, name: str) -> None:
-    """With the embedded model, which knows this tool."""
+def test_a_framework_calls_model_and_tool_and_answers(aiosd: System, name: str) -> None:
+    """With the embedded model, which was trained on this tool."""
     python = python_of(name)
     if not python.exists():
         pytest.skip(f"make frameworks ARGS={name} installs it")

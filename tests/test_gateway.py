@@ -1,4 +1,4 @@
-"""The gateway: whose request it is, what it costs, and what becomes of it when something dies."""
+"""The gateway: which agent a request belongs to, what it costs, and what happens to it when a process dies."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def entry(system: System, name: str) -> dict[str, Any]:
 
 
 def gateway(system: System) -> dict[str, Any]:
-    """Its figures."""
+    """The gateway's figures in the status."""
     return next(one["stats"] for one in system.status()["services"] if one["name"] == "gateway")
 
 
@@ -77,7 +77,7 @@ def test_addresses_of_this_machine_are_read(text: str, host: str, port: int) -> 
 
 
 def test_further_addresses_are_read() -> None:
-    """At the host of the first one, if they name none; that one may be any free port."""
+    """They are at the host of the first one, if they name none. The first one may be any free port."""
     found = endpoint.read("[::1]:81, 11434,127.0.0.1:82")
     assert [one.address for one in found.all] == ["[::1]:81", "[::1]:11434", "127.0.0.1:82"]
     for value in ("0,11434", "auto,11434", [0, 11434], ["auto", "localhost:11434"]):
@@ -149,7 +149,7 @@ def test_the_process_at_the_other_end_is_found(family: socket.AddressFamily) -> 
             assert not identity.belongs(theirs, ours, sleeper.pid)
             sleeper.kill()
             sleeper.wait()
-        assert not identity.belongs(theirs, ours, os.getpid())  # it is closed
+        assert not identity.belongs(theirs, ours, os.getpid())  # the connection is closed
 
 
 def test_a_request_is_charged_to_its_agent(aiosd: System, agent: Agent) -> None:
@@ -169,7 +169,7 @@ STRANGERS: list[tuple[dict[str, Any], int, str | None]] = [
 ]
 
 
-def test_what_a_page_from_elsewhere_asks_is_refused(agent: Agent) -> None:
+def test_requests_of_a_page_from_elsewhere_are_refused(agent: Agent) -> None:
     for headers, status, code in STRANGERS:
         assert agent.error(CHAT, {"messages": HELLO}, headers=headers)[::2] == (status, code), headers
 
@@ -242,7 +242,7 @@ def test_a_budget_that_is_used_up_is_not_worth_another_try(aiosd: System) -> Non
 
 
 def open_calls(system: System, name: str) -> int:
-    with Client(Home(system.home)) as client:  # until a command had started, a call might be over
+    with Client(Home(system.home)) as client:  # a command would take longer than the call
         (pid,) = [one.pid for one in client.call(wire.Sys.PS, wire.Ps(), list[wire.ProcInfo]) if one.name == name]
         return len(client.call(wire.Sys.INSPECT, wire.PidArgs(pid), dict[str, Any])["open_calls"])
 
@@ -282,7 +282,7 @@ def test_a_stream_outlives_the_kernel_and_ends_with_the_gateway(fresh_aiosd: Any
     stream = agent.stream({**LONG, "max_tokens": 2000})
     kill(system, "gateway")
     assert "data: [DONE]" not in agent.rest(stream)
-    assert agent.post("/v1/models", method="GET")[0] == 200  # it waits in the socket's queue
+    assert agent.post("/v1/models", method="GET")[0] == 200  # the request waits in the socket's queue
     assert eventually(lambda: open_calls(system, "http") == 0)
     assert gateway(system)["agents"] == 1
     victims = ospid(system, "kernel"), entry(system, "http")["ospid"]
@@ -378,11 +378,11 @@ def test_a_hostile_body_is_a_400(agent: Agent) -> None:
 def test_bodies_that_are_too_large_are_refused(agent: Agent) -> None:
     big = json.dumps({"messages": [{"role": "user", "content": "x" * (17 << 20)}]})
     answer = agent.do(path=CHAT, text=big)
-    assert answer.get("status") == 413 or "error" in answer  # it may see the closed connection first
+    assert answer.get("status") == 413 or "error" in answer  # the client may see the closed connection first
     assert agent.error(CHAT, {"messages": [{"role": "user", "content": "x" * (9 << 20)}]})[0] == 400
 
 
-def test_silent_connections_keep_nobody_out(aiosd: System, agent: Agent) -> None:
+def test_silent_connections_keep_no_other_out(aiosd: System, agent: Agent) -> None:
     agent.post("/v1/models", method="GET")
     address = url(aiosd)
     silent = [socket.create_connection(address, 5) for _ in range(300)]
@@ -393,7 +393,7 @@ def test_silent_connections_keep_nobody_out(aiosd: System, agent: Agent) -> None
             one.close()
 
 
-def test_paths_that_do_not_exist_are_told_from_methods(agent: Agent) -> None:
+def test_unknown_paths_and_wrong_methods_are_distinguished(agent: Agent) -> None:
     assert agent.post("/v1/nothing", method="GET")[0] == 404
     assert agent.post(CHAT, method="GET")[0] == 405
     for path, method, words in (("/api/pull", "POST", "there is nothing"), ("/api/chat", "GET", "GET is not allowed")):

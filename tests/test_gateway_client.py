@@ -108,7 +108,7 @@ def test_the_example_runs(aiosd: System) -> None:
     assert {"stream", "answer", "response"} <= set(lines)
 
 
-#: What this API has, and where we say what it means here.
+#: The fields of this API, and where we describe what they mean here.
 DOCUMENTED = {
     "chat.completion_create_params": ("CompletionCreateParamsBase", fields.ChatRequest),
     "completion_create_params": ("CompletionCreateParamsBase", completions.Completion),
@@ -176,8 +176,8 @@ def test_ollamas_tools_forms_and_models(aiosd: System, agent: Agent) -> None:
     assert agent.post("/api/chat", {**body, "messages": image})[0] == 400
 
 
-def test_ollamas_ways_to_ask_for_nothing(aiosd: System, agent: Agent) -> None:
-    """Programs load a model like that, and look whether there is a server."""
+def test_ollamas_empty_requests(aiosd: System, agent: Agent) -> None:
+    """Programs send such requests to load a model, or to check whether there is a server."""
     for path, body in (("/api/generate", {"prompt": "", "keep_alive": 0}), ("/api/chat", {"messages": []})):
         status, found = agent.post(path, {"model": "nano:latest", **body})
         assert (status, found["done"], found["done_reason"], found["model"]) == (200, True, "load", "nano")
@@ -224,7 +224,7 @@ def test_cerebrums_queries_of_a_model(agent: Agent) -> None:
     assert answer["response_message"]
     assert (answer["finished"], answer["status_code"], answer["tool_calls"]) == (True, 200, None)
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    whole = {**chat, "max_new_tokens": 400}  # of an answer that is cut off only the beginning is JSON
+    whole = {**chat, "max_new_tokens": 400}  # an answer that is cut off would be no JSON
     answer = query(agent, "llm", **whole, action_type="chat_with_json_output", response_format=form)
     assert list(json.loads(answer["response_message"])) == ["n"]
     tool = {"name": "demo_author/calc", "description": "d", "parameters": schema}
@@ -232,12 +232,12 @@ def test_cerebrums_queries_of_a_model(agent: Agent) -> None:
     answer = query(agent, "llm", **chat, action_type="chat_with_tool_call_output")
     assert all(call["name"] == "demo_author/calc" for call in answer["tool_calls"] or [])
     chat["max_new_tokens"] = 1000
-    answer = query(agent, "llm", **chat, action_type="call_tool")  # our own calc wants an expression
+    answer = query(agent, "llm", **chat, action_type="call_tool")  # aiosd's own calc needs an expression
     assert (answer["status_code"], answer["response_message"]) == (400, None)
     assert answer["error"].startswith("calc: ")
     chat["messages"] = [{"role": "user", "content": "Write 'blue' into the file sky.txt"}]
     answer = query(agent, "llm", **chat, action_type="operate_file")
-    if answer["status_code"] == 200:  # what the embedded model makes of tools that it has not been taught
+    if answer["status_code"] == 200:  # the embedded model may fail at tools of which it was not trained
         assert answer["response_message"]
     else:
         assert answer["error"]
@@ -299,7 +299,7 @@ def test_cerebrums_tools_and_lists(agent: Agent) -> None:
 
 
 def test_cerebrums_model_works_on_files(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls of a model that has understood; what they do is done by the store."""
+    """With given calls of a model; the store does what they say."""
     from aiosd.gateway import cerebrum, filing
     from libaios.wire import ToolCall
 

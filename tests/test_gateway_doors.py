@@ -1,4 +1,4 @@
-"""Further ports of the gateway, for programs that know no other address."""
+"""Further ports of the gateway, for programs with a fixed address."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.test_sandbox import LEVELS
 
 pytestmark = pytest.mark.skipif(not endpoint.installed(), reason="the extra `gateway` is not installed")
 
-#: A program that knows its server's address, and nothing of a token.
+#: A program with a fixed address, which sends no token.
 ASK = """
 import json, sys, urllib.request as u
 for port in sys.argv[1:]:
@@ -28,7 +28,7 @@ for port in sys.argv[1:]:
 
 @pytest.fixture
 def ports() -> tuple[int, int]:
-    """Two that are free."""
+    """Two free ports."""
     with ExitStack() as stack:
         taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         found = [one.getsockname()[1] for one in taken]
@@ -44,7 +44,7 @@ def ask(system: System, program: Path, ports: tuple[int, int], *options: str) ->
 def test_programs_with_a_fixed_address_find_their_model(
     fresh_aiosd: Any, tmp_path: Path, ports: tuple[int, int]
 ) -> None:
-    """In the machine's network, and in one of their own; and after the gateway has died."""
+    """In the machine's network, in a network of their own, and after the gateway has died."""
     program = tmp_path / "program.py"
     program.write_text(ASK)
     system = fresh_aiosd("--threads", "1", "--gateway", f"0,{ports[0]},{ports[1]}")

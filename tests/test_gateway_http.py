@@ -1,4 +1,4 @@
-"""HTTP as programs speak it, and as they should not; the gateway's protocol and routes without a system."""
+"""Valid and invalid HTTP requests: the gateway's protocol and routes, without a system."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAD = "POST /echo HTTP/1.1\r\nHost: localhost\r\n"
 
 @dataclass
 class Account:
-    """Takes all bodies."""
+    """An account that accepts all bodies."""
 
     held: int = 0
 
@@ -37,7 +37,7 @@ class Account:
 
 @dataclass
 class House:
-    """A gateway whose only agent echoes; what `/wait` waits for is `go`, and `left` tells who did not wait for it."""
+    """A gateway whose only agent echoes. `/wait` waits for `go`; `left` lists requests whose clients left before."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -133,7 +133,7 @@ Body = Callable[[House], Coroutine[Any, Any, None]]
 
 
 def in_house(body: Body) -> Callable[[], None]:
-    """The test as pytest sees it."""
+    """Turn a coroutine with a House into a test."""
 
     def test() -> None:
         async def run() -> None:
@@ -157,7 +157,7 @@ async def test_a_path_is_the_same_with_more_slashes_and_in_percents(house: House
 
 
 @in_house
-async def test_options_tells_what_is_allowed(house: House) -> None:
+async def test_options_lists_the_allowed_methods(house: House) -> None:
     for path, allowed in (("/echo", "post, options"), ("/models/x", "get, head, options"), ("*", None)):
         status, headers, _ = await house.ask(f"OPTIONS {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert (status, "content-length" in headers) == (204, False)
@@ -168,7 +168,7 @@ async def test_options_tells_what_is_allowed(house: House) -> None:
 
 
 @in_house
-async def test_what_there_is_stands_in_a_404(house: House) -> None:
+async def test_a_404_lists_the_paths_that_exist(house: House) -> None:
     status, _, found = await house.ask("GET /v1/nothing HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (status, found["error"]["code"]) == (404, "unknown_url")
     assert found["error"]["message"].endswith(
@@ -185,7 +185,7 @@ async def test_head_has_no_body(house: House) -> None:
 
 
 @in_house
-async def test_pages_of_this_machine_are_told_that_they_may_ask(house: House) -> None:
+async def test_pages_of_this_machine_get_the_headers_that_permit_requests(house: House) -> None:
     ask = "OPTIONS /echo HTTP/1.1\r\nHost: localhost\r\nAccess-Control-Request-Method: POST\r\n"
     ask += "Access-Control-Request-Headers: authorization\r\nOrigin: "
     status, headers, _ = await house.ask(f"{ask}http://localhost:3000\r\n\r\n")
@@ -220,7 +220,7 @@ async def test_json_is_json_whatever_it_is_called(house: House) -> None:
 
 
 @in_house
-async def test_a_body_comes_when_it_is_asked_for(house: House) -> None:
+async def test_a_client_that_expects_100_continue_gets_it(house: House) -> None:
     house.send(f"{HEAD}Expect: 100-continue\r\nContent-Length: 2\r\n\r\n")
     assert (await house.reply())[0] == 100
     house.send("{}")
@@ -231,8 +231,8 @@ async def test_a_body_comes_when_it_is_asked_for(house: House) -> None:
 
 
 @in_house
-async def test_another_protocol_is_not_for_us_and_the_request_is(house: House) -> None:
-    """As Java's client sends it."""
+async def test_an_upgrade_is_ignored_and_the_request_answered(house: House) -> None:
+    """Java's client sends such requests."""
     upgrade = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAA")
     for _ in range(2):
         assert (await house.post(b'{"x": 1}', *upgrade))[2] == {"got": {"x": 1}}
@@ -262,7 +262,7 @@ async def test_requests_may_be_sent_ahead_and_are_answered_in_order(house: House
 
 
 @in_house
-async def test_who_leaves_is_noticed_with_a_request_behind_the_open_one_too(house: House) -> None:
+async def test_a_client_that_leaves_is_noticed_even_with_another_request_sent_ahead(house: House) -> None:
     house.send(WAIT)
     await house.waits.wait()
     house.send(ECHO)
@@ -271,19 +271,19 @@ async def test_who_leaves_is_noticed_with_a_request_behind_the_open_one_too(hous
 
 
 @in_house
-async def test_what_goes_wrong_within_a_stream_is_told_in_it(house: House) -> None:
+async def test_an_error_within_a_stream_is_sent_in_it(house: House) -> None:
     for kind, mark in (("events", b"data: "), ("lines", b"")):
         house.send(f"POST /break/{kind} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
         head, _, body = (await house.reader.readuntil(b"\r\n0\r\n\r\n")).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 ")
-        _, begun, _, error, *_ = body.split(b"\r\n")  # chunks, with their lengths
+        _, begun, _, error, *_ = body.split(b"\r\n")  # lengths and chunks in turn
         assert (begun, error[: len(mark)]) == (b"begun\n\n", mark)
         assert json.loads(error.removeprefix(mark))["error"]["code"] == "insufficient_quota"
         assert error.endswith(b"}\n\n" if mark else b"}\n")
 
 
 @in_house
-async def test_nonsense_behind_a_request_does_not_go_into_its_reply(house: House) -> None:
+async def test_garbage_after_a_request_does_not_change_its_reply(house: House) -> None:
     house.send(WAIT)
     await house.waits.wait()
     house.send("nonsense\r\n\r\n")
@@ -296,7 +296,7 @@ async def test_nonsense_behind_a_request_does_not_go_into_its_reply(house: House
 
 
 @in_house
-async def test_what_is_no_request_is_told_so_in_json(house: House) -> None:
+async def test_an_invalid_request_gets_an_error_in_json(house: House) -> None:
     status, headers, found = await house.ask("GET / HTTP/1.1\r\n" + "X: " + "x" * 70_000 + "\r\n\r\n")
     assert (status, headers["connection"]) == (431, "close")
     assert "65536 bytes" in found["error"]["message"]
@@ -309,7 +309,7 @@ async def test_a_request_that_breaks_off_is_no_request(house: House) -> None:
     assert await house.closed()
 
 
-def test_half_a_request_has_as_long_as_silence() -> None:
+def test_an_incomplete_request_times_out_like_a_silent_connection() -> None:
     async def run() -> None:
         async with asyncio.timeout(20), _house(keep_alive_s=0.2) as house:
             assert (await house.post(b"{}"))[0] == 200
@@ -319,7 +319,7 @@ def test_half_a_request_has_as_long_as_silence() -> None:
     asyncio.run(run())
 
 
-def test_a_crowd_that_connects_at_once_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_connections_at_once_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiosd.gateway import strangers
 
     class Connection:
@@ -336,7 +336,7 @@ def test_a_crowd_that_connects_at_once_loses_none(monkeypatch: pytest.MonkeyPatc
         assert not any(one.aborted for one in crowd)
         for one in crowd[:100]:
             known.identifying(one)
-        monkeypatch.setattr(strangers, "YOUNG_S", -1.0)  # they are silent for long
+        monkeypatch.setattr(strangers, "YOUNG_S", -1.0)  # as if they had been silent for long
         known.add(crowd[0])
         assert [one.aborted for one in crowd] == [False] * 100 + [True] * 273 + [False] * 127
         for one in crowd[1:100]:
@@ -353,7 +353,7 @@ def test_a_crowd_that_connects_at_once_loses_none(monkeypatch: pytest.MonkeyPatc
     asyncio.run(run())
 
 
-def test_who_is_slow_makes_room_when_all_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bodies_are_aborted_when_all_memory_for_bodies_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     from aiosd.gateway import accounts
 
     class User:

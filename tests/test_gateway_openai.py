@@ -1,4 +1,4 @@
-"""The API of OpenAI: what is asked for comes out, in the form that clients expect."""
+"""The API of OpenAI: requests have their effect, and answers the form that clients expect."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def agent(aiosd: System) -> Agent:
 
 
 def chunks(agent: Agent, path: str, body: dict[str, Any]) -> list[Any]:
-    """Of a stream, without its end mark."""
+    """The chunks of a stream, without its end mark."""
     answer = agent.do(path=path, body={**body, "stream": True})
     assert answer["status"] == 200, answer
     assert answer["headers"]["content-type"].startswith("text/event-stream")
@@ -177,7 +177,7 @@ def test_the_older_functions_are_tools(agent: Agent) -> None:
     assert "tool_calls" not in choice["message"]
 
 
-def test_an_answer_has_the_form_that_was_asked_for(agent: Agent) -> None:
+def test_an_answer_has_the_requested_form(agent: Agent) -> None:
     choice = agent.post(CHAT, {"messages": USER, "response_format": SCHEMA})[1]["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert list(json.loads(choice["message"]["content"])) == ["n"]
@@ -188,7 +188,7 @@ def test_an_answer_has_the_form_that_was_asked_for(agent: Agent) -> None:
 
 
 def test_tools_go_together_with_a_form(agent: Agent) -> None:
-    """The model calls a tool, or answers in the form; and nothing tells that the answer was a tool too."""
+    """The model calls a tool or answers in the form. (Inside, the form is a tool, too; clients must not see this.)"""
     body = {"messages": USER, "tools": [tool("stop")], "response_format": SCHEMA, "parallel_tool_calls": False}
     kinds = set()
     for seed in range(12):
@@ -211,7 +211,7 @@ def test_tools_go_together_with_a_form(agent: Agent) -> None:
 
 
 def read(**body: Any) -> Any:
-    """The arguments of GENERATE of a chat, or the status and the field that is refused."""
+    """The arguments of GENERATE for a chat, or the status and the name of the refused field."""
     from aiosd.gateway.openai import fields
 
     class Request:
@@ -352,7 +352,7 @@ def test_reasoning_effort_reaches_the_template() -> None:
 
 def test_completions_take_texts_and_ids_one_or_many(agent: Agent) -> None:
     answer = agent.do(path="/tokenize", body={"content": "Once", "add_special": True})
-    ids = json.loads(answer["body"])["tokens"]  # this model expects no token first
+    ids = json.loads(answer["body"])["tokens"]  # this model has no start token
     assert "x-aios-ignored" not in answer["headers"]
     assert agent.post("/detokenize", {"tokens": ids})[1]["content"] == "Once"
     pieces = [one["piece"] for one in agent.post("/tokenize", {"content": "a€", "with_pieces": True})[1]["tokens"]]
@@ -375,7 +375,7 @@ def test_completions_take_texts_and_ids_one_or_many(agent: Agent) -> None:
     assert agent.error(COMPLETION, {"prompt": ["Once", 5]})[:2] == (400, "prompt")
 
 
-def test_completions_tell_their_token_ids(agent: Agent) -> None:
+def test_completions_have_their_token_ids(agent: Agent) -> None:
     body = {"prompt": [300, 301], "max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     _, whole = agent.post("/v1/completions", body)
     ids = whole["choices"][0]["token_ids"]
@@ -435,7 +435,7 @@ def test_responses_are_written_item_by_item(agent: Agent) -> None:
     assert counted == {"object": "response.input_tokens", "input_tokens": whole["usage"]["input_tokens"]}
 
 
-def test_responses_go_on_from_an_earlier_one(agent: Agent) -> None:
+def test_a_response_continues_an_earlier_one(agent: Agent) -> None:
     one = {"type": "function", **TOOLS[0]["function"]}
     body = {"input": "x", "tools": [one], "tool_choice": "required", "parallel_tool_calls": False}
     found = events(agent, body)
@@ -468,7 +468,7 @@ def test_responses_go_on_from_an_earlier_one(agent: Agent) -> None:
 
 
 class Quiet:
-    """A connection whose kernel answers when the test says so."""
+    """A connection whose kernel replies when the test says so."""
 
     def __init__(self) -> None:
         self.call: Pending
@@ -488,7 +488,7 @@ class Quiet:
 
 
 class Asker:
-    """A request that never leaves."""
+    """A request whose client does not leave."""
 
     def __init__(self) -> None:
         self.sent: deque[bytes] = deque()
@@ -539,8 +539,8 @@ def test_a_stream_that_waits_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch
     asyncio.run(run())
 
 
-def test_a_tool_is_strict_only_where_it_says_so() -> None:
-    """In this API a schema that no grammar can keep is no reason to refuse a request; that of the answer is."""
+def test_a_tool_is_strict_only_if_it_is_declared_so() -> None:
+    """In this API a tool's schema that no grammar can keep is no reason to refuse a request; an answer's schema is."""
     given = [{"type": "function", "function": {"name": name, "parameters": {}, **strict}}
              for name, strict in (("a", {}), ("b", {"strict": True}), ("c", {"strict": None}))]  # fmt: skip
     (args,) = read(tools=given).args

@@ -1,4 +1,4 @@
-"""Whose a connection is on which no token was shown: programs with a key of their own, or none."""
+"""The owner of a connection without a valid token: programs send a key of their own, or none."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ official = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason
 LEVELS = ("none", "flat", "cage")
 NO_TOKEN = {"Authorization": None}
 
-#: At the top of programs: one request without a token, on a connection of its own or on one that there is.
+#: The beginning of programs: makes a request without a token, on a new connection or on a given one.
 ASK = """
 import http.client, json, os, socket, subprocess, sys
 from urllib.parse import urlsplit
@@ -68,7 +68,7 @@ print(*ask())
 print(subprocess.run([sys.executable, "-c", GRANDCHILD], capture_output=True, text=True, check=True).stdout, end="")
 """
 
-#: It forks twice and detaches, and the one between has ended when it asks.
+#: It forks twice and detaches; the process between has ended when the request is made.
 GRANDCHILD = """
 reader, writer = os.pipe()
 if os.fork() == 0:
@@ -109,7 +109,7 @@ def program(folder: Path, code: str) -> Path:
 
 
 def run(system: System, folder: Path, code: str, *options: str) -> list[Any]:
-    """What a program prints as an agent: a line of JSON."""
+    """Run a program as an agent; returns its line of JSON."""
     done = system.run("aios-run", *options, program(folder, code), timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -141,7 +141,7 @@ def test_a_child_in_another_pid_namespace_is_the_agent(aiosd: System, tmp_path: 
     assert done.stdout == "1 200 nano\n", done.stderr
 
 
-def test_as_ollamas_clients_ask(aiosd: System, agent: Agent) -> None:
+def test_requests_of_ollamas_clients(aiosd: System, agent: Agent) -> None:
     body = {"model": "llama3", "prompt": "Once", "stream": False, "options": {"num_predict": 3}}
     status, found = agent.post("/api/generate", body, headers=NO_TOKEN)
     assert (status, found["eval_count"]) == (200, 3)
@@ -179,7 +179,7 @@ def test_a_stream_without_a_token_outlives_the_kernel(fresh_aiosd: Any) -> None:
 
 
 def asked(system: System, sock: socket.socket | None = None, **headers: str) -> tuple[int, Any]:
-    """What the test itself is answered: a person's program."""
+    """The answer to a request of the test itself, which is a person's program."""
     connection = http.client.HTTPConnection(*url(system), timeout=30)
     if sock is not None:
         connection.sock = sock
@@ -192,7 +192,7 @@ def asked(system: System, sock: socket.socket | None = None, **headers: str) -> 
 WRONG = ("Bearer ollama", "Bearer aios-" + "x" * 43, "Bearer " + "x" * 5000, "Bearer processes:1:1", "Bearer gate:1")
 
 
-def test_a_persons_program_is_told_how_to_get_a_token(aiosd: System) -> None:
+def test_a_persons_program_gets_an_error_that_says_how_to_get_a_token(aiosd: System) -> None:
     given = [{}, {"Authorization": "Basic !"}, *({"Authorization": text} for text in WRONG)]
     found = [asked(aiosd, **headers) for headers in given]
     assert [(status, error["code"]) for status, error in found] == [
@@ -203,7 +203,7 @@ def test_a_persons_program_is_told_how_to_get_a_token(aiosd: System) -> None:
 
 
 def test_a_persons_program_shows_its_token_each_time(aiosd: System) -> None:
-    """Its connection may be that of a proxy, with others behind it."""
+    """The connection may be that of a proxy, which serves others, too."""
     token = aiosd.run("aiosd", "token", "proxy", check=True).stdout.strip()
     connection = http.client.HTTPConnection(*url(aiosd), timeout=30)
     codes = []
@@ -243,7 +243,7 @@ os.rename(sys.argv[1] + "~", sys.argv[1])
 """
 
 
-def test_what_has_lost_its_agent_is_refused(fresh_aiosd: Any, tmp_path: Path) -> None:
+def test_a_process_whose_agent_has_ended_is_refused(fresh_aiosd: Any, tmp_path: Path) -> None:
     system = fresh_aiosd("--threads", "1", "--orphans", "term", "--stop-timeout", "60")
     found = tmp_path / "found"
     done = system.run("aios-run", program(tmp_path, ORPHAN), found)
@@ -273,8 +273,8 @@ with socket.socket(socket.AF_UNIX) as other:
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_what_two_agents_have_is_nobodys(aiosd: System, tmp_path: Path, keeps: bool) -> None:
-    """Any of them may have sent the request. One that was given away is its new owner's."""
+def test_a_connection_of_two_agents_belongs_to_neither(aiosd: System, tmp_path: Path, keeps: bool) -> None:
+    """Either may have sent the request. A connection that was given away belongs to its new owner."""
     path = str(tmp_path / "s")
     for name, code in (("takes", TAKES), ("gives", GIVES)):
         (tmp_path / name).mkdir()
@@ -288,7 +288,7 @@ def test_what_two_agents_have_is_nobodys(aiosd: System, tmp_path: Path, keeps: b
     assert (status, "one agent's own programs" in words) == ((401, True) if keeps else (200, False)), err
 
 
-def test_what_an_agent_has_in_common_with_a_person_is_nobodys(aiosd: System, tmp_path: Path) -> None:
+def test_a_connection_shared_with_a_person_belongs_to_no_agent(aiosd: System, tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     taking = aiosd.popen("aios-run", program(tmp_path, TAKES), path)
     assert eventually(lambda: os.path.exists(path))
@@ -326,10 +326,10 @@ with open(sys.argv[1], "w") as file:
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_what_was_handed_to_an_agent_at_its_start_is_not_its_own(
+def test_a_connection_inherited_at_its_start_does_not_belong_to_an_agent(
     aiosd: System, tmp_path: Path, elsewhere: bool
 ) -> None:
-    """Who started it may have sent a request there, and would be answered as the agent."""
+    """The process that started it may have sent a request on it, and would be answered as the agent."""
     (tmp_path / "child").mkdir()
     moved = HANDED.replace("len(sys.argv) > 2", str(elsewhere))
     child, found = program(tmp_path / "child", moved), tmp_path / "found"
@@ -338,7 +338,7 @@ def test_what_was_handed_to_an_agent_at_its_start_is_not_its_own(
     assert found.read_text().startswith("401 a token is needed: "), done.stderr
 
 
-def test_what_a_tool_runs_is_no_agents(aiosd: System, tmp_path: Path) -> None:
+def test_a_process_of_a_tool_is_no_agents(aiosd: System, tmp_path: Path) -> None:
     code = """
     import libaios as aios
     code = "import urllib.request as u; print(u.urlopen('%s/models').status)" % os.environ["OPENAI_BASE_URL"]
@@ -354,7 +354,7 @@ Pair = tuple[socket.socket, SocketAddress, SocketAddress]
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    """A connection, and both addresses; whose end is the test's to close."""
+    """A connection, and both addresses. The test closes the ends."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         client.bind(("127.0.0.1", 0))
@@ -363,7 +363,7 @@ def pair() -> Iterator[Pair]:
             yield client, SocketAddress(*client.getsockname()), SocketAddress(*server.getsockname())
 
 
-def test_all_that_have_a_connection_are_found(pair: Pair) -> None:
+def test_all_processes_with_a_connection_are_found(pair: Pair) -> None:
     client, *ends = pair
     inode = os.fstat(client.fileno()).st_ino
     child = os.fork()
@@ -394,13 +394,13 @@ def test_half_closed_is_still_connected(pair: Pair) -> None:
 
 
 def test_a_socket_that_listens_there_is_not_the_other_end(pair: Pair) -> None:
-    """Linux gives it when the other end is closed: a program that sends and leaves could be taken for its owner."""
+    """Linux returns it when the other end is closed; its owner could be taken for the sender, which has left."""
     client, theirs, ours = pair
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(theirs)
         listener.listen()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # it leaves nothing behind
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # the connection ends by a reset
         client.close()
         assert identity.other_end(theirs, ours).inode == 0
         assert identity.holder(theirs, ours) == 0
@@ -408,7 +408,7 @@ def test_a_socket_that_listens_there_is_not_the_other_end(pair: Pair) -> None:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many connections each look was for."""
+    """A list of the numbers of connections for which /proc was searched."""
     made: list[int] = []
 
     def look(asked: list[holders.Ends]) -> dict[holders.Ends, list[SocketHolder]]:
@@ -431,7 +431,7 @@ def test_a_crowd_costs_one_look(looks: list[int]) -> None:
 
 
 def test_looks_take_a_part_of_the_time(looks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without end they are made one after the other, and the pauses grow to what they may cost."""
+    """Under a constant load they are made one after the other, with pauses that bound their share of the time."""
     clock, slept = [100.0], 0.0
     plain = holders.look
 

@@ -1,4 +1,4 @@
-"""Agents without a process: programs from outside that have a token of `aiosd token`."""
+"""Agents without a process: programs outside of aiosd with a token of `aiosd token`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not endpoint.installed(), reason="the extra `gat
 
 
 class Program:
-    """A program of a person's, with a token; here it is the test itself."""
+    """A person's program with a token. Here it is the test itself."""
 
     def __init__(self, system: System, name: str, *options: str) -> None:
         self.system, self.name = system, name
@@ -100,7 +100,7 @@ def test_where_a_connection_comes_from_is_found() -> None:
             theirs, ours = SocketAddress(*client.getsockname()), SocketAddress(*server.getsockname())
             sleeper = psutil.Popen(["sleep", "60"])
             assert identity.is_outside(theirs, ours, sleeper.pid)
-            assert not identity.is_outside(theirs, ours, os.getpid())  # we have it, and are the system ourselves
+            assert not identity.is_outside(theirs, ours, os.getpid())  # it is this process, the system here
             sleeper.kill()
             sleeper.wait()
         assert not identity.is_outside(theirs, ours, 1 << 30)  # it is closed
@@ -119,7 +119,7 @@ def test_a_spent_budget_ends_requests_and_not_the_token(aiosd: System) -> None:
     assert eventually(lambda: program.ask("/v1/models")[0] == 401)
 
 
-def test_it_is_parked_and_goes_on(aiosd: System, program: Program) -> None:
+def test_it_is_stopped_and_continued(aiosd: System, program: Program) -> None:
     with program.open("/v1/completions", LONG | {"max_tokens": 300}) as response:
         assert response.readline().startswith(b"data: ")
         aiosd.run("aios-kill", "-STOP", "editor", check=True)
@@ -132,7 +132,7 @@ def test_it_is_parked_and_goes_on(aiosd: System, program: Program) -> None:
     assert entry(aiosd, "editor")["completion_tokens"] == 300
 
 
-def test_what_runs_when_it_is_revoked_is_cancelled(aiosd: System) -> None:
+def test_its_running_calls_are_cancelled_when_it_is_revoked(aiosd: System) -> None:
     program = Program(aiosd, "gone")
     with program.open("/v1/completions", LONG) as response:
         assert response.readline().startswith(b"data: ")
@@ -145,7 +145,7 @@ def test_what_runs_when_it_is_revoked_is_cancelled(aiosd: System) -> None:
 
 
 def test_it_outlives_the_kernel_and_the_system(tmp_path: Path) -> None:
-    """With what it has used of each budget; of money and tools, too, each of which is reached on its own."""
+    """Its use of each budget is kept, also of money and tools, each of which is used up separately."""
     system = System("--threads", "1", "--price", "1000,10000", home=tmp_path / "h").start()
     limits = ("--tokens", "1000", "--cost", "0.25", "--tool-calls", "1", "--time", "1h")
     program = Program(system, "editor", *limits, "-g", "desk")
@@ -181,7 +181,7 @@ def test_it_outlives_the_kernel_and_the_system(tmp_path: Path) -> None:
     assert not system.destroy()
 
 
-def test_a_budget_needs_what_it_is_measured_by(aiosd: System) -> None:
+def test_budgets_that_need_a_process_are_refused(aiosd: System) -> None:
     wanted = NewToken("x", b"x" * 32, None, Limits(memory_bytes=1))
     refused = pytest.raises(OSError, match="memory budget: cannot be measured of an agent without a process")
     with Client(Home(aiosd.home)) as client, refused:

@@ -64,7 +64,7 @@ def test_a_reply_that_was_handed_out(kernel: ChannelKernel, connection: Connecti
     connection.abandon(call)
     connection.abandon(call)
     assert aios.msg.recv(timeout=0) == (5, "kept")
-    assert kernel.quiet()  # the kernel did not have to be asked
+    assert kernel.quiet()  # no call was sent to the kernel
 
 
 def test_an_interrupt_at_the_last_moment(
@@ -110,7 +110,7 @@ def test_an_interrupt_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Mailbox:
-    """A kernel that gives messages to RECVs whenever the agent waits."""
+    """A kernel that answers RECVs with messages whenever the agent waits."""
 
     def __init__(self, n: int) -> None:
         self.kernel = ChannelKernel(ring.MIN_RING)
@@ -150,7 +150,7 @@ def test_an_interrupt_while_the_reply_of_another_thread_is_handed_out(monkeypatc
 def test_the_connection_ends_after_an_interrupt_in_the_middle_of_a_hand_out(
     kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reply was not given to its call, and it will not be: the call ends as all others do."""
+    """The reply did not reach its call, so the call ends with the connection, like all others."""
     call = ask(connection)
     kernel.reply(kernel.take(Sys.RECV), message("lost"))
 
@@ -164,14 +164,14 @@ def test_the_connection_ends_after_an_interrupt_in_the_middle_of_a_hand_out(
             connection.pump()
     assert call.final is None
     connection.close()
-    assert call.final is not None  # else its thread would wait for ever
+    assert call.final is not None  # or its thread would wait for ever
     with pytest.raises(OSError, match="closed") as raised:
         connection.result(call, wire.Received)
     assert raised.value.errno == errno.ENOTCONN
 
 
 class TwoThreads:
-    """This thread leads, and another one follows. Then both have a reply, and this thread is interrupted."""
+    """This thread reads the connection for another one, too. Both replies arrive, and this thread is interrupted."""
 
     def __init__(self, n: int) -> None:
         self.kernel = ChannelKernel()
@@ -201,8 +201,8 @@ def test_a_reply_that_comes_later(kernel: ChannelKernel, connection: Connection)
     assert not connection._given_up
 
 
-def test_a_reply_that_comes_later_goes_to_who_waits(kernel: ChannelKernel, connection: Connection) -> None:
-    """And what the kernel has of that one's call may bring another message, which is not lost either."""
+def test_a_later_reply_goes_to_a_call_that_waits(kernel: ChannelKernel, connection: Connection) -> None:
+    """The waiting call may get another message from the kernel, which is not lost either."""
     call = ask(connection)
     first = kernel.take(Sys.RECV)
     connection.abandon(call)
@@ -229,7 +229,7 @@ def test_messages_keep_their_order(kernel: ChannelKernel, connection: Connection
 
 
 @pytest.mark.parametrize("code", [errno.ECANCELED, errno.ETIMEDOUT])
-def test_a_call_that_brought_nothing_is_forgotten(kernel: ChannelKernel, connection: Connection, code: int) -> None:
+def test_a_call_without_a_message_leaves_nothing(kernel: ChannelKernel, connection: Connection, code: int) -> None:
     call = ask(connection)
     request = kernel.take(Sys.RECV)
     connection.abandon(call)
@@ -240,7 +240,7 @@ def test_a_call_that_brought_nothing_is_forgotten(kernel: ChannelKernel, connect
 
 
 def test_the_kernel_dies_before_its_reply(kernel: ChannelKernel, connection: Connection) -> None:
-    """Its journal says that the call has the message: so the successor is asked again, and told that it is over."""
+    """The journal may have given the message to this call, so it is sent to the successor again, with a CANCEL."""
     call = ask(connection)
     request = kernel.take(Sys.RECV)
     connection.abandon(call)
@@ -264,13 +264,13 @@ def test_the_kernel_dies_after_its_reply(kernel: ChannelKernel, connection: Conn
     kernel.rise()
     connection.pump()
     assert aios.msg.recv(timeout=0) == (5, "kept")
-    assert kernel.quiet()  # it is not asked for again
+    assert kernel.quiet()  # the call is not sent again
 
 
 def test_a_task_that_is_cancelled_when_its_reply_is_there(kernel: ChannelKernel, connection: Connection) -> None:
     async def main() -> tuple[int, object]:
         task = asyncio.create_task(aio.msg.recv())
-        await asyncio.sleep(0)  # it sends
+        await asyncio.sleep(0)  # the task sends its call
         kernel.reply(kernel.take(Sys.RECV), message("kept"))
         connection.pump()  # its reply is there; the task has not run since
         task.cancel()

@@ -1,6 +1,7 @@
-"""What an agent allocates must not be scattered over pages that it shares (`birth/heap.py`).
+"""An agent's new objects must not be scattered over pages that it shares (`birth/heap.py`).
 
-In a process of its own, where holes are made on purpose: between objects that stay, on hundreds of pages."""
+This is tested in a process of its own, in which holes are made between objects that stay, on hundreds of pages.
+"""
 
 import subprocess
 import sys

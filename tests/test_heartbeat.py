@@ -33,7 +33,7 @@ def test_silence_is_a_hang_only_after_a_while(heart: Heart) -> None:
 
 
 class Waiting:
-    """A process whose threads wait for a processor."""
+    """A fake process whose threads wait for a processor."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = time.monotonic()
@@ -41,7 +41,7 @@ class Waiting:
         monkeypatch.setattr(procfs, "run_delays", lambda ospid: {t: int(s * 1e9) for t, s in self.waited_s.items()})
 
     def looks(self, heart: Heart, seconds: int, share: float, beaten: bool = False) -> int | None:
-        """After how many seconds it counts as hung, if one of its threads waits for this share of the time."""
+        """The seconds until it counts as hung, if one of its threads waits for this share of the time."""
         for s in range(1, seconds):
             self.now += 1
             self.waited_s[2] += share
@@ -52,23 +52,23 @@ class Waiting:
         return None
 
 
-def test_who_waits_for_a_processor_does_not_hang(heart: Heart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_waits_for_a_processor_does_not_hang(heart: Heart, monkeypatch: pytest.MonkeyPatch) -> None:
     process = Waiting(monkeypatch)
     assert process.looks(heart, 40, 0.95) is None
     assert process.looks(heart, 5, 0.0, beaten=True) is None
-    assert process.looks(heart, 40, 0.0) == HANG_S + 1  # … and what was before counts no more
+    assert process.looks(heart, 40, 0.0) == HANG_S + 1  # earlier waiting no longer counts
 
 
-def test_half_a_processor_is_half_the_excuse(heart: Heart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_half_a_processor_half_of_the_time_counts(heart: Heart, monkeypatch: pytest.MonkeyPatch) -> None:
     assert HANG_S + 1 < Waiting(monkeypatch).looks(heart, 40, 0.5) <= 2 * HANG_S + 1
 
 
-def test_no_wait_for_a_processor_excuses_for_ever(heart: Heart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_processor_is_excused_for_a_limited_time(heart: Heart, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Waiting(monkeypatch).looks(heart, 100, 1.0) in (START_S, START_S + 1)
 
 
 def test_linux_counts_the_wait_of_each_thread() -> None:
-    """Two that spin on one processor: each waits about half of the time."""
+    """Two threads spin on one processor, so each waits about half of the time."""
     spin = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass"
     spinning = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
     try:
@@ -87,20 +87,20 @@ def test_a_beat_starts_the_count_anew(heart: Heart) -> None:
         assert not heart.hangs(lambda n=n: start + n * BEAT_S)
 
 
-def test_a_watcher_that_slept_judges_no_process(heart: Heart) -> None:
+def test_a_watcher_that_was_not_running_kills_no_process(heart: Heart) -> None:
     start = time.monotonic()
     assert not heart.hangs(lambda: start + 1)
     assert not heart.hangs(lambda: start + 1000)
     assert not heart.hangs(lambda: start + 1001)
 
 
-def test_a_beat_does_not_wait_for_a_listener_that_does_not_listen(heart: Heart) -> None:
+def test_a_beat_does_not_wait_for_a_watcher_that_does_not_read(heart: Heart) -> None:
     for _ in range(100_000):
         beat(heart.write)
     assert not heart.hangs()
 
 
-# ── a loop that hangs behind a heart that beats ───────────────────────────────────────────────────────────
+# ── a loop that hangs while a thread sends heartbeats ─────────────────────────────────────────────────────
 
 
 class Clock:
@@ -136,7 +136,7 @@ def test_a_round_may_take_ten_times_as_long_as_any_before_it(seconds: float, num
     assert not rounds.stuck()
 
 
-def test_who_sleeps_or_loads_is_not_stuck() -> None:
+def test_a_core_that_sleeps_or_loads_is_not_stuck() -> None:
     rounds, clock = rounds_of(1.0, 30)
     clock.now += 1e6
     assert not rounds.stuck()

@@ -1,7 +1,7 @@
 """Hostile bytes: whatever an agent or a client writes, the kernel lives on and others are served.
 
-The pure parts are driven hard here, and some offences done to a real system; benchmarks/fuzz.py does many more, and a
-small slice of it is run here.
+The pure parts are tested with many inputs, and some offences are tried on a real system. benchmarks/fuzz.py tries many
+more; a small part of it is run here.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ HELLO = msgpack.encode([wire.VERSION, 0, ""])
 
 
 def read(frame: bytes) -> None:
-    """As the kernel reads a request and its arguments."""
+    """Read a request and its arguments as the kernel does."""
     try:
         request = wire.decode_request(frame)
     except (MsgspecError, RecursionError) as err:
@@ -76,7 +76,7 @@ def read(frame: bytes) -> None:
 
 
 def understood(frame: bytes) -> bool:
-    """Read as the kernel does; False when it ends its sender or brings an errno."""
+    """Read a request as the kernel does; False if it would end its sender or get an errno."""
     said: OSError | ProtocolError | None = None
     try:
         read(frame)
@@ -123,7 +123,7 @@ def test_nesting_without_end(deep: bytes) -> None:
 
 
 def test_what_the_kernel_takes_others_can_read() -> None:
-    """A core reads a call, and an agent a message, where it lies deeper by some levels."""
+    """A core gets a call, and an agent a message, nested deeper by some levels."""
     deepest = b""
     for depth in range(100, 2000):
         frame = msgpack.encode([1, Sys.GENERATE]).replace(b"\x92", b"\x93", 1)
@@ -214,7 +214,7 @@ def test_a_frame_without_an_end() -> None:
 
 
 def crumbs(channel: Channel, head: int) -> int:
-    """Fill the ring with fragments of no bytes, which complete nothing; a whole frame is the last."""
+    """Fill the ring with fragments without bytes (crumbs), which complete no frame; the last one is a whole frame."""
     items, memory = channel._segment.items, channel._segment.memory
     size = items[2]
     for at in range(ring.HEADER, ring.HEADER + size - 16, 8):
@@ -228,7 +228,7 @@ def crumbs(channel: Channel, head: int) -> int:
 
 @pytest.mark.parametrize("size", [ring.MIN_RING, 1 << 16])
 def test_fragments_are_work_and_bounded_in_a_turn(size: int) -> None:
-    """Eight thousand crumbs took as long as twelve turns; now each turn takes a few, and the agent stands in line."""
+    """Eight thousand crumbs once took as long as twelve turns. Now a turn takes few, and the rest wait for the next."""
     moves: list[Turn] = []
     handled: list[bytes] = []
     turns = turns_with(lambda: 0.0, [], lambda peer, payload: handled.append(payload))
@@ -247,8 +247,8 @@ def test_fragments_are_work_and_bounded_in_a_turn(size: int) -> None:
         assert set(moves[:-1]) == {Turn.HUNGRY}
 
 
-def test_what_an_honest_peer_writes_is_taken_in_one_go() -> None:
-    """Frames of any size: the bound on fragments is never met."""
+def test_frames_of_an_honest_peer_are_taken_at_once() -> None:
+    """With frames of any size the bound on fragments is never reached."""
     memfd, bell, agent_bell = make_channel(ring.MIN_RING, ring.MIN_RING)
     agent, kernel = Channel(os.dup(memfd), agent_bell, Side.AGENT), Channel(memfd, bell, Side.KERNEL)
     try:
@@ -281,7 +281,7 @@ def test_unfinished_frames_of_all_have_a_bound(steps: list[tuple[int, int]]) -> 
         assert assembly.total == sum(peer.assembling for peer in peers) <= 100
 
 
-def test_who_began_first_is_in_the_way() -> None:
+def test_of_unfinished_frames_the_oldest_ends_its_sender() -> None:
     assembly, (slow, quick, third) = Assembly(limit=100), [Peer(number, None) for number in range(3)]
     assert assembly.note(slow, 40) is None
     assert assembly.note(quick, 40) is None
@@ -343,7 +343,7 @@ def journal(alive: set[int]) -> Iterator[Journal]:
             os.close(fd)
 
 
-def test_messages_to_those_who_die_do_not_fill_the_journal() -> None:
+def test_messages_to_agents_that_die_do_not_fill_the_journal() -> None:
     alive: set[int] = set()
     for made in journal(alive):
         obj = wire.raw(bytes(1 << 20))
@@ -355,7 +355,7 @@ def test_messages_to_those_who_die_do_not_fill_the_journal() -> None:
         assert sum(os.fstat(fd).st_size for fd in made._fds) < 4 * COMPACT_BYTES
 
 
-def test_messages_that_were_taken_are_not_remembered_without_end() -> None:
+def test_the_kept_delivered_messages_have_a_bound() -> None:
     for made in journal({1}):
         obj = wire.raw(bytes(1 << 20))
         for number in range(40):
@@ -383,7 +383,7 @@ def test_any_bytes_on_a_socket(chunks: list[bytes]) -> None:
 
 
 def test_descriptors_without_end_leave_none_behind() -> None:
-    """Frames that were complete when the process ran out of descriptors take theirs with them."""
+    """When the process has run out of descriptors, those of frames that are already complete are closed, too."""
     ours, theirs = socket.socketpair()
     frames = FrameSocket(ours)
     before = len(os.listdir("/proc/self/fd"))
@@ -408,7 +408,7 @@ def test_descriptors_without_end_leave_none_behind() -> None:
 
 
 class Heard:
-    """Notes which of its methods were called, and with which call."""
+    """Records which of its methods were called, and with which call."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -429,7 +429,7 @@ def call_of(number: int, sys: int, generation: OpenGeneration | None = None) -> 
 
 
 def test_what_a_core_sends_of_an_id_that_is_in_use_again_is_for_calls_of_its_kind() -> None:
-    """The agent cancelled a call and used its id for another, and the core had not heard of it."""
+    """The agent has cancelled a call and used its id for another one, and the core has not yet received this."""
     heard = Heard()
     core = core_of(heard)
     step = link.Step([link.Delta((7, 1), 0, [1], "x")], [link.Started((7, 1), 5, 0)], [(7, 1)])
@@ -438,7 +438,7 @@ def test_what_a_core_sends_of_an_id_that_is_in_use_again_is_for_calls_of_its_kin
 
     def sent(call: Call, *messages: Any) -> list[str]:
         heard.names.clear()
-        core.calls[7, 1] = ServiceCall(call, link.CancelCall((7, 1)))  # what was submitted does not matter here
+        core.calls[7, 1] = ServiceCall(call, link.CancelCall((7, 1)))  # the submitted message does not matter here
         for message in messages:
             core.on_message(message)
         return list(heard.names)
@@ -451,7 +451,7 @@ def test_what_a_core_sends_of_an_id_that_is_in_use_again_is_for_calls_of_its_kin
 
 
 def failing(failed: list[int]) -> Any:
-    """In place of all that a core calls: notes the calls that fail."""
+    """Replaces all that a core calls; records the calls that fail."""
     return SimpleNamespace(
         fail=lambda call, code, why: failed.append(call.id),
         on_parked=lambda peer: None,
@@ -462,7 +462,7 @@ def failing(failed: list[int]) -> Any:
 
 
 def test_a_call_that_costs_core_after_core_is_given_up() -> None:
-    """A generation that was running twice; another call, which may not have begun, a few times more."""
+    """A generation is given up if it was running at two deaths; a call that may not have begun, after some more."""
     failed: list[int] = []
     core = core_of(failing(failed))
     running = call_of(1, Sys.GENERATE, OpenGeneration(wire.Generate(), "nano", wire.Progress(), started=True))
@@ -478,13 +478,13 @@ def test_a_call_that_costs_core_after_core_is_given_up() -> None:
             opened.given = True
         core.died("SIGSEGV")
         gone.append(list(failed))
-        core.died("cannot be loaded")  # had been given nothing
+        core.died("cannot be loaded")  # it had got no call
     assert gone == [[], [1], [1], [1, 3], [1, 3], [1, 3]]
     assert list(core.calls) == [waiting.key]
 
 
 def test_the_call_that_a_core_works_on_alone_is_blamed_alone() -> None:
-    """Its template, its schema or its text ends the core before it has a slot: its neighbours go on."""
+    """Its template, schema or text ends the core before the call has a slot; other calls go on."""
     failed: list[int] = []
     core = core_of(failing(failed))
     neighbour = call_of(1, Sys.GENERATE, OpenGeneration(wire.Generate(), "nano", wire.Progress()))
@@ -528,8 +528,8 @@ def test_a_paused_stream_goes_on_though_another_reply_emptied_the_outbox() -> No
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_agent_that_asks_for_what_takes_long_gets_short_turns() -> None:
-    """And long ones again when it does not: the time of a turn is bounded, whatever is asked for."""
+def test_an_agent_with_expensive_calls_gets_short_turns() -> None:
+    """And long ones again when it no longer does so. The time of a turn is bounded, whatever the calls are."""
     now = 0.0
 
     def answer(peer: Any, payload: bytes) -> None:
@@ -552,7 +552,7 @@ def test_an_agent_that_asks_for_what_takes_long_gets_short_turns() -> None:
 
 
 def test_all_that_send_much_have_one_turn_together() -> None:
-    """Each comes up again and again, and one that had nothing left goes before them every time."""
+    """Each has its turns, and an agent that had nothing left goes first every time."""
     now, served = 0.0, []
     timers: Any = SimpleNamespace(clock=lambda: now, until_next=lambda: 0.0)
     events = Events(timers)
@@ -564,7 +564,7 @@ def test_all_that_send_much_have_one_turn_together() -> None:
             now += cost
             served.append(number)
             if number < 10:
-                events.move(made, Turn.HUNGRY)  # it has more
+                events.move(made, Turn.HUNGRY)  # it has further frames
 
         made = events.watch(pipes[number % 10 if number < 10 else number - 6][0], lambda mask: None, serve=serve)
         return made
@@ -617,7 +617,7 @@ def errors(count):
 
 @pytest.fixture
 def system(aiosd: System) -> Iterator[System]:
-    """The common one, whose kernel and core must not have died in between."""
+    """The common system, whose kernel and core must not die during the test."""
 
     def lives() -> tuple[int, list[int]]:
         status = aiosd.status()
@@ -642,7 +642,7 @@ def start(client: Client, folder: Path, code: str, *args: str) -> int:
 
 
 def end(client: Client, pid: int) -> tuple[int, str]:
-    """Exit status, and the reason that aios-inspect shows."""
+    """The exit status, and the reason that aios-inspect shows."""
     status = client.call(Sys.WAIT, wire.Wait(pid), wire.Waited, timeout=60).status
     return status, client.call(Sys.INSPECT, wire.PidArgs(pid), dict[str, Any], timeout=30)["reason"]
 
@@ -662,12 +662,12 @@ def output(client: Client, pid: int) -> str:
         ("memory[4096:4104] = struct.pack('=II', 8 | 1 << 31, 1); items[24] = 64", "does not end its frame"),
         ("items[24] = 1 << 63", "the writer's counter claims"),
         ("items[24] = 4", "the writer's counter claims"),
-        # Its reply finds no way, and the other requests are of one who is gone.
+        # Its reply cannot be sent, and the sender of the other requests has ended.
         ("items[64] = 1 << 40; [channel.send(request(n, 1)) for n in range(60)]", "the reader's counter claims"),
         ("channel.send(bytes(17 << 20))\nwhile not channel.pump(): channel.wait(1.0)", "a frame of more than"),
     ],
 )
-def test_who_breaks_the_protocol_is_ended(client: Client, tmp_path: Path, code: str, reason: str) -> None:
+def test_an_agent_that_breaks_the_protocol_is_ended(client: Client, tmp_path: Path, code: str, reason: str) -> None:
     pid = start(client, tmp_path, f"{code}\nos.write(channel.fileno(), b'!')\ntime.sleep(60)")
     status, why = end(client, pid)
     assert status == -9
@@ -676,7 +676,7 @@ def test_who_breaks_the_protocol_is_ended(client: Client, tmp_path: Path, code: 
 
 
 def test_a_bell_shut_down_by_halves_harms_no_other_agent(client: Client, tmp_path: Path) -> None:
-    """Writing to it fails, and poll tells nothing of that."""
+    """Writing to it fails, which poll does not report."""
     before = client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"]
     code = """
 import socket
@@ -692,7 +692,7 @@ for number in range(1, 50):
 
 
 def test_large_calls_that_stay_open_do_not_fill_the_kernel(fresh_aiosd: Any, tmp_path: Path) -> None:
-    """A core that does nothing, and an agent that sends it twenty texts of 7 MB: most are refused."""
+    """The core is stopped, and an agent sends it twenty texts of 7 MB: most are refused."""
     system = fresh_aiosd("--threads", "1")
     (kernel, core) = (
         psutil.Process(next(entry["ospid"] for entry in system.ps() if entry["name"] == name))
@@ -719,12 +719,12 @@ print([reply.errno for reply in replies(10).values()])
             assert len(refused) >= 10
         assert kernel.memory_info().rss - before < 128 << 20
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may have been taken for one that hangs
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have been killed as hung
             core.kill()
 
 
 def test_a_request_and_the_end_of_its_sender_at_once(system: System, client: Client, tmp_path: Path) -> None:
-    """Linux tells of both with one event, and never again. The process lives on; what it had asked for is cancelled."""
+    """Linux reports both with one event, once. The process lives on; its call is cancelled."""
     code = """
 import signal
 from libaios.wire import Generate, Sampling, Sys
@@ -759,8 +759,8 @@ while True:
     assert end(client, pid)[0] == -9
 
 
-def test_a_spawn_that_is_cancelled_and_asked_for_again_is_one_process(client: Client, tmp_path: Path) -> None:
-    """Both answers of the supervisor would be for the same call."""
+def test_a_spawn_that_is_cancelled_and_sent_again_is_one_process(client: Client, tmp_path: Path) -> None:
+    """Otherwise both answers of the supervisor would belong to the same call."""
     before = client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"]
     code = """
 spawn = request(5, wire.Sys.SPAWN, "exec", "true", [], dict(os.environ), "/")
@@ -780,8 +780,8 @@ print("done")
     assert client.call(Sys.STATUS, wire.Status(), dict)["kernel"]["epoch"] == before
 
 
-def test_a_spawn_that_is_answered_and_asked_for_again_is_answered_again(client: Client, tmp_path: Path) -> None:
-    """The agent has rung, and the supervisor may not know yet that its birth is over."""
+def test_a_spawn_that_is_answered_and_sent_again_is_answered_again(client: Client, tmp_path: Path) -> None:
+    """The agent has rung, and the supervisor may not have read yet that its birth is over."""
     (tmp_path / "child.py").write_text("")
     code = """
 for number in range(5, 35):
@@ -831,8 +831,8 @@ for number, (code, why) in sorted(errors(8).items()):
     assert "nested" in lines[1][2]
 
 
-def test_who_does_not_read_waits(client: Client, tmp_path: Path) -> None:
-    """100,000 requests and no reply read: the requests stay where they are, and all are served in the end."""
+def test_an_agent_that_does_not_read_waits(client: Client, tmp_path: Path) -> None:
+    """It sends 100,000 requests and reads no reply: the requests stay in its ring, and all are served in the end."""
     code = """
 sent = 0
 while channel.outbox_bytes < 1 << 20:
@@ -853,8 +853,8 @@ print(set(range(1, sent + 1)) == set(replies(sent)))
 
 
 def test_unfinished_frames_of_many_agents(client: Client, tmp_path: Path) -> None:
-    """Each within its own bound, together beyond the common one: the first to begin goes, and a large frame of an
-    honest agent comes through."""
+    """Each is within its own bound, but all together are beyond the common one. The agent that began first is ended,
+    and a large frame of an honest agent arrives."""
     held = 15 << 20
     code = f"""
 piece, written = size // 2 - 8, 0
@@ -945,7 +945,7 @@ def test_half_messages_keep_no_client_waiting(system: System, client: Client) ->
         for cut in range(len(fuzz.framed(HELLO))):
             stack.enter_context(connected(system)).sendall(fuzz.framed(HELLO)[:cut])
         assert client.call(Sys.GETPID, wire.NoArgs(), int, timeout=30) == 0
-        # the rest comes late
+        # the rest is sent late
         sock = stack.enter_context(connected(system))
         for byte in fuzz.framed(HELLO) + fuzz.framed(msgpack.encode([1, Sys.GETPID])):
             sock.sendall(bytes([byte]))
@@ -1004,7 +1004,7 @@ def test_descriptors_that_a_client_sends_are_closed(system: System, client: Clie
     before = kernel_descriptors(system)
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 8))]
     with connected(system) as silent, connected(system) as sock:
-        silent.sendmsg([b"\x10"], rights)  # of no use before a Hello
+        silent.sendmsg([b"\x10"], rights)  # not permitted before a Hello
         sock.sendall(fuzz.framed(HELLO))
         sock.recv(1 << 12)
         for number in range(200):

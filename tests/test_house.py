@@ -1,4 +1,4 @@
-"""The house stands on floors and imports run downwards only; light rooms stay light."""
+"""The structure of the code: modules lie on floors, imports run downwards only, and light modules stay light."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from aiosd.commands import MODULES
 
 ROOT = Path(__file__).parent.parent
 
-# Each name stands for itself and all below it; the longest that fits a module says where it lives. A module may
-# import from its own entry and from lower floors, not from a neighbour on its floor.
+# Each entry (room) stands for a module or package with all below it; the longest one that fits a module counts. A
+# module may import from its own room and from lower floors, not from another room of its floor.
 FLOORS: list[list[str]] = [
     ["aiosd.commands"],
     ["aiosd.init"],
     ["aiosd.birth"],
     ["aiosd.kernel", "aiosd.llm", "aiosd.store", "aiosd.tools", "aiosd.gateway", "aiosd.net"],
-    ["aiosd"],  # config, ipc, logs and the other small things that any part may use
+    ["aiosd"],  # config, ipc, logs and other small modules that any part may use
     ["aiosd.init.restart"],  # a policy that settings, kernel and supervisor share
-    ["aiosd.models"],  # which models there are: settings name them
+    ["aiosd.models"],  # settings name models
     ["aiosd.llm.modelfile"],
-    ["aiosd.llm.spec", "aiosd.tools.spec", "aiosd.errors", "aiosd.nano"],  # what a model is described by
+    ["aiosd.llm.spec", "aiosd.tools.spec", "aiosd.errors", "aiosd.nano"],  # descriptions of models and tools
     ["aiosd.budgets.price"],
     ["aiosd.units"],
     ["libaios"],
 ]
-#: Rooms outside the house: run by hand, imported by no part of the system.
+#: Packages that are run by hand, and imported by no part of the system.
 OUTSIDE = ["aiosd.nano"]
-#: Names that are defined more than once, and how often: users of the SDK know them.
+#: Names that are defined more than once, and how often, because users of the SDK know them.
 TWICE = {
-    "Context": 2,  # in plain calls, and in `aio` the same for coroutines
-    "Piece": 2,  # of a stream, as `libaios.llm` gives it out, and as the contract has it
+    "Context": 2,  # for plain calls, and in `aio` for coroutines
+    "Piece": 2,  # of a stream: in `libaios.llm`, and in the contract
 }
 SOURCES = sorted(path for package in ("aiosd", "libaios") for path in (ROOT / package).rglob("*.py"))
 
@@ -49,7 +49,7 @@ def module_of(path: Path) -> str:
 
 @functools.cache
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Every module that a file imports, and whether only for the type checker. Several tests ask for all files."""
+    """The modules that a file imports, and whether only for the type checker. Cached: several tests use it."""
     found = []
     tree = ast.parse(path.read_text())
     typing_only = {
@@ -114,15 +114,15 @@ def test_imports_run_downwards_only() -> None:
     assert wrong == []
 
 
-def test_the_listing_draws_the_picture() -> None:
-    """What lies in no room is what any of them may use."""
+def test_no_other_files_lie_directly_in_aiosd() -> None:
+    """A file outside of the packages is one that any of them may use."""
     loose = {path.name for path in (ROOT / "aiosd").iterdir() if path.is_file()} - {"__init__.py", "py.typed"}
     assert loose == {"errors.py", "kin.py", "procfs.py", "threads.py", "timers.py", "units.py"}
 
 
 def circles(package: str) -> list[list[str]]:
     """Files of the package that import each other, directly or through others. Imports for the type checker and inside
-    functions count, too: they hide a circle, and do not remove it."""
+    functions count, too, because they hide a circle and do not remove it."""
     files = {module_of(path): path for path in SOURCES if within(module_of(path), package)}
     after = {module: {name for name, _ in imports(path) if name in files} for module, path in files.items()}
     changed = True
@@ -146,7 +146,7 @@ def test_libaios_imports_nothing_of_aiosd() -> None:
 
 
 def test_llm_ggml_alone_touches_llama_cpp() -> None:
-    """Others go through `aiosd.llm.ggml`: those that own llama.cpp's objects, or replace its attention."""
+    """All others import `aiosd.llm.ggml`: the modules that own llama.cpp's objects, or replace its attention."""
     users = {module_of(path) for path in SOURCES for imported, _ in imports(path) if within(imported, "llama_cpp")}
     assert users <= {"aiosd.llm.ggml"}
     callers = {module_of(path) for path in SOURCES for imported, _ in imports(path) if imported == "aiosd.llm.ggml"}
@@ -159,7 +159,7 @@ def test_store_index_alone_touches_faiss() -> None:
 
 
 @pytest.mark.parametrize("pure", ["aiosd.llm.policy", "aiosd.llm.prefix"])
-def test_pure_parts_know_no_model(pure: str) -> None:
+def test_pure_parts_import_no_model_library(pure: str) -> None:
     paths = [path for path in SOURCES if within(module_of(path), pure)]
     assert paths
     imported = {name.split(".")[0] for path in paths for name, _ in imports(path)}
@@ -173,8 +173,8 @@ def test_a_command_imports_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["aiosd.commands.ps", "aiosd.commands.kill", "aiosd.commands.wait"])
-def test_a_command_that_asks_one_question_starts_fast(module: str) -> None:
-    """Each of these would take a twentieth of its time or more."""
+def test_a_command_with_a_single_call_starts_fast(module: str) -> None:
+    """Each of these modules would take a twentieth of the command's time or more."""
     slow = ["asyncio", "logging", "multiprocessing", "pathlib", "pickle", "dataclasses", "unicodedata", "subprocess"]
     assert loaded_by(module, slow) == []
 
@@ -184,13 +184,13 @@ def test_the_sdk_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("module", ["aiosd.init.supervisor", "aiosd.init.guardian"])
-def test_what_forks_maps_no_model(module: str) -> None:
-    """Fork only from a process that has loaded neither llama.cpp nor FAISS."""
+def test_processes_that_fork_load_no_model_library(module: str) -> None:
+    """A process that forks must have loaded neither llama.cpp nor FAISS."""
     assert loaded_by(module, ["numpy", "llama_cpp", "faiss"]) == []
 
 
 @pytest.mark.parametrize("module", ["aiosd.llm.core", "aiosd.llm.backend", "aiosd.llm.line"])
-def test_a_cores_process_leaves_it_to_the_backend_what_is_loaded(module: str) -> None:
+def test_a_cores_process_loads_heavy_modules_in_the_backend_only(module: str) -> None:
     assert loaded_by(module, ["numpy", "llama_cpp", "jinja2", "aiosd.llm.local", "aiosd.llm.engine"]) == []
 
 
@@ -216,13 +216,13 @@ def test_a_name_is_defined_once() -> None:
 
 
 @pytest.mark.parametrize("request_of_linux", ["SET_PDEATHSIG", "SET_CHILD_SUBREAPER"])
-def test_one_place_ties_processes_together(request_of_linux: str) -> None:
+def test_parent_death_signals_and_subreapers_are_set_in_one_module(request_of_linux: str) -> None:
     found = [str(path.relative_to(ROOT)) for path in SOURCES if request_of_linux in path.read_text().upper()]
     assert found == ["aiosd/kin.py"]
 
 
 def test_importing_starts_nothing() -> None:
-    """No thread, no descriptor, no environment variable, no handler comes from importing a module."""
+    """Importing a module makes no thread, descriptor, environment variable or handler."""
     modules = [module_of(path) for path in SOURCES if not any(within(module_of(path), room) for room in OUTSIDE)]
     code = f"""
 import importlib, logging, os, signal, sys, threading
@@ -245,13 +245,13 @@ for name in {modules!r}:
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
-# ── what is written about it ──────────────────────────────────────────────────────────────────────────────
+# ── documentation ─────────────────────────────────────────────────────────────────────────────────────────
 
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 
 
 def test_every_file_is_described() -> None:
-    """In the picture of the tree, or in its package's list of files. (Commands are named after their files.)"""
+    """Each file is in the tree of architecture.md or in its package's docstring. (Commands are named after files.)"""
     tree = ARCHITECTURE.partition("\n## The tree\n")[2]
     lists = {path.parent: ast.get_docstring(ast.parse(path.read_text())) for path in SOURCES if path.stem == "__init__"}
     missing = [

@@ -1,4 +1,4 @@
-"""aios-run at a real terminal: an interactive bash on a pty, with what a person types and sees."""
+"""aios-run at a real terminal: an interactive bash on a pty, with keys and output as a person has them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Terminal:
     def __init__(self, system: System, *argv: str) -> None:
         self.system = system
         self.seen = ""  # all output
-        self.read_to = 0  # how much of it has been waited for
+        self.read_to = 0  # end of the output that was awaited last
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             try:
@@ -48,7 +48,7 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def expect(self, pattern: str, timeout: float = PATIENCE_S) -> re.Match[str]:
-        """Wait for output that matches, after whatever was waited for before."""
+        """Wait for matching output after that of the last wait."""
         end = time.monotonic() + timeout
         while not (found := re.search(pattern, self.seen[self.read_to :])):
             left = end - time.monotonic()
@@ -74,10 +74,10 @@ class Terminal:
     def command(self, line: str) -> None:
         """Type a line at the prompt of the shell."""
         self.type(line + "\n")
-        self.expect(re.escape(line) + "\n")  # the echo, which must not be taken for output
+        self.expect(re.escape(line) + "\n")  # the echo is no output of the command
 
     def exit_code(self) -> int:
-        """$? of the last command; the shell is at its prompt, or will be."""
+        """$? of the last command, as soon as the shell shows its prompt."""
         self.expect(re.escape(PROMPT) + "$")
         self.command("echo code=$?")
         return int(self.expect(r"code=(\d+)\n")[1])
@@ -167,7 +167,7 @@ def test_ctrl_c_is_forwarded_as_often_as_it_is_pressed(shell: Terminal, tmp_path
 
 
 @pytest.mark.parametrize(("key", "code"), [(CTRL_C, 130), (CTRL_BACKSLASH, 131)], ids=["ctrl-c", "ctrl-backslash"])
-def test_keys_end_an_agent_that_does_not_mind(shell: Terminal, key: str, code: int) -> None:
+def test_keys_end_an_agent_with_default_signal_handlers(shell: Terminal, key: str, code: int) -> None:
     shell.command("ulimit -c 0; aios-run -- sh -c 'echo up; exec sleep 100'")
     shell.expect("up\n")
     shell.type(key)
@@ -255,7 +255,7 @@ def test_closing_the_terminal_hangs_its_agent_up(shell: Terminal, aiosd: System)
     assert eventually(lambda: stat_of(aiosd, "orphan") is None)
 
 
-def test_window_size_changes_are_told(shell: Terminal) -> None:
+def test_window_size_changes_are_passed_on(shell: Terminal) -> None:
     shell.command("aios-run -- sh -c 'trap \"echo resized; exit 3\" WINCH; echo up; while :; do sleep 0.05; done'")
     shell.expect("up\n")
     shell.resize(30, 100)
@@ -277,7 +277,7 @@ def test_output_keeps_its_order_around_a_stop(shell: Terminal) -> None:
 
 
 def test_as_session_leader_without_a_shell(terminal: Callable[..., Terminal], aiosd: System) -> None:
-    """No job control around it: Ctrl-Z stops no process, so the agent must not stay stopped either."""
+    """Without job control Ctrl-Z stops no process, so the agent must not stay stopped either."""
     alone = terminal("aios-run", "--name", "alone", "--", "sh", "-c", "echo up; read line; echo got $line")
     alone.expect("up\n")
     alone.type(CTRL_Z)
@@ -396,7 +396,7 @@ def test_t_stopped_from_outside_and_continued(shell: Terminal, aiosd: System) ->
 
 
 def test_t_in_the_background_runs_on_and_takes_the_terminal_in_the_foreground(shell: Terminal, aiosd: System) -> None:
-    """Linux stops a process that changes the terminal from the background: by TTOU, at each attempt."""
+    """Linux stops a process that changes the terminal from the background, by TTOU at each attempt."""
     shell.command("aios-run -t --name raw -- sh -c 'echo up; read line; echo got $line' &")
     shell.expect("up\r*\n")
     shell.command("jobs")
@@ -426,10 +426,10 @@ def test_t_all_output_arrives(shell: Terminal) -> None:
 def test_t_without_a_terminal_on_stdin(aiosd: System, text: str) -> None:
     done = aiosd.run("aios-run", "-t", "--", "cat", input=text, timeout=PATIENCE_S)
     assert done.returncode == 0
-    assert done.stdout.count("two") == 2 * text.count("two")  # the echo, and what cat says
+    assert done.stdout.count("two") == 2 * text.count("two")  # the echo, and cat's output
 
 
-def test_t_signals_are_passed_on_while_the_reader_stands_still(aiosd: System) -> None:
+def test_t_signals_are_passed_on_while_the_reader_does_not_read(aiosd: System) -> None:
     output, printing = os.pipe()
     try:
         run = aiosd.popen("aios-run", "-t", "--name", "loud", "--", "yes", stdout=printing)

@@ -1,4 +1,4 @@
-"""The journal of messages: whatever happened, a successor knows it."""
+"""The journal of messages: a successor reads the complete state from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def new_fds() -> tuple[int, int]:
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Each call is the next kernel on the same journal."""
+    """A function that opens the journal as the next kernel does."""
     fds = new_fds()
     yield lambda **options: Journal(fds, lambda pid: True, **options)
     for fd in fds:
@@ -77,7 +77,7 @@ def test_numbers_are_not_used_twice_by_a_successor(make: Make) -> None:
     assert second > first
 
 
-def test_it_stays_small_and_forgets_nothing_that_waits(make: Make) -> None:
+def test_it_stays_small_and_loses_no_waiting_message(make: Make) -> None:
     journal = make(compact_at=4096)
     kept = journal.sent((7, 0), 9, 7, obj("kept"))
     for n in range(20_000):
@@ -106,7 +106,7 @@ def test_a_journal_of_another_release_is_refused_with_a_sentence(make: Make) -> 
 
 
 @pytest.mark.parametrize("head", [b"x", b"\0" * 32, b"aiosring" + b"\1" + b"\0" * 23])
-def test_what_is_no_journal_is_refused(make: Make, head: bytes) -> None:
+def test_another_file_is_refused(make: Make, head: bytes) -> None:
     journal = make()
     os.ftruncate(journal._fds[0], 0)
     os.pwrite(journal._fds[0], head, 0)

@@ -1,4 +1,4 @@
-"""The code that an agent runs is moved together (`birth/layout.py`), and works as before.
+"""The code that an agent runs is moved to one place (`birth/layout.py`), and works as before.
 
 In a process of its own, because the places of this one's code are none of its business."""
 
@@ -49,6 +49,6 @@ def test_what_is_run_lies_side_by_side_and_works_as_before() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     moved, scattered, together = map(int, done.stdout.split()[:3])
-    assert moved >= 53  # with those of the class
+    assert moved >= 53  # including those of the class
     assert scattered >= 20, "they lay together already: the test tests nothing"
     assert together <= scattered // 2

@@ -1,4 +1,4 @@
-"""Kinds of budgets: read from flags and files, shown in words, made into what Linux keeps."""
+"""Kinds of budgets: read from flags and files, described in words, translated to limits of Linux."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_each_kind_has_a_field_of_its_own() -> None:
         ("disk", "1G", 1 << 30),
     ],
 )
-def test_what_is_read(name: str, given: object, amount: float) -> None:
+def test_valid_budgets(name: str, given: object, amount: float) -> None:
     assert limits.READERS[name](given) == amount
 
 
@@ -58,7 +58,7 @@ def test_what_is_read(name: str, given: object, amount: float) -> None:
         ("soft_limit", 101, "out of range"),
     ],
 )
-def test_what_is_refused(name: str, given: object, words: str) -> None:
+def test_invalid_budgets(name: str, given: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         limits.READERS[name](given)
 
@@ -75,7 +75,7 @@ def test_sentences_name_kind_amount_and_group() -> None:
     assert limits.sentence(Limits(tokens=3), "time") == ""
 
 
-def test_linux_keeps_the_least_of_all_shared_budgets() -> None:
+def test_linux_gets_the_least_of_all_shared_budgets() -> None:
     shared = [Limits(memory_bytes=1 << 30, cpu_s=10), Limits(memory_bytes=1 << 20, disk_bytes=5000, cpu_s=2.5)]
     assert dict(limits.bounds(shared)) == {
         resource.RLIMIT_DATA: (2 << 20) + limits.DATA_BYTES,

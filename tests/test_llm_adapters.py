@@ -1,4 +1,4 @@
-"""LoRA adapters: chosen by each call, never mixed in a batch, and nothing computed with one serves another."""
+"""LoRA adapters: chosen by each call, never mixed in a batch, and never with another one's cached state."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ask(bench: Bench, lora: str | None, peer: int = 1, prompt: str = PROMPT, tok
 
 
 @pytest.mark.parametrize("bench", [False, True], indirect=True, ids=["", "exact"])
-def test_in_company_each_call_gives_what_its_adapter_gives_alone(bench: Bench) -> None:
+def test_beside_others_each_call_gives_what_its_adapter_gives_alone(bench: Bench) -> None:
     alone = {}
     for lora in (None, "a", "b"):
         key = ask(bench, lora)
@@ -83,7 +83,7 @@ def test_no_batch_holds_two_adapters(bench: Bench, monkeypatch: pytest.MonkeyPat
     assert by_slot == {("", ""), ("a", "a"), ("b", "b")}
 
 
-def test_what_is_computed_with_one_adapter_serves_that_one_alone(bench: Bench) -> None:
+def test_state_of_one_adapter_serves_only_that_one(bench: Bench) -> None:
     cached = []
     for lora in (None, "a", "b", "a", None):
         key = ask(bench, lora, tokens=2)
@@ -108,7 +108,7 @@ def test_an_adapter_that_is_not_there(bench: Bench) -> None:
     assert failed.message == "lora: this model has no adapter 'c'; there are: a, b"
 
 
-def test_a_scale_changes_how_much_it_does(files: dict[str, Path]) -> None:
+def test_a_scale_changes_the_effect(files: dict[str, Path]) -> None:
     texts = set()
     loaded = load(files, *(Lora(f"x{scale}", str(files["a"]), scale) for scale in (1.0, 0.25, 1e-6)))
     bench = Bench(loaded)
@@ -170,7 +170,7 @@ def test_right_guesses_do_not_make_a_turn_longer(bench: Bench, monkeypatch: pyte
     copying = bench.submit([*copied, *copied[:4]], peer=1, lora="a", max_tokens=90)
     other = bench.submit([230, 231, 232], peer=2, lora="b", max_tokens=90)
     calls = [bench.engine._calls[key] for key in (copying, other)]
-    got: list[tuple[int, int]] = []  # which of them got how many tokens, step by step
+    got: list[tuple[int, int]] = []  # by step: the call, and how many tokens it got
     while bench.engine.num_calls == 2:
         before = [len(call.out) for call in calls]
         bench.engine.step()

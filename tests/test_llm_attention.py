@@ -1,6 +1,6 @@
 """Our attention gives the same results as llama.cpp's, whatever the shape of heads and batches, and the state
-that it reads outside of the cache counts as if it lay in the cache. Which slot stands on which base
-is counted right."""
+that it reads outside of the cache counts as if it lay in the cache. The use of bases
+by slots is counted correctly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "256x2": {"d": 512, "heads": 2, "kv_heads": 2, "ff": 64},
 }
 
-#: Numbers of tokens that go into a batch one after the other.
+#: Numbers of tokens in consecutive batches.
 PLANS = [(1, 1, 1), (2, 3, 1), (7, 1), (40, 1, 1), (75, 33), (129, 2)]
 
 pytestmark = pytest.mark.skipif(not tinymodels.OWN_ATTENTION, reason="not for this processor")
@@ -67,7 +67,7 @@ def context(model: llama.Model, attention: Attention | None, threads: int = 1) -
 def decode(
     context: llama.LlamaContext, slots: list[int], starts: list[int], tokens: np.ndarray[Any, Any]
 ) -> llama.Floats:
-    """The logits after the last of each slot's tokens (one row each)."""
+    """Decode; returns the logits after the last token of each slot, one row each."""
     rows, size = tokens.shape
     batch = llama.BatchBuffer(rows * size)
     batch.size = rows * size
@@ -113,7 +113,7 @@ def test_logits_are_those_of_llama_cpp(
 def test_a_sliding_window_is_what_it_is_for_llama_cpp(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, width: str
 ) -> None:
-    """Rows of one batch whose windows begin at different cells, some of them in the same item of work."""
+    """Rows of one batch have windows that begin at different cells, also within one item of work."""
     monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
     path = tinymodels.write_like(tmp_path / "m.gguf", "gemma3", window=window, layers=7, d=128)
     model = llama.Model(str(path), 0, lambda fraction: None)
@@ -153,7 +153,7 @@ def test_sequences_of_different_lengths_in_one_batch(model: llama.Model) -> None
 def test_what_lies_outside_of_the_cache_counts_as_if_it_lay_in_it(
     model: llama.Model, monkeypatch: pytest.MonkeyPatch, width: str
 ) -> None:
-    """Two beginnings, in pieces of uneven length; four slots on one, one on a part of it, one on the other."""
+    """There are two bases, in pieces of uneven length. Four slots use one, one slot a part of it, and one the other."""
     monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
     attention = Attention.load(SLOTS)
     ours = context(model, attention)
@@ -188,7 +188,7 @@ def test_what_lies_outside_of_the_cache_counts_as_if_it_lay_in_it(
 
 @pytest.mark.parametrize(("arch", "why"), [("gemma2", "caps its attention scores"), ("mamba", "recurrent state")])
 def test_what_it_cannot_compute_is_left_to_llama_cpp(tmp_path: Path, arch: str, why: str) -> None:
-    """The model is served all the same, and its status tells why."""
+    """The model is served with llama.cpp's attention, and its status gives the reason."""
     loaded = load(tinymodels.write_like(tmp_path / f"{arch}.gguf", arch, d=32))
     assert loaded.context.attention is None
     assert re.fullmatch(rf"llama\.cpp \(.*{why}\)", loaded.attention)
@@ -229,7 +229,7 @@ def test_an_attention_that_computes_something_else_is_not_used(
 
 
 def test_a_wrong_result_of_ours_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read from another place than the state has it, to stand for any fault in what we compute."""
+    """K is read from a wrong place, as an example of any fault in our computation."""
     set_runs = Attention.set_runs
     monkeypatch.setattr(Attention, "set_runs", lambda self, runs: set_runs(self, [(at + 64, n) for at, n in runs]))
     loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]))
@@ -243,7 +243,7 @@ def test_a_wrong_result_of_ours_is_found_out(tmp_path: Path, monkeypatch: pytest
 def test_a_row_is_not_spoilt_by_what_it_must_not_see(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: str, length: int, how: str
 ) -> None:
-    """The last token of a prompt has an infinite value: those before it do not look at it."""
+    """The last token of a prompt has an infinite value, which the tokens before it must not see."""
     monkeypatch.setenv("AIOS_VECTOR_WIDTH", width)
     bad = 200
     path = tinymodels.spoil(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"], layers=1), bad, how)
@@ -270,7 +270,7 @@ def test_a_row_is_not_spoilt_by_what_it_must_not_see(
 
 
 def test_threads_that_come_and_go_leave_nothing(model: llama.Model) -> None:
-    """What an OpenMP keeps, a ggml without it starts anew for each graph."""
+    """OpenMP keeps its threads; a ggml without OpenMP starts new ones for each graph."""
     ours = context(model, Attention.load(SLOTS))
     tokens = np.arange(5, 25)[None]
 
@@ -291,7 +291,7 @@ def test_threads_that_come_and_go_leave_nothing(model: llama.Model) -> None:
 
 
 def test_a_state_in_another_order_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K and V of the layers are read where the state of a sequence has them; should they ever lie elsewhere …"""
+    """K and V of the layers are read at their places in a sequence's state. If these ever change, it is detected."""
     monkeypatch.setattr(StateLayout, "sizes", property(lambda self: [0] * len(self._parts)))
     loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]))
     assert loaded.context.attention is None
@@ -299,14 +299,14 @@ def test_a_state_in_another_order_is_found_out(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("options", [{"exact": True}, {"flash_attention": "on"}, {"flash_attention": "off"}])
-def test_who_asks_for_another_gets_it(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_another_attention_can_be_chosen(tmp_path: Path, options: dict[str, Any]) -> None:
     loaded = load(tinymodels.write(tmp_path / "m.gguf", **SHAPES["32x6/2"]), **options)
     assert loaded.context.attention is None
     assert next(iter(options)).replace("_", "-") in loaded.attention
     loaded.close()
 
 
-def test_one_that_cannot_be_loaded_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_compiled_part_llama_cpps_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiosd.llm.attention._tensors_as_known", lambda *args: False)
     with pytest.raises(Unavailable):
         Attention.load(4)
@@ -316,11 +316,11 @@ def test_one_that_cannot_be_loaded_is_done_without(tmp_path: Path, monkeypatch: 
     loaded.close()
 
 
-# ── who stands on what ────────────────────────────────────────────────────────────────────────────────────
+# ── which slots use which bases ───────────────────────────────────────────────────────────────────────────
 
 
 class Rows:
-    """Just what bases and store need of a layout: four bytes per token, K and V of one layer."""
+    """A minimal layout for bases and store: four bytes per token, K and V of one layer."""
 
     by_rows, bytes_per_token, sizes = True, 4, [2, 2]
 
@@ -348,8 +348,8 @@ def keep(store: Store, tokens: Tokens, stop: int) -> None:
         max_size=40,
     )
 )
-def test_bases_are_there_while_a_slot_stands_on_them_and_no_longer(steps: list[tuple[Any, ...]]) -> None:
-    """Whatever happens, each slot reads just the tokens that it stands on; the store cuts its pieces meanwhile."""
+def test_bases_exist_while_a_slot_uses_them_and_no_longer(steps: list[tuple[Any, ...]]) -> None:
+    """Whatever happens, each slot reads exactly the tokens of its base, while the store divides its pieces."""
     attention, store = Attention.load(5), new_store()
     bases = Bases(attention, store, 5, budget=900)
     prompts = [np.arange(100, dtype=np.int32) + 1000 * i for i in range(3)]
@@ -385,7 +385,7 @@ def test_bases_are_there_while_a_slot_stands_on_them_and_no_longer(steps: list[t
 
 
 def read(attention: Attention, slot: int) -> Tokens:
-    """What attention.c would find for a slot."""
+    """The tokens that attention.c would read for a slot."""
     found: list[int] = []
     at = attention.base_run[slot]
     while len(found) < attention.base_length[slot]:
@@ -409,7 +409,7 @@ def test_what_is_pinned_is_what_is_read_and_is_counted_once() -> None:
     assert bases.used == 4 * 34
 
 
-def test_a_base_that_many_stand_on_is_popular() -> None:
+def test_a_base_that_many_slots_use_is_popular() -> None:
     store = new_store()
     bases = Bases(Attention.load(8), store, 8, budget=100_000)
     tokens = np.arange(200, dtype=np.int32)

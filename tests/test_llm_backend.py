@@ -1,4 +1,4 @@
-"""The seam: a backend that knows nothing of llama.cpp serves a real system."""
+"""The interface of backends: one without llama.cpp serves a real system."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def system(fresh_aiosd: Callable[..., System]) -> System:
 
 
 def agent(system: System, tmp_path: Path, program: str, *options: str, code: int = 0) -> str:
-    """What the program writes."""
+    """Run a program as an agent; returns its output."""
     script = tmp_path / "agent.py"
     script.write_text("import libaios as aios\n" + textwrap.dedent(program))
     done = system.run("aios-run", *options, script)
@@ -51,7 +51,7 @@ def test_text_alone_is_streamed_and_usage_at_the_end_is_what_it_cost(system: Sys
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_text_goes_on_after_the_cores_death(system: System, tmp_path: Path, stream: bool) -> None:
-    """What was given out goes to the successor as text, and the agent gets every word once."""
+    """The successor gets the text so far, and the agent gets every word once."""
     code = f"""
         answer = aios.llm.chat([{{'role': 'user', 'content': 'count 6 die 3'}}], stream={stream})
         print("".join(piece.text for piece in answer) if {stream} else answer.text)

@@ -1,6 +1,6 @@
-"""All slots in one KV cache (`--kv-layout unified`): cells are shared and counted, and what is full gives way.
+"""All slots in one KV cache (`--kv-layout unified`): cells are shared and counted, and calls give way when it is full.
 
-Whether our count is right only llama.cpp knows: it has room for exactly as many tokens as we think are free.
+Our count is checked against llama.cpp: it must have room for exactly as many tokens as we count as free.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SLOTS, CTX, TOTAL = 4, 512, 768
 @pytest.mark.parametrize("seed", range(8))
 def test_a_cell_counts_once_whatever_is_shared_and_cut(seed: int) -> None:
     rng = random.Random(seed)
-    slots: list[list[int]] = [[] for _ in range(5)]  # the numbers of the cells of each slot
+    slots: list[list[int]] = [[] for _ in range(5)]  # by slot: the numbers of its cells
     cells, fresh = Cells(10_000, 5, lambda slot: len(slots[slot])), iter(range(1 << 30))
     for _ in range(400):
         slot, other = rng.sample(range(5), 2)
@@ -120,7 +120,7 @@ def cells_of(bench: Bench) -> Cells:
 
 
 def tokens_fit(context: llama.LlamaContext, count: int, slot: int) -> bool:
-    """Has llama.cpp room for this number of tokens? Nothing of them stays."""
+    """Has llama.cpp room for this number of tokens? They are removed again."""
     start = context.last_position(slot) + 1
     batch = llama.BatchBuffer(count)
     batch.size = count
@@ -133,7 +133,7 @@ def tokens_fit(context: llama.LlamaContext, count: int, slot: int) -> bool:
 
 
 def check(bench: Bench) -> None:
-    """Our count is llama.cpp's."""
+    """Check that our count is llama.cpp's."""
     context, free = bench.loaded.context, cells_of(bench).free
     assert not free or tokens_fit(context, free, 0)
     assert free == TOTAL or not tokens_fit(context, free + 1, 0)  # a batch of more than all would end the process
@@ -170,7 +170,7 @@ def test_tokens_are_those_of_the_other_layout(model_path: Path, bench: Bench) ->
     bench.run()
     told = [bench.whole(key)[0] for key in keys]
     streams.close()
-    # Sums are added up in another order, so now and then a token with a close second may differ; this text goes on
+    # Sums are computed in another order, so a token with a close second may sometimes differ; this text then goes on
     # otherwise then.
     same = [a == b for a, b in zip(told, expected, strict=True)]
     assert sum(same) >= 5
@@ -189,7 +189,7 @@ def test_prompts_of_several_lengths_are_one_batch(bench: Bench, monkeypatch: pyt
 
 
 class Never:
-    """llama.cpp must never be asked for cells that are not there."""
+    """A context that fails the test if llama.cpp has no cells for a batch."""
 
     def __init__(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         self.results: list[int] = []
@@ -217,7 +217,7 @@ def test_in_a_full_cache_calls_give_way_and_all_end(
     check(bench)
 
 
-def test_what_was_taken_off_goes_on_with_the_same_tokens(bench: Bench) -> None:
+def test_a_preempted_call_goes_on_with_the_same_tokens(bench: Bench) -> None:
     prompts = [numbers(150, i) for i in range(4)]
     expected = [bench.alone(prompt, max_tokens=250) for prompt in prompts]
     keys = [bench.submit(prompt, peer=1 + i, max_tokens=250) for i, prompt in enumerate(prompts)]
@@ -228,7 +228,7 @@ def test_what_was_taken_off_goes_on_with_the_same_tokens(bench: Bench) -> None:
 
 
 def test_no_cell_is_promised_twice(bench: Bench) -> None:
-    """Four slots are free when the calls come, but cells for two of them; no call that has begun is interrupted."""
+    """When the calls arrive four slots are free, but cells for only two; no call that has begun is interrupted."""
     keys = [bench.submit(numbers(300, i), peer=1 + i, max_tokens=40) for i in range(4)]
     bench.run(1)
     assert bench.engine.num_waiting == 2
@@ -237,7 +237,7 @@ def test_no_cell_is_promised_twice(bench: Bench) -> None:
     assert [bench.end(key).usage.preemptions for key in keys] == [0] * 4
 
 
-def test_what_is_about_to_be_shared_is_not_wiped(bench: Bench) -> None:
+def test_cells_about_to_be_shared_are_not_wiped(bench: Bench) -> None:
     bench.submit(numbers(200), max_tokens=1)
     bench.run()
     cache, (held,) = bench.engine.cache, [one for one in bench.engine.slots.free_slots() if len(one.tokens)]
@@ -381,7 +381,7 @@ def test_memory_is_for_cells_and_a_slot_may_have_them_all() -> None:
         choose(ctx=2048, kv_memory=1000 * per_token)
 
 
-def test_the_layout_is_told(loaded: loading.LoadedModel, bench: Bench) -> None:
+def test_the_layout_is_in_the_status(loaded: loading.LoadedModel, bench: Bench) -> None:
     assert loaded.kv_layout == f"unified, {TOTAL} cells (asked for)"
     assert loaded.kv_bytes == TOTAL * modelfile.read(loaded.path).kv_bytes_per_token()
     assert loaded.attention.startswith("llama.cpp (--kv-layout unified")
@@ -397,7 +397,7 @@ def test_the_layout_is_told(loaded: loading.LoadedModel, bench: Bench) -> None:
     ("seconds_of", "most", "chosen"),
     [
         (lambda size: 0.01 + size * 1e-5, 2048, 2048),  # the more the better
-        (lambda size: size * 1e-5, 2048, 256),  # all alike: the smallest
+        (lambda size: size * 1e-5, 2048, 256),  # all equally fast: the smallest
         (lambda size: max(size, 900) * 1e-5, 2048, 1024),  # nothing gained beyond 900
         (lambda size: size * 1e-2, 2048, 256),  # too slow to try more
         (lambda size: 0.01 + size * 1e-5, 100, 100),
@@ -432,7 +432,7 @@ TEXT = (
 
 
 def surprise(context: llama.LlamaContext, tokens: list[int], slot: int) -> tuple[float, list[int]]:
-    """Of a text of which a slot has the beginning already: mean negative log likelihood, and the likeliest tokens."""
+    """Read a text whose beginning a slot has already: mean negative log likelihood, and the likeliest tokens."""
     start = context.last_position(slot) + 1
     batch = llama.BatchBuffer(len(tokens) - start)
     batch.size = len(tokens) - start
@@ -453,7 +453,7 @@ def test_a_real_model_reads_shared_cells_as_its_own(smollm2: Path, monkeypatch: 
         tokens = loaded.model.tokenize(TEXT, bos=True, special=False)
         context, half = loaded.context, len(tokens) // 2
         assert half <= context.outputs
-        for slot in (0, 1):  # another text first: it lies in the same cells, and must not be seen
+        for slot in (0, 1):  # first another text, in the same cells; it must not be seen
             surprise(context, tokens[:half] if slot else tokens[half:], slot)
         if layout == "unified":
             context.share(1, 2, half)

@@ -1,7 +1,7 @@
-"""Contexts outside the slots: nothing is mixed up, budgets hold, and exact text stays exact wherever it has been.
+"""Contexts outside the slots: none is confused with another, budgets hold, and exact text stays exact.
 
-The pure part runs on states that are their own tokens, so every piece that comes back can be checked. The rest runs
-the engine on a tiny random model under a policy that takes slots away at random.
+The pure part uses states that consist of their tokens, so that every restored piece can be checked. The rest runs the
+engine on a tiny random model with a policy that preempts calls at random.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def toy(tokens: Sequence[int]) -> StatePiece:
 
 
 def read(pieces: list[StatePiece], length: int) -> list[int]:
-    """The tokens that a block of these pieces is the state of."""
+    """The tokens in a block that is made from these pieces."""
     block = TOY.join(pieces, 2, length, np.empty(TOY.size(length), np.uint8))
     whole = TOY.cut(block, 2, length, 0, length).data.view(np.int32).tolist()
     assert whole[:length] == whole[length:]
@@ -157,7 +157,7 @@ def test_under_pressure_contexts_go_to_disk_and_come_back(tmp_path: Path) -> Non
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=30), st.randoms(use_true_random=False))
-def test_room_in_the_swap_file_comes_back_whole(lengths: list[int], rng: Any) -> None:
+def test_freed_room_in_the_swap_file_is_joined_again(lengths: list[int], rng: Any) -> None:
     with contextlib.closing(Swap("/tmp", 300 * TOY.bytes_per_token)) as swap:
         kept: list[Extent] = []
         for length in lengths:
@@ -175,14 +175,14 @@ def test_room_in_the_swap_file_comes_back_whole(lengths: list[int], rng: Any) ->
 
 
 @pytest.mark.parametrize("others", [0, GONE + 1])
-def test_what_only_the_dead_used_goes_first(others: int) -> None:
+def test_contexts_of_ended_agents_are_evicted_first(others: int) -> None:
     where = store(40)
     add(where, [1] * 10, peer=1)
     add(where, [2] * 10, peer=2)
     where.gone(2)
     for peer in range(10, 10 + others):
         where.gone(peer)
-    add(where, [1] * 10 + [3] * 10, peer=3)  # 2's was used later than 1's
+    add(where, [1] * 10 + [3] * 10, peer=3)  # that of peer 2 was used later than that of peer 1
     add(where, [4] * 15, peer=4)
     assert find(where, [2] * 10) == []
     assert find(where, [1] * 10) == [1] * 10
@@ -206,7 +206,7 @@ def test_a_piece_damaged_on_disk_is_computed_again(tmp_path: Path) -> None:
 def test_a_state_is_read_whole_however_much_comes_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """Linux gives 2 GiB in one call at most."""
+    """Linux reads at most 2 GiB in one call."""
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [view[:most] for view in views], at))
     where = store(20, Swap(str(tmp_path), 1000 * TOY.bytes_per_token))
@@ -256,7 +256,7 @@ def test_an_emptied_tree_keeps_no_roots() -> None:
 
 
 class Restless(Fifo):
-    """Takes slots away, gives them and lets calls take part at random."""
+    """A policy that takes slots, gives slots and selects calls at random."""
 
     name = "restless"
 
@@ -390,9 +390,7 @@ def test_states_that_cannot_be_cut_stay_within_their_budget(
 
 
 @pytest.mark.parametrize("ram", [1 << 24, 200_000, 60_000, 0])
-def test_what_states_are_moved_through_is_in_the_budget_too(
-    any_loaded: loading.LoadedModel, tmp_path: Path, ram: int
-) -> None:
+def test_buffers_for_copies_count_in_the_budget(any_loaded: loading.LoadedModel, tmp_path: Path, ram: int) -> None:
     any_loaded.context.drop_buffers()
     bench = engine(any_loaded, tmp_path, ram=ram, policy=Restless(1))
     any_loaded.context.drop_buffers()  # of the sample
@@ -446,7 +444,7 @@ def test_the_prompt_of_a_running_call_is_shared_before_it_ends(any_loaded: loadi
     check(bench)
 
 
-def test_nothing_is_shared_between_groups_but_what_is_public(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
+def test_only_public_contexts_are_shared_between_groups(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     prompt = list(range(5, 105))
     cached = []
@@ -478,7 +476,7 @@ def test_a_conversation_finds_its_context_though_others_had_its_slot(
 
 
 class Turns(Fifo):
-    """A call gives its slot up after three tokens if others wait."""
+    """A policy in which a call gives up its slot after three tokens if others wait."""
 
     name = "turns"
 
@@ -506,7 +504,7 @@ def test_only_what_is_new_of_a_context_is_read_from_its_slot(any_loaded: loading
 def test_a_call_whose_given_tokens_others_have_too_gives_its_slot_up(
     any_loaded: loading.LoadedModel, tmp_path: Path
 ) -> None:
-    """As after a core's death: what was given is looked for like a prompt, and so may be read in place."""
+    """After a core's death the given tokens are searched like a prompt, and so may be read from a base."""
     bench = engine(any_loaded, tmp_path, ram=1 << 24, policy=Turns())
     words = [5 + i % 200 for i in range(120)]
     first = bench.submit([*words, 7], peer=1, max_tokens=40)
@@ -514,7 +512,7 @@ def test_a_call_whose_given_tokens_others_have_too_gives_its_slot_up(
     others = [bench.submit(words[:60], peer=2 + i, given=words[60:], max_tokens=70) for i in range(3 * SLOTS)]
     bench.run()
     assert [bench.end(key).finish_reason for key in (first, *others)] == ["length"] * (1 + 3 * SLOTS)
-    if not any_loaded.spec.exact:  # they would be replayed first, and keep their slots for that
+    if not any_loaded.spec.exact:  # with --exact they are replayed first, in their slots
         assert sum(bench.end(key).usage.preemptions for key in others) > SLOTS
     check(bench)
 
@@ -529,7 +527,7 @@ def test_free_slots_keep_no_memory_that_is_needed(any_loaded: loading.LoadedMode
     bench.run()
     cache = bench.engine.cache
     assert bool(cache.bases.used) == cache.bases.possible
-    # of 300, a quarter of which states on their way may take
+    # of 300, of which a quarter is for states that are being copied
     tokens = np.arange(220, dtype=np.int32)
     piece = StatePiece(np.zeros(220 * per_token, np.uint8), 220)
     assert cache.take_in("other", tokens, piece, 9) == 220
@@ -576,7 +574,7 @@ def test_a_leader_that_is_cancelled_leaves_its_followers_running(
     check(bench)
 
 
-def test_a_parked_leader_does_not_hold_up_others(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
+def test_a_parked_leader_does_not_delay_others(any_loaded: loading.LoadedModel, tmp_path: Path) -> None:
     bench = engine(any_loaded, tmp_path, ram=1 << 24)
     system = [5 + i % 200 for i in range(400)]
     bench.submit([*system, 1], peer=1, max_tokens=2)
@@ -610,8 +608,8 @@ def test_a_layout_is_learnt_from_llama_and_joins_to_the_same_bytes(any_loaded: l
     assert StateLayout.of(context.read(0)) is None
 
 
-def test_a_build_of_llama_cpp_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two that both call themselves 0.5.0-dev are told apart, and saved states with them."""
+def test_a_build_of_llama_cpp_is_identified_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two builds with the same version, 0.5.0-dev, are distinguished, and so are states saved with them."""
 
     def build() -> str:
         monkeypatch.setattr(ggml, "C", SimpleNamespace(_lib=SimpleNamespace(_name=str(tmp_path / "libllama.so"))))
@@ -628,7 +626,7 @@ def test_a_build_of_llama_cpp_is_known_by_its_files(tmp_path: Path, monkeypatch:
 def test_a_state_saved_with_flash_attention_is_of_use_without_and_the_other_way_round(
     model_path: Path, tmp_path: Path, kinds: tuple[str, str]
 ) -> None:
-    """And so is one of a slot with cells of its own where all share them, in cells between others'."""
+    """A state of a slot with cells of its own can also be restored where all slots share cells, and vice versa."""
     tokens = np.arange(5, 205, dtype=np.int32)
     texts = []
     for step, kind in enumerate(kinds):

@@ -1,4 +1,4 @@
-"""The core as a process: the kernel's messages in, the engine's out, over a real channel."""
+"""The core as a process: it receives the kernel's messages and sends the engine's, over a real channel."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Kernel:
         self.channel.send(link.encode(message))
 
     def until(self, wanted: Callable[[Any], bool]) -> Any:
-        """The next message that is wanted; all are kept in `seen`."""
+        """Wait for a message that fits; all are recorded in `seen`."""
         deadline = time.monotonic() + 30
         while True:
             for payload in self.channel.receive():
@@ -75,7 +75,7 @@ class Kernel:
         return self.until(lambda message: isinstance(message, kind))
 
     def close(self) -> int:
-        """Hang up; the exit code."""
+        """Close the channel; returns the exit code."""
         self.closed = True
         self.channel.close()
         code = self.process.wait(30)
@@ -105,7 +105,7 @@ def ask(number: int, sys: int, args: Any) -> link.Ask:
 
 
 def test_threads_of_llama_cpp_do_not_spin_beside_agents(path: Path) -> None:
-    """OpenMP and OpenBLAS read this when they are loaded, so it must be there before; what the user has set stays."""
+    """OpenMP and OpenBLAS read the variable when they are loaded, so it must be set before. A user's value is kept."""
     code = """
 import os, sys
 from aiosd.ipc.heartbeat import Rounds
@@ -126,7 +126,7 @@ print(os.environ["GOMP_SPINCOUNT"], os.environ["OPENBLAS_NUM_THREADS"], len(os.l
 
 
 def test_threads_are_measured_again_when_the_neighbours_are_gone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """… on slots that hold nothing, while nothing runs."""
+    """They are measured on empty slots, while no call runs."""
     load: list[float] = [3.0]
     monkeypatch.setattr(os, "getloadavg", lambda: (load[0], 0, 0))
     monkeypatch.setattr(threads, "busy_for_others", lambda: load[0] * time.monotonic())
@@ -155,7 +155,7 @@ def generate(kernel: Kernel, key: link.CallKey, **sampling: Any) -> None:
     kernel.send(link.Submit(key, Generate(prompt="hello", sampling=options)))
 
 
-def test_tokens_begin_as_the_model_expects_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_tokens_begin_with_the_start_token_on_request(tmp_path: Path) -> None:
     kernel = Kernel(tinymodels.write(tmp_path / "bos.gguf", d=8, layers=1, heads=1, kv_heads=1, ff=8, add_bos=True))
     kernel.of(link.Loaded)
     found = []
@@ -220,7 +220,7 @@ def test_hang_up_ends_a_busy_core(kernel: Kernel) -> None:
     assert kernel.close() == 0
 
 
-def test_interrupt_from_the_terminal_is_not_for_a_core(kernel: Kernel) -> None:
+def test_a_core_ignores_an_interrupt_from_the_terminal(kernel: Kernel) -> None:
     kernel.of(link.Loaded)
     kernel.process.send_signal(signal.SIGINT)
     generate(kernel, (1, 1))
@@ -228,7 +228,7 @@ def test_interrupt_from_the_terminal_is_not_for_a_core(kernel: Kernel) -> None:
 
 
 def test_more_output_than_the_ring_holds_arrives_whole(kernel: Kernel) -> None:
-    """The kernel does not look for a while: the core goes on, and nothing is lost or out of order."""
+    """The kernel does not read for a while: the core goes on, and no message is lost or out of order."""
     kernel.of(link.Loaded)
     keys = [(1, i) for i in range(200)]
     for key in keys:

@@ -71,14 +71,14 @@ def models_of(package: ModuleType) -> list[Any]:
 
 @pytest.mark.parametrize("package", ["mcp_types", "openai.types.chat", "openai.types.responses"])
 def test_models_of_installed_packages(model: llama.Model, package: str) -> None:
-    """Thousands of fields that people wrote; too large for a grammar are a few, and nothing else is refused."""
+    """They have thousands of fields. A few are too large for a grammar; no other one may be refused."""
     module, pydantic = pytest.importorskip(package), pytest.importorskip("pydantic")
     refused, began, count = [], time.process_time(), 0
     for item in models_of(module):
         try:
             schema = item.model_json_schema()
         except pydantic.errors.PydanticInvalidForJsonSchema:
-            continue  # it holds a function, say
+            continue  # for example, it contains a function
         count += 1
         try:
             grammar_of(schema)

@@ -1,4 +1,4 @@
-"""Calls for vectors take turns as the policy decides: a large one does not keep others waiting until its end."""
+"""Calls for vectors take turns as the policy decides: others need not wait for the end of a large one."""
 
 from __future__ import annotations
 

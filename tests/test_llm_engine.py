@@ -1,7 +1,7 @@
 """The engine on a tiny random model: the same tokens whatever else is in the batch, and nothing left behind.
 
-A random model is deterministic nonsense: what greedy decoding gives alone is what it must give in company, after
-parking, after a restart from given tokens. The tests drive the engine directly; no processes.
+The text of a random model is meaningless, but deterministic: greedy decoding must give the same alone, beside other
+calls, after parking, and after a restart from given tokens. The tests use the engine directly, without processes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TOOLS = [
 
 
 class Clock:
-    """Time goes on by itself, a millisecond a look: no test waits."""
+    """A clock that advances by a millisecond at each look, so that no test waits."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -66,7 +66,7 @@ NO_NUMBER = "the model gave no number for any token at this place"
 
 
 class Bench:
-    """An engine, and what it says: final words by key, and the streams put together."""
+    """An engine, and what it sends: final messages by key, and joined streams."""
 
     def __init__(self, loaded: loading.LoadedModel, slots: int = SLOTS, ram: int = 0) -> None:
         self.loaded = loaded
@@ -114,7 +114,7 @@ class Bench:
         return ends[0]
 
     def whole(self, key: Any, given: int = 0) -> tuple[list[int], str]:
-        """Tokens and text from all deltas and the final word, after those given; offsets must fit."""
+        """Tokens and text from all deltas and the final message, after the given ones; offsets must fit."""
         tokens: list[int] = []
         text = ""
         for message in self.sent:
@@ -133,7 +133,7 @@ class Bench:
         return tokens, text
 
     def alone(self, prompt: str | list[int], **more: Any) -> list[int]:
-        """What the call gives alone, on an empty cache."""
+        """The result of the call alone, with an empty cache."""
         self.forget()
         key = self.submit(prompt, **more)
         self.run()
@@ -160,7 +160,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_row_without_a_number_ends_its_own_call(
     tmp_path: Path, options: dict[str, Any], more: dict[str, Any]
 ) -> None:
-    """… and leaves nothing from which another could go on."""
+    """It leaves no state from which another call could go on."""
     llama.start()
     bad = 200
     loaded = load(tinymodels.spoil(tinymodels.write(tmp_path / "m.gguf"), bad, "nan"), **more)
@@ -213,7 +213,7 @@ def exact(exact_loaded: loading.LoadedModel) -> Iterator[Bench]:
 
 
 def play(monkeypatch: pytest.MonkeyPatch, script: list[int]) -> None:
-    """Let every call generate these tokens, whatever the model gives."""
+    """Let every call generate these tokens instead of the model's."""
     monkeypatch.setattr(Drawer, "draw", lambda _, logits, wanted: [script[index] for index in wanted["index"]])
 
 
@@ -256,7 +256,7 @@ def test_a_call_has_times_and_a_beginning_before_its_end(bench: Bench) -> None:
     assert usage.decode_s >= 0
 
 
-def test_no_tokens_asked_for_is_an_end_at_once(bench: Bench) -> None:
+def test_a_request_for_no_tokens_ends_at_once(bench: Bench) -> None:
     key = bench.submit("hello", max_tokens=0)
     assert not bench.engine.has_work
     assert bench.end(key).finish_reason == "length"
@@ -336,7 +336,7 @@ def test_exact_text_is_the_same_alone_and_among_neighbours(exact: Bench) -> None
 
 
 def test_exact_logits_are_the_same_bit_for_bit(exact: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not only the same token: the whole row, for every token of a call alone and in changing company."""
+    """The whole row is the same, for every token of a call, alone and beside changing other calls."""
     rows: dict[Any, list[bytes]] = {}
     original = Engine._next
 
@@ -345,7 +345,7 @@ def test_exact_logits_are_the_same_bit_for_bit(exact: Bench, monkeypatch: pytest
         original(self, sequence, row, token)
 
     monkeypatch.setattr(Engine, "_next", recording)
-    options = {"max_tokens": 30, "logprobs": True}  # that sends every row through `_next`
+    options = {"max_tokens": 30, "logprobs": True}  # with this every row passes through `_next`
     texts = prompts(8)
     exact.forget()
     alone = exact.submit(texts[0], **options)
@@ -377,7 +377,7 @@ def test_seeded_sampling_repeats_itself_among_neighbours(exact: Bench) -> None:
 
 def test_a_crowd_begins_to_decode_together(bench: Bench) -> None:
     bench.engine.meter._prefill_rate = 4 * CTX / schedule.PREFILL_ALONE
-    keys = [bench.submit([5 + i, *range(10, 250)], peer=1 + i) for i in range(SLOTS)]  # more than one batch can take
+    keys = [bench.submit([5 + i, *range(10, 250)], peer=1 + i) for i in range(SLOTS)]  # more than a batch holds
     bench.run(1)
     assert [len(s.out) for s in bench.engine.slots.owners()] == [2] * SLOTS, "none waits for another's prompt any more"
     bench.run()
@@ -520,7 +520,7 @@ def test_call_of_a_stopped_agent_waits(bench: Bench) -> None:
 
 
 def test_all_tokens_of_a_parked_agent_are_reported_by_then(bench: Bench) -> None:
-    """Of calls that do not stream, too, which report seldom: the kernel counts nothing more of a stopped agent."""
+    """Also those of calls that do not stream and report seldom: the kernel counts no more of a stopped agent."""
     key = bench.submit([5, 6], peer=3)
     bench.submit([7, 8], peer=4, max_tokens=60)
     bench.run(8)
@@ -596,7 +596,7 @@ def test_same_key_again_attaches_and_sends_the_rest(bench: Bench, known: int, st
 
 @pytest.mark.parametrize("cut", [1, 2, 9, 24])
 def test_given_tokens_are_forced_and_the_rest_follows(exact: Bench, cut: int) -> None:
-    """What a core's death leaves: the tokens already given out. In exact mode the text goes on bit for bit."""
+    """After a core's death a call has the tokens so far. In exact mode the text goes on bit for bit."""
     options = {"temperature": 0.9, "seed": 3, "max_tokens": 24}
     expected = exact.alone([5, 6, 7, 8, 9], **options)
     exact.forget()
@@ -645,7 +645,7 @@ def test_streams_report_in_every_step_and_add_up(bench: Bench) -> None:
     key = bench.submit("hello there", stream=True)
     bench.run()
     deltas = [delta for m in bench.sent if isinstance(m, Step) for delta in m.deltas]
-    assert len(deltas) == 22  # the first two tokens come in one step, the last with the final word
+    assert len(deltas) == 22  # the first two tokens come in one step, the last with the final message
     tokens, text = bench.whole(key)
     assert text == bench.loaded.model.detokenize(tokens).decode(errors="replace")
 
@@ -891,11 +891,11 @@ def test_sequence_phases_are_what_the_engine_says(bench: Bench) -> None:
 
 
 def test_a_long_prompt_is_given_up_in_the_middle_of_its_batch(loaded: loading.LoadedModel) -> None:
-    """Told while llama.cpp computes; the slot is free before the next step, and no other call notices."""
+    """The cancel arrives while llama.cpp computes. The slot is free before the next step; other calls go on."""
     loaded.context.clear()
     bench = Bench(loaded)
     gone: set[Any] = set()
-    bench.engine.cancelled = lambda: gone  # what the core does by looking at its messages
+    bench.engine.cancelled = lambda: gone  # the core reads this from its messages
     other = bench.submit("hello", max_tokens=40)
     bench.run(3)
     long = bench.submit([7] * 400, peer=2)
@@ -917,7 +917,7 @@ def test_a_long_prompt_is_given_up_in_the_middle_of_its_batch(loaded: loading.Lo
 
 
 def test_nothing_stays_parked_that_a_new_kernel_does_not_park_again(bench: Bench) -> None:
-    """It may be that all goes on by now: who stands still it says itself, after it has said whom to keep."""
+    """All may have been continued meanwhile. The kernel itself names parked calls, after those to keep."""
     key = bench.submit("hello there", peer=7, max_tokens=20, stream=True)
     bench.run(3)
     bench.engine.park(7, True)
@@ -932,8 +932,8 @@ def test_nothing_stays_parked_that_a_new_kernel_does_not_park_again(bench: Bench
     assert len(bench.whole(later)[0]) == 2
 
 
-def test_who_runs_is_told_before_anything_is_computed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a call of which the process dies in its first batch would be given to one successor after the other."""
+def test_running_calls_are_reported_before_anything_is_computed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a call that ends the process in its first batch would be given to one successor after the other."""
 
     def die(batch: object) -> int:
         raise SystemExit
@@ -947,7 +947,7 @@ def test_who_runs_is_told_before_anything_is_computed(bench: Bench, monkeypatch:
     bench.run()
 
 
-def test_a_call_that_cannot_be_read_for_a_mistake_of_ours_ends_alone(
+def test_a_call_that_cannot_be_read_because_of_a_bug_ends_alone(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(bench.engine.requests, "_prompt", lambda *_: 1 // 0)

@@ -84,7 +84,7 @@ def sequence(model: llama.Model, **request: Any) -> Sequence:
 
 
 def written(model: llama.Model, tokens: Any) -> str:
-    """Tokens as text, control tokens included."""
+    """Tokens as text, with control tokens."""
     return "".join(model.token_text(int(token)) for token in tokens)
 
 
@@ -125,13 +125,13 @@ def test_prompts_become_tokens_and_markers_control_tokens(name: str, models: dic
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_conversation_with_a_system_message_alone(name: str) -> None:
-    """Where there is no system role it is the user who says it."""
+    """Without a system role it becomes a message of the user."""
     assert "Be brief." in rendered(name, [S])
 
 
 @pytest.mark.parametrize("name", ["mistral-v0.1", "mistral-v0.3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("messages", [[A, U], [A, A, U]], ids=["model first", "model first and twice"])
-def test_roles_that_do_not_alternate_are_refused_in_the_templates_words(
+def test_roles_that_do_not_alternate_are_refused_with_the_templates_error(
     name: str, messages: list[dict[str, Any]], models: dict[str, llama.Model]
 ) -> None:
     with pytest.raises(OSError, match=r"refuses them: .*roles must alternate") as caught:
@@ -266,7 +266,7 @@ def test_several_calls_in_one_message_and_their_results(name: str, named: bool) 
     text = rendered(name, [U, calling(*calls), *results], [TOOL])
     assert text.index("Rome") < text.index("Oslo")
     assert text.count("warm") == text.count("cold") == 1
-    if name == "llama3.1":  # one call at a time: each with its own result behind it
+    if name == "llama3.1":  # one call at a time, each followed by its result
         assert [text.index(word) for word in ("Rome", "warm", "Oslo", "cold")] == sorted(
             text.index(word) for word in ("Rome", "warm", "Oslo", "cold")
         )
@@ -276,7 +276,7 @@ def test_several_calls_in_one_message_and_their_results(name: str, named: bool) 
         assert re.findall(r'"content": (\w+), "call_id": "(\w{9})"', text) == (
             [("cold", made[1]), ("warm", made[0])] if named else [("warm", made[0]), ("cold", made[1])]
         )
-    if not template(name).takes_tools:  # roles alternate: what follows from the tools is one message
+    if not template(name).takes_tools:  # roles alternate, so results of tools become one message
         assert text.endswith((rendered(name, [U])[-12:], "[/INST]"))
 
 
@@ -293,7 +293,7 @@ def test_ids_of_nine_characters(word: str) -> None:
 
 # ── generated calls ───────────────────────────────────────────────────────────────────────────────────────
 
-#: How a call begins that the model is made to write, and what of it is shown as text.
+#: The beginning of a forced call, and the part of it that is shown as text.
 BEGINS = {
     "llama3.1": ['{"name": "weather", "parameters": ', "<|python_tag|>"],
     "mistral-v0.1": ["```tool_call\n"],
@@ -309,13 +309,13 @@ BEGINS = {
 def generate(
     model: llama.Model, begin: str, seed: int, closing: str = "", **request: Any
 ) -> tuple[Sequence, list[int]]:
-    """Random tokens under the constraint after `begin`, without a model behind them, until it may end."""
+    """Random tokens, without a model, under the constraint and after `begin`, until the text may end."""
     made = sequence(model, messages=[U], given=model.tokenize(begin, bos=False, special=True), **request)
     assert made.constraint is not None
     rng = np.random.default_rng(seed)
     for _ in range(1500):
         row = rng.standard_normal(model.n_vocab).astype(np.float32)
-        row[list(model.end_tokens)] += 6.0  # else it takes long to come to an end
+        row[list(model.end_tokens)] += 6.0  # or the text would become long
         if closing and made.text.inside:
             row[model.tokenize(closing, bos=False, special=True)] += 3.0
         token = made.constraint.settle(made.text, row, int(row.argmax()), lambda logits: int(logits.argmax()))
@@ -405,13 +405,13 @@ def test_with_a_schema_there_is_no_place_for_thoughts(models: dict[str, llama.Mo
 
 
 def test_thoughts_that_the_prompt_begins() -> None:
-    """As QwQ and DeepSeek R1 do it: the model's text begins in the middle of its thoughts."""
+    """With QwQ and DeepSeek R1 the prompt ends with the beginning of the thoughts."""
     source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>\\n' }}"
     assert ChatTemplate(source, "", "").render([U], None) == "Hello?<think>\n"
     assert ChatTemplate(source, "", "").render([U], None, thinking=False) == "Hello?<think>\n\n</think>\n\n"
 
 
-def test_a_call_that_a_model_only_thinks_of_is_none(models: dict[str, llama.Model]) -> None:
+def test_a_call_within_thoughts_is_no_call(models: dict[str, llama.Model]) -> None:
     text = f'<think>\n<tool_call>{{"name": "weather", "arguments": {ROME}}}</tool_call>'
     tokens = models["qwen3"].tokenize(text, bos=False, special=True)
     made = sequence(models["qwen3"], messages=[U], tools=[TOOL], given=tokens)
@@ -423,7 +423,7 @@ def test_a_call_that_a_model_only_thinks_of_is_none(models: dict[str, llama.Mode
 # ── templates that cannot ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_arguments_as_text_for_templates_that_want_them_so() -> None:
+def test_arguments_as_text_for_templates_that_need_it() -> None:
     source = (
         "{{ tools | length }}{% for t in tools %}{{ t.function.name }}{% endfor %}{% for m in messages %}"
         "{{ '|' + m.role + ':' + m.content }}{% for c in m.tool_calls or [] %}"
@@ -470,7 +470,7 @@ RICH = {
         "required": ["city", "days"],
     },
 }
-#: Two calls as each family writes them; the second with what the model would only quote.
+#: Two calls as each family writes them; the arguments of the second contain quoted marks.
 TWO_CALLS = {
     "qwen3-coder": "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n3\n"
     "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n4\n"
@@ -515,7 +515,7 @@ def shown(made: Sequence) -> tuple[str, str, list[Any]]:
 
 
 def fed(model: llama.Model, text: str, **request: Any) -> Sequence:
-    """A generation that has given out this text, as it is before its reader takes anything."""
+    """A generation that has produced this text, of which nothing was read yet."""
     tokens = model.tokenize(text, bos=False, special=True)
     made = sequence(model, messages=[U], given=tokens, **request)
     made.text = made.new_text()
@@ -547,7 +547,7 @@ def test_calls_of_newer_families_are_read(name: str, newer: dict[str, llama.Mode
 @pytest.mark.parametrize("name", NEWER_DIALECTS)
 @pytest.mark.parametrize("seed", range(2))
 def test_a_call_that_must_come_is_one(name: str, seed: int, newer: dict[str, llama.Model]) -> None:
-    """From nothing: the grammar writes the trigger as well, and thoughts have to end first."""
+    """The grammar forces the trigger, too, after the end of thoughts."""
     before = "hm</think>" if name.startswith("deepseek") else ""
     made, _ = generate(newer[name], before, seed, tools=[RICH], tool_choice="required", parallel_tool_calls=False)
     assert made.dialect is not None
@@ -588,7 +588,7 @@ def test_choices_that_cannot_be(choice: Any, said: str, models: dict[str, llama.
 def test_an_answer_in_json_is_an_answer(
     name: str, models: dict[str, llama.Model], newer: dict[str, llama.Model]
 ) -> None:
-    """Whatever begins with a brace while tools are offered: a call is what is written as the model writes calls."""
+    """Text that begins with a brace is no call while tools are offered; a call has the form of the model's calls."""
     before = "hm</think>" if name.startswith("deepseek") else "<|channel|>final<|message|>" if name == "gpt-oss" else ""
     delete = {"name": "delete_all_files", "parameters": {"type": "object", "properties": {}}}
     for text in (

@@ -1,4 +1,4 @@
-"""Work on text in a process of its own: the same as in the core, and whatever happens to it, the core goes on."""
+"""Work on text in a process of its own: it has the same results as in the core, and the core survives its faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.test_llm_core import Kernel, ask, kernel, path  # noqa: F401 (fixture
 HANGS = [sys.executable, "-c", "import time; time.sleep(1000)"]
 USER = {"role": "user", "content": "hello " * 9000}
 TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string", "pattern": "^a+$"}}}}
-#: Takes the converter longer than the core would like.
+#: A schema that takes the converter long.
 LARGE = {"anyOf": [{"type": "object", "properties": {f"p{i}": {"const": i} for i in range(40)}}] * 60}
 
 
@@ -42,7 +42,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def front(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
-    """Where aiosd is started lies a person's own module that is called as one of the library."""
+    """The folder in which aiosd is started has a module with the name of one of the standard library."""
     (tmp_path / "json.py").write_text("raise SystemExit('another json')")
     monkeypatch.chdir(tmp_path)
     front = Front(str(gguf), 1 << 17)
@@ -51,7 +51,7 @@ def front(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 class Answers:
-    """What came of the jobs, in order."""
+    """The results of the jobs, in order."""
 
     def __init__(self, front: Front) -> None:
         self.front = front
@@ -95,7 +95,7 @@ def test_a_request_is_prepared_as_the_core_would(front: Front, gguf: Path) -> No
     model.close()
 
 
-def test_the_core_leaves_what_takes_long(gguf: Path) -> None:
+def test_the_core_gives_long_work_to_the_front_process(gguf: Path) -> None:
     model = llama.Model(str(gguf), 0, lambda fraction: None)
     requests = Requests(model, 1 << 17)
     short = [{"role": "user", "content": "hello"}]
@@ -116,7 +116,7 @@ def test_a_refusal_comes_back_as_one(front: Front) -> None:
     assert msgspec.msgpack.decode(tokens)
 
 
-def test_a_text_begins_as_the_model_expects_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_a_text_begins_with_the_start_token_on_request(tmp_path: Path) -> None:
     file = tinymodels.write(tmp_path / "bos.gguf", d=8, layers=1, heads=1, kv_heads=1, ff=8, add_bos=True)
     model = llama.Model(str(file), 0, lambda fraction: None)
     front = Front(str(file), 1 << 17)
@@ -149,7 +149,7 @@ def test_one_that_hangs_is_killed_and_the_next_job_is_done(gguf: Path) -> None:
     front.close()
 
 
-#: Loops whose bodies call nothing, and steps that take long.
+#: Loops whose bodies call no function, and steps that take long.
 LOOPS = {
     "nested": "{% for m in messages %}{% for n in messages %}{% endfor %}{% endfor %}",
     "filtered": "{% for m in messages %}{% for n in messages if n is none %}{% endfor %}{% endfor %}",
@@ -160,7 +160,7 @@ MANY = [{"role": "user", "content": "hello"}] * 20_000
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_no_loop_of_a_template_holds_up_the_core(loop: str) -> None:
+def test_no_loop_of_a_template_blocks_the_core(loop: str) -> None:
     template = ChatTemplate(LOOPS[loop] + "ok", "", "")
     template.quick = True
 
@@ -168,12 +168,12 @@ def test_no_loop_of_a_template_holds_up_the_core(loop: str) -> None:
         with pytest.raises(Later):
             template.render(MANY, [])
 
-    cheap(5, leave)  # it does not end by itself in minutes
+    cheap(5, leave)  # without a limit it would run for minutes
     template.quick = False
     assert template.render(MANY[:10], []) == "ok"
 
 
-def test_loops_know_where_they_are() -> None:
+def test_loop_variables_are_right() -> None:
     shown = "{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ loop.previtem is defined }} "
     text = "{% for m in messages %}" + shown + "{% endfor %}"
     assert ChatTemplate(text, "", "").render(MANY[:2], []) == "1/2FalseFalse 2/2TrueTrue "
@@ -224,7 +224,7 @@ def test_a_cancelled_job_is_not_waited_for(gguf: Path) -> None:
 
 
 def test_generations_go_on_while_a_long_text_is_worked_on(kernel: Kernel) -> None:  # noqa: F811
-    """The stream's steps come while the text is being tokenized, and it comes out right."""
+    """The stream goes on while the text is being tokenized, with the right result."""
     kernel.of(link.Loaded)
     text = "hello there " * 100_000
     options = Sampling(temperature=0.0, max_tokens=400, ignore_eos=True)
@@ -241,7 +241,7 @@ def test_generations_go_on_while_a_long_text_is_worked_on(kernel: Kernel) -> Non
     assert kernel.errors == ""
 
 
-def test_long_texts_of_contexts_and_embeddings_hold_up_nothing(path: Path) -> None:  # noqa: F811
+def test_long_texts_of_contexts_and_embeddings_block_nothing(path: Path) -> None:  # noqa: F811
     """Their template and their tokens are made by the front process, too: the stream ends before it has started."""
     outside = Kernel(path, ctx=4096)
     outside.of(link.Loaded)

@@ -1,7 +1,7 @@
-"""Guesses in the engine: a text is the same with them and without, and whatever counts tokens counts the same.
+"""Guesses in the engine: a text is the same with and without them, and all counts of tokens are the same.
 
-`Teacher` guesses instead of `Guesser`. It knows what each call gives without guesses, and so can be right, wrong, or
-right up to any place.
+`Teacher` replaces `Guesser`. It has the result of each call without guesses, so its guesses can be right, wrong, or
+right up to a given place.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Teacher:
 
 
 class Lesson:
-    """Runs the same calls twice: without guesses, then with a teacher who knows what came out."""
+    """Runs the same calls twice: without guesses, and then with a teacher that has the results."""
 
     def __init__(self, loaded: loading.Loaded, **options: Any) -> None:
         self.loaded, self.options = loaded, options
@@ -124,7 +124,7 @@ def ends(bench: Bench, key: Any) -> Any:
 
 
 def tidy(bench: Bench) -> None:
-    """Nothing runs, and a slot has no cells but those of the tokens that it is said to hold."""
+    """Check that no call runs, and that a slot has cells only for the tokens that it should hold."""
     engine = bench.engine
     engine._count()
     engine.cache.bases.check()
@@ -185,7 +185,7 @@ def test_a_text_is_the_same_with_guesses(loaded: loading.Loaded, way: str) -> No
 
 @pytest.mark.parametrize("seed", range(3))
 def test_calls_of_all_kinds_beside_each_other(loaded: loading.Loaded, seed: int) -> None:
-    """They come and go, and some wait: a crowd, then few, then none."""
+    """Calls begin and end, and some wait: many, then few, then none."""
     chance = random.Random(seed)
     ways = [chance.choice(list(WAYS)) for _ in range(9)]
     sizes = [(chance.randint(2, 60), chance.randint(1, 60)) for _ in ways]
@@ -238,7 +238,7 @@ def test_a_limit_is_kept_to_the_token(loaded: loading.Loaded, kind: str) -> None
 
 @pytest.mark.parametrize("left", range(10, 40, 5))
 def test_calls_that_share_a_budget_use_it_up_to_the_token(loaded: loading.Loaded, left: int) -> None:
-    """Which of them gets the last tokens depends on the steps; together they get what is there."""
+    """Which call gets the last tokens depends on the steps. Together they get exactly the budget."""
 
     def scene(bench: Bench) -> list[Any]:
         keys = [(2, 1), (2, 2)]
@@ -279,7 +279,7 @@ def test_calls_that_lose_their_slots_go_on_where_they_were(loaded: loading.Loade
 
 
 def test_beginnings_that_calls_share_stay_what_they_are(loaded: loading.Loaded) -> None:
-    """Bases, shared cells or copies: what is guessed wrongly lies behind them, and is removed alone."""
+    """Bases, shared cells or copies: tokens of wrong guesses come after them, and only these are removed."""
     prompt = [(13 * i) % 200 + 20 for i in range(120)]
 
     def scene(bench: Bench) -> list[Any]:
@@ -314,7 +314,7 @@ def test_a_conversation_goes_on_from_what_lies_in_the_slot(loaded: loading.Loade
 
 @pytest.mark.parametrize("way", ["greedy", "mirostat 2", "schema", "penalties"])
 def test_after_a_death_a_call_goes_on_from_any_place(loaded: loading.Loaded, way: str) -> None:
-    """What is given out after some steps is what a new core is given, and the end is the same."""
+    """A new core gets the tokens so far, after any number of steps, and the result is the same."""
     one = Lesson(loaded)
     plain, ahead, _ = one.twice(lambda bench: [bench.submit([20, 30, 40], max_tokens=40, stream=True, **WAYS[way])])
     key = (1, 1)
@@ -431,7 +431,7 @@ def test_the_real_guesser_finds_a_copy(loaded: loading.Loaded, monkeypatch: pyte
         ({"lookahead": 3}, "looks up to 3 tokens ahead: asked for; a step of "),
     ],
 )
-def test_what_is_in_force_is_said(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+def test_status_shows_the_setting_in_force(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     llama.start()
     loaded = load(tinymodels.write(tmp_path / "tiny.gguf", f16=True), **changes)
     assert loaded.ahead.described.startswith(why)
@@ -454,7 +454,7 @@ ORDERS = "\n".join(
 
 
 def copies(loaded: loading.Loaded, ahead: Lookahead) -> tuple[Bench, list[Any]]:
-    """Two calls that go on with a copy of what stands before, greedy and drawn."""
+    """Two calls that continue a copy of earlier text, one greedy and one drawn."""
     bench = Lesson(loaded, ahead=ahead).bench()
     prompt = f"The output of the tool:\n\n{ORDERS}\n\nThe same output once more:\n\n{ORDERS[:60]}"
     keys = [bench.submit(prompt, max_tokens=60), bench.submit(prompt, max_tokens=60, temperature=0.3, seed=4, top_k=3)]
@@ -467,7 +467,7 @@ def copies_faster(path: Path) -> None:
     loaded = load(path, ctx=1024)
     try:
         plain, keys = copies(loaded, Lookahead(0, "off"))
-        # Not with what steps cost here: how far that looks ahead is the machine's.
+        # Not with the measured costs of steps, because the number of guesses would depend on the machine.
         ahead, _ = copies(loaded, FREE)
         assert ahead.engine.meter.steps < 0.6 * plain.engine.meter.steps
         for key in keys:

@@ -78,7 +78,7 @@ def words(seed: int, count: int) -> list[int]:
 
 
 def test_a_crowd_gets_the_texts_that_each_gets_alone(bench: Bench) -> None:
-    """Three times as many calls as slots, of different lengths, each interrupted several times."""
+    """Three times as many calls as slots, of different lengths, each preempted several times."""
     prompts = [words(i, 20 + 13 * i) for i in range(12)]
     expected = [alone(bench, prompt, 40) for prompt in prompts]
     keys = [bench.submit(prompt, peer=i + 1, max_tokens=40) for i, prompt in enumerate(prompts)]
@@ -100,7 +100,7 @@ def test_a_conversation_goes_on_in_its_slot(bench: Bench) -> None:
 
 
 def test_a_long_prompt_that_turns_off_far_behind_the_window(tmp_path: Path) -> None:
-    """A cache of windows is smaller than the context: what lies behind them is gone."""
+    """The cache of a sliding window is smaller than the context: cells before the window are lost."""
     path = write_like(tmp_path / "gemma3.gguf", "gemma3", window=WINDOW, layers=6, ctx=4096)
     loaded = load(path, ctx=1024, slots=2)
     try:
@@ -132,7 +132,7 @@ def test_a_turn_that_follows_another_is_not_computed_again(bench: Bench) -> None
 
 
 def test_a_prompt_that_turns_off_in_the_middle(bench: Bench) -> None:
-    """What the window or the state has lost cannot be had back; it must be computed again, not made up."""
+    """Cells that the window or the recurrent state has lost must be computed again."""
     tokens = words(1, 150)
     others = {at: tokens[:at] + words(at, 40) for at in (10, 60, 110, 149)}
     expected = {at: alone(bench, other, 20) for at, other in others.items()}
@@ -155,7 +155,7 @@ def test_a_prompt_shared_by_several(bench: Bench) -> None:
 
 
 def test_a_window_does_not_keep_beginnings_from_being_shared(bench: Bench) -> None:
-    """Each prompt is computed from where it parts from the others, in whatever slot those were and are."""
+    """Each prompt is computed from the first token that differs from others, in whatever slots these are or were."""
     if bench.loaded.model.recurrent:
         pytest.skip("a recurrent state has no parts")
     shared = words(9, 120)
@@ -171,7 +171,7 @@ def test_a_window_does_not_keep_beginnings_from_being_shared(bench: Bench) -> No
 
 
 def test_a_token_that_a_cache_has_lost_is_found_out(loaded: loading.LoadedModel) -> None:
-    """A block whose caches do not hold the same tokens is not cut as if they did."""
+    """A block whose caches do not hold the same tokens is not cut."""
     context = loaded.context
     context.clear()
     layout = StateLayout.of(context.sample())
@@ -186,7 +186,7 @@ def test_a_token_that_a_cache_has_lost_is_found_out(loaded: loading.LoadedModel)
     for length in (19, 21):
         with pytest.raises(LookupError):
             layout.cut(block, 0, length, 5, 15)
-    first_cell = 8 + 4 + 4  # behind magic, sequence, streams and the cells of stream 0
+    first_cell = 8 + 4 + 4  # after magic, sequence, streams and the cells of stream 0
     block[first_cell : first_cell + 4].view(np.int32)[0] = 77
     with pytest.raises(LookupError):
         layout.cut(block, 0, 20, 5, 15)
@@ -219,7 +219,7 @@ def test_slots_that_change_places_keep_what_lies_before_the_window(loaded: loadi
 
 
 def test_what_the_window_has_lost_is_not_taken_for_there(loaded: loading.LoadedModel) -> None:
-    """A state as llama.cpp itself gives it goes on at its end, and nowhere else."""
+    """A state that llama.cpp itself returns can be continued only at its end."""
     context = loaded.context
     if loaded.model.recurrent:
         pytest.skip("it has no window")
@@ -235,12 +235,12 @@ def test_what_the_window_has_lost_is_not_taken_for_there(loaded: loading.LoadedM
     assert context.cut(0, 100)
 
 
-def test_status_says_what_is_switched_off(bench: Bench) -> None:
+def test_status_shows_what_is_switched_off(bench: Bench) -> None:
     assert ("cannot be cut by tokens" in str(bench.engine.stats())) == bench.loaded.model.recurrent
 
 
 def test_a_recurrent_state_is_not_estimated_as_a_cache(tmp_path: Path) -> None:
-    """It is small however long the context: an estimate by tokens would leave a large model no slot."""
+    """It is small whatever the length of the context. An estimate by tokens would leave a large model no slot."""
     llama.start()
     path = write_like(tmp_path / "mamba.gguf", "mamba", d=128, layers=4)
     loaded = load(path, slots=4, ctx=512)

@@ -69,7 +69,7 @@ def test_info_has_the_fields_of_the_contract(path: Path) -> None:
     assert loaded.device == "CPU"
 
 
-def test_gpu_layers_without_a_gpu_are_said(
+def test_gpu_layers_without_a_gpu_are_reported(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(llama, "supports_gpu", lambda: False)
@@ -134,7 +134,7 @@ def test_kv_cache_larger_than_the_memory(path: Path, monkeypatch: pytest.MonkeyP
         ({"kv_memory": 1000, "slots": None}, "one slot needs"),
     ],
 )
-def test_what_is_asked_for_is_kept_or_refused(path: Path, options: dict[str, Any], why: str) -> None:
+def test_options_are_honoured_or_refused(path: Path, options: dict[str, Any], why: str) -> None:
     assert why in refusal(path, **options)
 
 
@@ -266,14 +266,14 @@ def test_heads_may_be_counted_for_each_layer(tmp_path: Path) -> None:
     ["block_count", "attention.head_count", "attention.head_count_kv", "attention.key_length", "embedding_length"],
 )
 @pytest.mark.parametrize("value", ["twelve", [1, "two"], 2.5, -3, True])
-def test_a_number_that_is_none_is_refused(path: Path, key: str, value: Any) -> None:
+def test_a_value_that_must_be_a_number_is_checked(path: Path, key: str, value: Any) -> None:
     file = modelfile.read(str(path))
     file.meta[f"llama.{key}"] = value
     with pytest.raises(UsageError, match=rf"damaged: llama.{key} is .*, not a number"):
         file.kv_bytes_per_slot(512)
 
 
-def test_a_text_that_is_none_is_refused(path: Path, tmp_path: Path) -> None:
+def test_a_value_that_must_be_a_text_is_checked(path: Path, tmp_path: Path) -> None:
     data = path.read_bytes()
     name = b"general.architecture"
     at = data.index(name) + len(name)
@@ -321,7 +321,7 @@ def vectors(embedder: EmbeddingEngine, texts: list[str]) -> np.ndarray:
     return np.frombuffer(embedded.data, "<f4").reshape(embedded.n, embedded.d)
 
 
-def test_vectors_have_unit_length_and_do_not_depend_on_company(embedder: EmbeddingEngine) -> None:
+def test_vectors_have_unit_length_and_do_not_depend_on_other_texts(embedder: EmbeddingEngine) -> None:
     together = vectors(embedder, ["hello", "another text", "hello"])
     assert together.shape == (3, 32)
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
@@ -333,7 +333,7 @@ def test_vectors_have_unit_length_and_do_not_depend_on_company(embedder: Embeddi
 def test_many_texts_of_all_lengths_are_as_each_alone(
     embedder: EmbeddingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In few batches; one that is longer than a batch takes one of its own."""
+    """They take few batches; a text that is longer than a batch takes one of its own."""
     texts = [letter * length for letter, length in zip("abcdefghij" * 7, [1, 5, 300, 40, 3, 1500, 2] * 10, strict=True)]
     alone = np.concatenate([vectors(embedder, [text]) for text in texts[:10]])
     batches: list[int] = []

@@ -1,4 +1,4 @@
-"""Guesses of the next tokens: found as a plain search finds them, paid for only where they bring something."""
+"""Guesses of the next tokens: the same as of a plain search, and made only where they save time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aiosd.llm.lookup import GRAM, LONGEST, PLACES, Lookup
 
 
 def longest(tokens: list[int]) -> tuple[int, int]:
-    """The longest match with the end and the place behind it, by looking everywhere; (0, 0): there is none."""
+    """Length of the longest match with the end, and the place after it, by a plain search; (0, 0): there is none."""
     end, found = len(tokens), list[tuple[int, int]]()
     gram = tokens[-GRAM:]
     for place in range(end - 1, GRAM - 1, -1):
@@ -68,7 +68,7 @@ def test_a_guess_is_what_a_plain_search_finds(prompt: list[int], out: list[int],
 
 
 def test_a_long_output_that_is_new_costs_what_a_prompt_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only its last tokens are read: following a call that was forgotten among many others delays no other call."""
+    """Only its last tokens are read, so that a call that is followed again after a long time delays no other call."""
     one, text = Lookup(np.array([1, 2, 3], np.int32)), [token % 5000 for token in range(7 * lookup.REACH)]
     added: list[int] = []
     monkeypatch.setattr(Lookup, "_add", lambda self, token: added.append(token))
@@ -116,7 +116,7 @@ def test_what_is_expected_grows_with_right_guesses_and_shrinks_with_wrong_ones()
 
 
 class FakeSteps:
-    """A context whose steps cost what a script says of their rows, on a clock of its own."""
+    """A context with a fake clock, whose steps take a time that a script computes from their rows."""
 
     def __init__(self, cost: Callable[[int], float], neighbours: float = 0.0) -> None:
         self.now = self.wall = 0.0
@@ -159,12 +159,12 @@ def test_the_further_the_cheaper_rows_are(each: float, most: int) -> None:
 
 
 def test_as_far_as_right_guesses_gain_most() -> None:
-    """Beyond 8 rows this machine computes one by one."""
+    """In this case rows beyond 8 are computed one by one."""
     found = FakeSteps(lambda rows: 0.001 * (1 if rows <= 8 else rows)).measure()
     assert (found.most, found.seconds[8]) == (7, pytest.approx(0.001))
 
 
-def test_asked_for_is_done_whatever_it_costs() -> None:
+def test_a_requested_lookahead_is_used_whatever_it_costs() -> None:
     found = FakeSteps(lambda rows: 0.001 * rows).measure(asked=5)
     assert found.most == 5
     assert found.described.startswith("looks up to 5 tokens ahead: asked for; ")
@@ -197,12 +197,12 @@ class FakeGuessedCall:
     limit: int = 1000
 
 
-COPIED = np.array([*range(200), *range(20)], np.int32)  # it has begun to say the same again
+COPIED = np.array([*range(200), *range(20)], np.int32)  # the end repeats the beginning
 PLAIN = np.arange(1000, 1200, dtype=np.int32)
 
 
 def linear(each: float, most: int = 15) -> Lookahead:
-    """A step costs 1, and `each` for each row more."""
+    """A step costs 1, and `each` for each further row."""
     return Lookahead(most, "", (0.0, *(1 + each * rows for rows in range(16))))
 
 
@@ -239,8 +239,8 @@ def test_no_guesses_in_a_crowd_and_none_without_a_match() -> None:
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("each", [0.1, 0.3, 0.5, 0.7])
 @pytest.mark.parametrize("copying", [1, 2, 3])
-def test_who_copies_nothing_does_not_wait_for_those_who_do(mixed: bool, each: float, copying: int) -> None:
-    """A step takes at most the time in which all calls would have had a turn alone."""
+def test_calls_that_copy_nothing_do_not_wait_for_those_that_do(mixed: bool, each: float, copying: int) -> None:
+    """A step takes at most the time of one step for each call alone."""
     guesser, lengths = Guesser(linear(each), mixed), set[int]()
     calls = [FakeGuessedCall(i, i, COPIED) for i in range(copying)]
     calls.append(FakeGuessedCall(9, copying, PLAIN))
@@ -258,7 +258,7 @@ def test_who_copies_nothing_does_not_wait_for_those_who_do(mixed: bool, each: fl
 
 
 def test_what_wrong_guesses_cost_is_bounded() -> None:
-    """A text in which every match breaks at once, on a machine where a wrong guess costs much."""
+    """In this text every match ends at once, and a wrong guess is expensive."""
     guesser, call = Guesser(linear(0.5), False), FakeGuessedCall(1, 0, COPIED)
     lost = steps = 0.0
     for turn in range(400):
@@ -267,13 +267,13 @@ def test_what_wrong_guesses_cost_is_bounded() -> None:
         if guesses:
             guesser.verified(1, len(guesses[0]), 1)
         lost, steps = lost + cost - 1, steps + cost
-        call.out += [900, *range(turn % 100, turn % 100 + 17)]  # again a long match: it is believed
+        call.out += [900, *range(turn % 100, turn % 100 + 17)]  # a long match again, so guesses are made
     most = guesser.ahead.seconds[4] - 1
     assert 0 < lost <= most + lookahead.LOSS * steps
 
 
 def test_guesses_of_a_call_do_not_depend_on_calls_before_it() -> None:
-    """Nor, with them, the rounding of its rows."""
+    """So the rounding of its rows does not depend on them either."""
     guesser = Guesser(linear(0.3), False)
 
     def sizes(order: int) -> list[int]:

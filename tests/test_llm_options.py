@@ -1,4 +1,4 @@
-"""What a call may ask of sampling, through the engine: each option has its effect, on its own call alone."""
+"""Sampling options of a call, through the engine: each has its effect, and only on its own call."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def result(bench: Bench, prompt: str | list[int], **options: Any) -> GenerationD
 
 
 def all_logprobs(bench: Bench, key: Any) -> Logprobs:
-    """From all deltas and the final word."""
+    """The log probabilities of all deltas and of the final message."""
     found: Logprobs = []
     for message in bench.sent:
         parts = (
@@ -208,7 +208,7 @@ def test_of_tokens_given_after_a_death_no_probability_is_known(bench: Bench) -> 
     bench.forget()
     key = bench.submit("hello", given=tokens[:10], logprobs=True)
     bench.run(3)
-    bench.submit("hello", key=key[1], logprobs=True)  # a new kernel that knows of no token
+    bench.submit("hello", key=key[1], logprobs=True)  # a new kernel that has no token
     bench.sent.clear()
     bench.run()
     found = all_logprobs(bench, key)
@@ -216,7 +216,7 @@ def test_of_tokens_given_after_a_death_no_probability_is_known(bench: Bench) -> 
     assert [one.token for one in found[10:] if one] == tokens[10:]
 
 
-def test_no_call_pays_for_what_it_did_not_ask_for(bench: Bench) -> None:
+def test_no_call_has_the_cost_of_an_option_that_it_does_not_use(bench: Bench) -> None:
     assert result(bench, "hello").logprobs is None
 
 
@@ -258,7 +258,7 @@ def test_tokens_outside_of_the_vocabulary_are_refused(bench: Bench, wrong: dict[
     assert next(iter(wrong)) in failed.message
 
 
-def test_usage_tells_how_much_of_the_context_is_left(bench: Bench) -> None:
+def test_usage_has_the_rest_of_the_context(bench: Bench) -> None:
     end = result(bench, "hello", max_tokens=20)
     used = end.usage.prompt_tokens + end.usage.completion_tokens
     assert end.usage.context_left == pytest.approx(1 - used / bench.loaded.ctx)

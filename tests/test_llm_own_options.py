@@ -1,4 +1,4 @@
-"""RoPE, the place of tensors and a chat template of one's own: used as llama.cpp does, refused with the reason."""
+"""Options for RoPE, places of tensors and a chat template work as in llama.cpp, or are refused with the reason."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def refusal(path: Path, **options: Any) -> str:
 
 
 def logits(path: Path, **options: Any) -> Any:
-    """Of the last of some tokens that lie far behind each other."""
+    """Logits of the last of some tokens with distant positions."""
     loaded = load(path, **options)
     batch = llama.BatchBuffer(24)
     batch.size = 24
@@ -101,7 +101,7 @@ def test_a_stretched_model_has_longer_contexts(path: Path) -> None:
     loaded.close()
 
 
-def test_rope_is_described_as_it_was_asked_for() -> None:
+def test_rope_is_described_as_it_was_set() -> None:
     assert rope.described(ModelSpec("m", "m")) == ""
     spec = ModelSpec("m", "m", rope_scaling="yarn", rope_freq_scale=0.25, yarn_orig_ctx=512)
     assert rope.described(spec) == "rope_scaling yarn, rope_freq_scale 0.25, yarn_orig_ctx 512"
@@ -225,7 +225,7 @@ def test_a_path_may_have_a_colon() -> None:
     assert keys.BY_NAME["lora"].read("a=/x:y/z.gguf:2") == (Lora("a", "/x:y/z.gguf", 2.0),)
 
 
-def test_what_fits_one_model_is_not_given_to_several(tmp_path: Path, path: Path) -> None:
+def test_options_for_one_model_are_refused_with_several(tmp_path: Path, path: Path) -> None:
     for name, value in (("lora", (Lora("a", "a"),)), ("chat_template_file", "x")):
         with pytest.raises(UsageError, match="with 2 models, write it under"):
             config.load({name: value, "model": [f"a={path}", f"b={path}"]}, Home(tmp_path), environ={})

@@ -1,4 +1,4 @@
-"""Policies keep their promises; a fake engine on a clock of its own, no model."""
+"""Policies keep their guarantees, tested with a fake engine and a fake clock, without a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fakeengine import ENDLESS, PROMPT_S, ROW_S, STEP_S, SWITCH_S, Call, F
 
 Q = Quantum(tokens=16, seconds=5.0)
 
-# ── what all promise: the fake engine checks it in every step ─────────────────────────────────────────────
+# ── guarantees of all policies, which the fake engine checks in every step ────────────────────────────────
 
 turns = st.lists(
     st.builds(
@@ -39,8 +39,8 @@ agents = st.lists(st.tuples(turns, st.integers(-20, 19), st.sampled_from(["", "a
 def test_any_crowd_is_served_and_every_answer_is_sound(
     name: str, agents: list[tuple[list[Turn], int, str]], slots: int, seed: int
 ) -> None:
-    """Agents of all kinds, some with several calls, parked, cancelled, reniced at random moments: all calls come to
-    their end, and after every step the promises of `contract.py` hold (see `FakeEngine`)."""
+    """Agents of all kinds, some with several calls, are parked, cancelled and reniced at random moments. All calls end,
+    and after every step the guarantees of `contract.py` hold (see `FakeEngine`)."""
     engine = FakeEngine(make(name, Q, {"a": 1.0, "b": 3.5}), slots)
     for peer, (script, nice, group) in enumerate(agents, 1):
         engine.agent(peer, script, nice, group)
@@ -72,7 +72,7 @@ def disturb(engine: FakeEngine, chance: random.Random) -> None:
 
 @pytest.mark.parametrize(("name", "times"), [("rr", 2), ("mlfq", 1), ("fair", 2)])
 def test_where_states_are_large_turns_are_longer(name: str, times: int) -> None:
-    """But never more than LONGER quanta, so that no other call waits without end."""
+    """But at most LONGER quanta, so that the wait of other calls is bounded."""
     evictions = []
     for least in (ANY_TURN, Quantum(3 * Q.tokens, 0.0), Quantum(1 << 30, 1e9)):
         engine = FakeEngine(make(name, Q), 2)
@@ -97,7 +97,7 @@ def test_a_quantum_grows_with_the_state_up_to_a_limit() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_kept_of_agents_that_are_gone(name: str) -> None:
+def test_nothing_is_kept_of_ended_agents(name: str) -> None:
     policy = make(name, Q, {"a": 2.0})
     engine = FakeEngine(policy, 4)
     for peer in range(1, 3 * fair.REMEMBER):
@@ -111,7 +111,7 @@ def test_nothing_is_kept_of_agents_that_are_gone(name: str) -> None:
 
 
 def things(thing: object, seen: set[int] | None = None) -> int:
-    """How many items lie in the containers that are reachable from here."""
+    """The number of items in all containers that are reachable from this object."""
     seen = set() if seen is None else seen
     if id(thing) in seen or isinstance(thing, (str, type)):
         return 0
@@ -138,7 +138,7 @@ def test_a_policy_that_takes_over_goes_on_with_what_runs(name: str) -> None:
 
 
 def test_the_charge_of_a_step_is_cheap() -> None:
-    """0.2 µs a call is the aim (0.11 measured); the bound here allows for a slow and busy machine."""
+    """The aim is 0.2 µs a call (measured: 0.11). The bound here is higher, for slow and busy machines."""
     policy, calls = make("fair"), [Call(peer, peer) for peer in range(64)]
     for call in calls:
         policy.arrive(call, 0.0)
@@ -187,7 +187,7 @@ def test_fifo_prompts_are_computed_in_the_order_of_arrival() -> None:
 
 @given(count=st.integers(2, 20), slots=st.integers(1, 6), tokens=st.integers(1, 40))
 @settings(max_examples=50, deadline=None)
-def test_rr_everyone_has_a_turn_between_two_of_mine(count: int, slots: int, tokens: int) -> None:
+def test_rr_between_two_turns_of_an_agent_all_others_have_one(count: int, slots: int, tokens: int) -> None:
     engine = FakeEngine(RoundRobin(Quantum(tokens, 1e9)), slots)
     for peer in range(1, count + 1):
         engine.agent(peer, [Turn(0.0, 0, ENDLESS)])
@@ -219,7 +219,7 @@ def test_rr_the_quantum_in_seconds_ends_a_turn_too() -> None:
 
 
 def test_rr_turns_go_round_agents_not_calls() -> None:
-    """One agent with ten calls against three with one each, on four slots: all four have had the same."""
+    """One agent with ten calls and three with one each, on four slots, get the same."""
     engine = FakeEngine(RoundRobin(Q), 4)
     greedy, *others = [engine.agent(peer, []) for peer in (1, 2, 3, 4)]
     for _ in range(10):
@@ -250,7 +250,7 @@ def test_priority_a_wait_is_overtaken_only_within_the_ageing_limit(
 ) -> None:
     policy = Priority(Q)
     engine = FakeEngine(policy, slots)
-    waits: list[tuple[float, float, float, int]] = []  # since when it counts, since when it was, until, nice
+    waits: list[tuple[float, float, float, int]] = []  # counted from, waited from, until, nice
 
     def admit(waiting: list[Call], running: list[Call], free: int, now: float) -> list[Call]:
         admitted = Priority.admit(policy, waiting, running, free, now)
@@ -263,7 +263,7 @@ def test_priority_a_wait_is_overtaken_only_within_the_ageing_limit(
     engine.run(90.0)
     for counts, since, until, nice in waits:
         for other, _, at, other_nice in waits:
-            if since <= at < until:  # who got a slot while it waited was the more urgent, by nice value and wait
+            if since <= at < until:  # a call that got a slot meanwhile was more urgent, by nice value and wait
                 assert other - counts <= (nice - other_nice) * AGEING_S + 1e-6
     longest = max((engine.now - call.since for call in engine.waiting), default=0.0)
     assert longest <= 39 * AGEING_S + len(nices) * (Q.seconds + AGEING_S), "an agent starves"
@@ -320,9 +320,9 @@ def test_mlfq_a_short_question_passes_a_crowd_of_long_answers() -> None:
     assert all(len(call.waits) == 1 for call in asker.calls), "and is not interrupted"
 
 
-def test_mlfq_counts_what_the_agent_had_not_the_call() -> None:
-    """An agent that asks short questions without end sinks as one with a single long answer does: a newcomer passes
-    both, and neither passes the other for good."""
+def test_mlfq_counts_the_service_of_agents_not_of_calls() -> None:
+    """An agent that makes short calls without a pause is demoted like one with a single long answer: a newcomer passes
+    both, and neither of both passes the other for ever."""
     engine = FakeEngine(Mlfq(Quantum(16, 1e9)), 1)
     engine.agent(1, itertools.repeat(Turn(0.0, 0, 8)))
     engine.agent(2, [Turn(0.0, 0, 96)])
@@ -332,7 +332,7 @@ def test_mlfq_counts_what_the_agent_had_not_the_call() -> None:
     assert engine.agents[2].service >= 64, "and not for longer"
 
 
-def test_mlfq_what_an_idle_agent_had_is_forgotten() -> None:
+def test_mlfq_the_service_of_an_idle_agent_is_reset() -> None:
     policy = Mlfq(Q)
     call = Call(1, 1)
     policy.arrive(call, 0.0)
@@ -345,7 +345,7 @@ def test_mlfq_what_an_idle_agent_had_is_forgotten() -> None:
 @given(count=st.integers(2, 16), slots=st.integers(1, 4), newcomers=st.floats(0.2, 2.0))
 @settings(max_examples=15, deadline=None)
 def test_mlfq_no_agent_starves(count: int, slots: int, newcomers: float) -> None:
-    """Long calls under a stream of new agents, who all begin above them: the boost bounds the wait."""
+    """Long calls compete with a stream of new agents, which all begin at a higher level. The boost bounds the wait."""
     engine = FakeEngine(Mlfq(Q), slots)
     for peer in range(1, count + 1):
         engine.agent(peer, [Turn(0.0, 0, ENDLESS)])
@@ -354,7 +354,7 @@ def test_mlfq_no_agent_starves(count: int, slots: int, newcomers: float) -> None
         engine.agent(100 + number, [Turn(number * newcomers, 0, 12)])
     engine.run(horizon)
     step = STEP_S + ROW_S * slots + SWITCH_S * slots
-    new = 12 * step * (mlfq.BOOST_S / newcomers + 1)  # what those who come in that time may take, on one slot each
+    new = 12 * step * (mlfq.BOOST_S / newcomers + 1)  # service of newcomers in that time, on one slot each
     bound = mlfq.BOOST_S + -(-count // slots) * (Q.tokens + 1) * step + new
     for call in every_call(engine):
         ended = [until - since for since, until in call.waits]
@@ -364,7 +364,7 @@ def test_mlfq_no_agent_starves(count: int, slots: int, newcomers: float) -> None
 
 
 def test_mlfq_the_boost_reaches_one_that_newcomers_keep_down() -> None:
-    """New agents, always more than the slot can serve, who all begin above a long call."""
+    """There are always more new agents than the slot can serve, and all begin at a higher level than a long call."""
     engine = FakeEngine(Mlfq(Q), 1)
     long = engine.agent(1, [Turn(0.0, 0, ENDLESS)])
     engine.run(5.0)
@@ -389,7 +389,7 @@ def test_mlfq_the_boost_reaches_one_that_newcomers_keep_down() -> None:
 def test_fair_service_of_backlogged_agents_differs_by_a_bound(
     nices: list[int], slots: int, prompts: list[int], sleepers: int
 ) -> None:
-    """At any moment, and so in any length of time, whatever other agents come and go."""
+    """In any interval of time, whatever other agents begin and end."""
     policy = Fair(Q)
     engine = FakeEngine(policy, slots)
     for peer, nice in enumerate(nices, 1):
@@ -445,8 +445,8 @@ def test_fair_an_interactive_agent_among_32_that_generate_without_end(slots: int
 
 
 @pytest.mark.parametrize("slots", [33, 8])
-def test_fair_a_crowd_that_catches_its_breath_has_not_slept(slots: int) -> None:
-    """All of them end a long answer at about the same time and ask again after a moment."""
+def test_fair_agents_that_all_pause_for_a_moment_get_no_allowance(slots: int) -> None:
+    """All of them end a long answer at about the same time, and make the next call after a moment."""
     script = [Turn(1.0, 64, 32)] * 40
     alone = latencies(FakeEngine(Fair(Quantum()), slots), script)
     busy = FakeEngine(Fair(Quantum()), slots)
@@ -482,7 +482,7 @@ def test_fair_a_crowd_of_equals_decodes_in_one_batch(shared: int, gap: float) ->
 
 
 def test_fair_a_crowd_that_uses_tools_decodes_in_one_batch_too() -> None:
-    """Their pauses differ, so some have earned more than others; none of them is held up for another."""
+    """Their pauses differ, so some have larger allowances, but no call is held out for another."""
     took = {}
     for name in ("fair", "fifo"):
         engine = FakeEngine(make(name), 64)
@@ -496,7 +496,7 @@ def test_fair_a_crowd_that_uses_tools_decodes_in_one_batch_too() -> None:
     assert took["fair"] <= 1.03 * took["fifo"]
 
 
-def test_fair_who_was_stopped_saves_up_no_service() -> None:
+def test_fair_a_stopped_agent_saves_up_no_service() -> None:
     engine = FakeEngine(Fair(Quantum()), 1)
     one, two = engine.agent(1), engine.agent(2)
     engine.step()
@@ -519,8 +519,8 @@ def test_fair_a_newcomer_owes_nothing_and_is_owed_nothing() -> None:
     assert new.service == pytest.approx(statistics.mean(gained), rel=0.05)
 
 
-def test_fair_leaving_and_coming_back_launders_nothing() -> None:
-    """One that cancels and asks again all the time gets no more than one that stays."""
+def test_fair_cancelling_and_calling_again_gains_nothing() -> None:
+    """An agent that cancels and calls again all the time gets no more than one that does not."""
     engine = FakeEngine(Fair(Quantum()), 1)
     engine.agent(1, itertools.repeat(Turn(0.0, 0, 10)))
     engine.agent(2)
@@ -529,7 +529,7 @@ def test_fair_leaving_and_coming_back_launders_nothing() -> None:
     assert one / two == pytest.approx(1.0, rel=0.05)
 
 
-def test_fair_a_call_more_is_no_share_more() -> None:
+def test_fair_further_calls_are_no_larger_share() -> None:
     engine = FakeEngine(Fair(Quantum()), 4)
     greedy = engine.agent(1, [])
     for _ in range(10):
@@ -560,7 +560,7 @@ def test_fair_a_group_with_a_share_gets_it_however_many_they_are(slots: int) -> 
 
 @pytest.mark.parametrize("slots", [4, 32])
 def test_fair_a_swarm_of_sleepers_starves_no_agent(slots: int) -> None:
-    """Sixteen that ask something twice a second, so that one of them always runs ahead, and eight that generate."""
+    """Sixteen agents make a call twice a second, so that one of them always runs ahead. Eight generate without end."""
     engine = FakeEngine(Fair(Quantum()), slots)
     for peer in range(1, 17):
         engine.agent(peer, itertools.repeat(Turn(0.5, 64, 32)))
@@ -595,7 +595,7 @@ def test_fair_nice_values_count_with_slots_for_all() -> None:
 
 
 def test_fair_the_quantum_in_seconds_counts_too() -> None:
-    """A model so slow that a quantum of tokens would take minutes."""
+    """With a slow model a quantum in tokens would take minutes."""
     engine = FakeEngine(Fair(Quantum(10**6, 1.0)), 1)
     for peer in (1, 2, 3):
         engine.agent(peer)

@@ -51,7 +51,7 @@ def with_a(schema: Schema) -> dict[str, Any]:
 
 
 PROPERTIES: list[tuple[Schema, list[Any], list[Any]]] = [
-    # what no grammar keeps, values that must remain possible, values that are still refused
+    # schemas that no grammar keeps, values that must remain possible, values that are still refused
     ({"type": "string", "pattern": r"(?<!x)y"}, ["y", "free"], [1, None]),
     ({"type": "string", "pattern": r"\bword\b", "maxLength": 8}, ["a word b"], [1, "more than eight characters"]),
     ({"type": "string", "pattern": r"(a)\1"}, ["aa"], [[]]),
@@ -127,7 +127,7 @@ def test_one_tool_does_not_keep_others_from_being_offered(dialect: Any) -> None:
         call_rules(dialect, normal_tools([tool("good", good), tool("bad", BAD)]), Converter())
 
 
-def test_what_a_model_is_shown_does_not_say_how_arguments_are_checked() -> None:
+def test_the_prompt_does_not_show_how_arguments_are_checked() -> None:
     given = [tool("a", BAD, strict=False), tool("b", BAD, strict=True), tool("c", BAD)]
     assert loose_tools(given) == {"a"}
     assert all("strict" not in one["function"] for one in normal_tools(given))

@@ -1,4 +1,4 @@
-"""Calls that share budgets do not go beyond one together."""
+"""Calls that share a budget do not exceed it together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aiosd.llm.purse import KEEP_S, Purses
 def test_nothing_is_paid_for_or_held_beyond_a_shared_budget(
     limit: int, room: int, acts: list[tuple[str, int, int]]
 ) -> None:
-    """The kernel counts late: it tells what was left some calls ago."""
+    """The kernel counts late: its figure is what was left some calls ago."""
     purses = Purses()
     accounts, used, late, told = {}, dict[int, int](), 0, limit
     for kind, who, amount in acts:
@@ -50,7 +50,7 @@ def test_what_was_paid_and_not_used_is_given_back() -> None:
     assert second.pay(5, 5) == ""
 
 
-def test_an_unused_purse_is_filled_again_when_the_kernel_must_know() -> None:
+def test_an_unused_purse_is_filled_by_the_kernels_figure_after_a_while() -> None:
     purses = Purses()
     for now, left, expected in ((0.0, 10, ""), (KEEP_S / 2, 10, "tokens"), (2 * KEEP_S, 10, "")):
         account = purses.open((1, 1), [PurseShare(2, left, None)], now)

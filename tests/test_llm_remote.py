@@ -1,4 +1,4 @@
-"""A model that is elsewhere: whatever its endpoint does, a call has one end, and no piece of text comes twice."""
+"""A remote model: whatever its endpoint does, a call ends once, and no piece of text arrives twice."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_tool_calls_come_checked(make: Make) -> None:
 
 
 @pytest.mark.parametrize("wrong", [call('{"x": "three"}'), call("{"), call("{}", name="g"), call("[]"), [7]])
-def test_a_tool_call_that_does_not_fit_is_asked_for_again(make: Make, wrong: Any) -> None:
+def test_a_tool_call_that_does_not_fit_is_requested_again(make: Make, wrong: Any) -> None:
     bench = make(answers(reason="tool_calls", tool_calls=wrong), answers(tool_calls=call('{"x": 1}')))
     assert bench.end(bench.submit(tools=[TOOL])).tool_calls[0].arguments == {"x": 1}
     assert len(bench.endpoint.asked) == 2
@@ -120,7 +120,7 @@ def test_an_answer_that_breaks_its_schema_is_no_answer(make: Make) -> None:
     assert len(given_out.endpoint.asked) == 1
 
 
-def test_tool_calls_go_as_the_api_wants_them(make: Make) -> None:
+def test_tool_calls_are_sent_in_the_form_of_the_api(make: Make) -> None:
     bench = make(answers("x"))
     turn = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "f", "arguments": {"x": 1}}]}
     bench.end(bench.submit(messages=[*USER, turn, {"role": "tool", "tool_call_id": "c1", "content": "2"}]))
@@ -152,7 +152,7 @@ def chances(text: str, log: float = -0.5, **more: Any) -> dict[str, Any]:
 
 
 def likely(*words: str, form: str = "content", log: float = -0.5) -> Deed:
-    """A chat or a completion with the log probabilities of its words."""
+    """An answer to a chat or completion with log probabilities of its words."""
 
     def deed(handler: Handler) -> None:
         handler.stream()
@@ -187,7 +187,7 @@ def test_log_probabilities(make: Make, form: str, stream: bool) -> None:
     assert (body["logprobs"], body.get("top_logprobs")) == ((True, 1) if form == "content" else (1, None))
 
 
-def test_log_probabilities_that_were_not_asked_for_are_not_looked_at(make: Make) -> None:
+def test_log_probabilities_that_were_not_requested_are_ignored(make: Make) -> None:
     bench = make(likely("x", log=7.0))
     key = bench.submit()
     assert bench.text(key) == "x"
@@ -203,7 +203,7 @@ def test_an_endpoint_without_log_probabilities_is_named(make: Make) -> None:
     assert len(bench.endpoint.asked) == 1
 
 
-def test_a_log_probability_above_0_is_none(make: Make) -> None:
+def test_a_log_probability_above_0_is_refused(make: Make) -> None:
     bench = make(likely("x", log=0.5), likely("y", log=1e-9))
     key = bench.submit(stream=False, sampling=Sampling(logprobs=True))
     assert bench.text(key) == "y"
@@ -293,7 +293,7 @@ def test_many_texts_go_in_several_requests_and_each_is_tried_again(make: Make) -
         garbage("{"),
     ],
 )
-def test_vectors_that_are_none_are_asked_for_again(make: Make, wrong: Deed) -> None:
+def test_invalid_vectors_are_requested_again(make: Make, wrong: Deed) -> None:
     bench = make(wrong, vectors())
     reply = answered(bench, embed(bench, "a", "b"))
     assert msgspec.msgpack.decode(reply.body, type=wire.Embedded).n == 2
@@ -341,7 +341,7 @@ def test_a_fault_is_survived_and_every_piece_comes_once(make: Make, fault: Deed,
     key = bench.submit(stream=stream)
     assert bench.text(key) == "Hello"
     assert len(bench.endpoint.asked) == 3
-    with_text = fault is FAULTS[4]  # what had come, and the prompt for it, are to be paid for
+    with_text = fault is FAULTS[4]  # the text so far and its prompt are charged
     with_usage = fault is FAULTS[-1]
     assert bench.charged(key) == 3 + 2 * with_text + 2 * 3 * with_usage
     assert bench.prompts(key) >= 11
@@ -407,13 +407,13 @@ def test_retry_after_holds_back_every_call(make: Make) -> None:
     assert second - first >= 0.29
 
 
-def test_newer_models_name_their_limit_otherwise(make: Make) -> None:
+def test_newer_models_use_another_name_for_the_limit(make: Make) -> None:
     bench = make(status(400, "use max_completion_tokens instead"), answers("x"))
     assert bench.text(bench.submit(sampling=Sampling(max_tokens=7))) == "x"
     assert bench.endpoint.asked[1][1]["max_completion_tokens"] == 7
 
 
-def test_what_nobody_asked_for_is_left_out_where_it_is_refused(make: Make) -> None:
+def test_fields_that_the_caller_did_not_set_are_left_out_where_they_are_refused(make: Make) -> None:
     refusals = [
         status(400, f"Unsupported value: '{name}' does not support this.", param=name, code="unsupported_value")
         for name in ("temperature", "top_p")
@@ -437,7 +437,7 @@ def test_a_bias_is_passed_on(make: Make) -> None:
 @pytest.mark.parametrize("effort", ["none", "low"])
 def test_an_effort_is_passed_on(make: Make, effort: str) -> None:
     bench = make(answers("x"))
-    args = {"reasoning_effort": effort, "enable_thinking": effort != "none"}  # as the gateway says it
+    args = {"reasoning_effort": effort, "enable_thinking": effort != "none"}  # as the gateway sends it
     assert bench.text(bench.submit(template_args=args)) == "x"
     assert bench.endpoint.asked[0][1]["reasoning_effort"] == effort
 
@@ -481,7 +481,7 @@ def test_a_parked_call_stands_still_and_goes_on(make: Make, monkeypatch: pytest.
 
 
 def test_nothing_is_read_for_a_parked_call(make: Make) -> None:
-    """More than the system's buffers hold: the endpoint stands still, too, until the call may go on."""
+    """The answer is larger than the buffers of sockets, so the endpoint waits, too, until the call goes on."""
     go, all_written = threading.Event(), threading.Event()
 
     def floods(handler: Any) -> None:
@@ -504,7 +504,7 @@ def test_nothing_is_read_for_a_parked_call(make: Make) -> None:
     assert bench.text(key) == "one two"
 
 
-def test_a_call_that_is_parked_for_long_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_was_parked_for_long_is_sent_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "PARK_S", 0.05)
     bench = make(hangs("one "), answers("one ", "two"))
     key = bench.submit()
@@ -529,12 +529,12 @@ def test_a_budget_is_passed_on_and_held(make: Make) -> None:
 
 
 def paid(bench: Bench, key: link.CallKey) -> tuple[int, int]:
-    """Tokens of prompts and of answers, whatever the end was."""
+    """Charged tokens of prompts and of answers, whatever the outcome."""
     return bench.prompts(key), sum(delta.charged or 0 for delta in bench.deltas(key))
 
 
 def test_an_answer_without_figures_is_counted_by_what_came(make: Make) -> None:
-    """… whether it came in many pieces, in few, or in one."""
+    """The count is the same whether it came in many pieces, in few, or in one."""
     text = "word " * 120
     for deed in (answers(text[:300], text[300:], usage=None), whole({"content": text}, usage=None)):
         bench = make(deed)
@@ -546,7 +546,7 @@ def test_an_answer_without_figures_is_counted_by_what_came(make: Make) -> None:
 
 
 def test_each_attempt_is_paid_for_by_its_own_figures(make: Make) -> None:
-    """One that was cut off after its usage came; and one that a call has failed by, although all of it was known."""
+    """One attempt is cut off after its usage has arrived; another makes the call fail, although it is complete."""
     used = {"prompt_tokens": 50, "completion_tokens": 7}
 
     def cut_off(handler: Handler) -> None:
@@ -566,7 +566,7 @@ def test_each_attempt_is_paid_for_by_its_own_figures(make: Make) -> None:
 
 
 def test_what_comes_again_is_paid_for_again_and_counts_against_the_budget(make: Make) -> None:
-    """A stream that is cut off again and again gives its caller the beginning once; the endpoint works each time."""
+    """If a stream is cut off again and again, its caller gets the beginning once, but the endpoint works each time."""
     bench = make(cut("Hel", "lo"))
     key = bench.submit()
     assert bench.end(key).errno == errno.EIO
@@ -581,7 +581,7 @@ def test_what_comes_again_is_paid_for_again_and_counts_against_the_budget(make: 
 
 
 def test_calls_side_by_side_go_beyond_no_budget_together(make: Make) -> None:
-    """… by more than a piece each."""
+    """Each call may exceed it by one piece at most."""
     bench = make(answers(*"abcdefgh", usage=None))
     bench.end(bench.submit())
     estimated = bench.prompts((1, 1))
@@ -622,7 +622,7 @@ def test_a_new_kernel_gets_the_rest(make: Make) -> None:
     bench.send(link.Keep([2]))
     assert bench.endpoint.hung_up.wait(30)
     bench.channel.sent.clear()
-    bench.again(key, given="one two ")  # as after the core's own death
+    bench.again(key, given="one two ")  # as after the core's death
     end = bench.end(key)
     assert "".join(message.text for message in [*bench.deltas(key), end]) == "three"
     bench.channel.sent.clear()
@@ -782,7 +782,7 @@ print(piece.usage.prompt_tokens, [one.url for one in aios.llm.models()] != [""])
 
 
 def test_an_agent_talks_to_a_model_elsewhere(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
-    """… whose endpoint fails, and whose core is killed in the middle: the agent gets its text once."""
+    """The endpoint fails, and the core is killed in the middle: the agent gets its text once."""
     begun = threading.Event()
 
     def first(handler: Any) -> None:
@@ -846,7 +846,7 @@ print(found.shape, [round(float(value), 3) for value in found[1][:5]])
 
 @pytest.mark.skipif(not LLAMA_SERVER.exists(), reason="make peers builds it")
 def test_llama_server_is_an_endpoint(aiosd: System, fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
-    """Built from the sources that the core runs, with the embedded model: so it gives the same answers."""
+    """It is built from the core's sources and has the embedded model, so it gives the same answers."""
     script = tmp_path / "agent.py"
     script.write_text(BASICS)
     with harness.Server(harness.model_path("nano"), 2, 2048, 1, "--jinja") as server:

@@ -1,4 +1,4 @@
-"""An endpoint that means harm: nothing that it sends hangs, crashes or bloats the core, or reaches past one call."""
+"""A hostile endpoint: nothing that it sends hangs, crashes or fills the core, or affects more than one call."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ NO_PROGRESS = {
 
 
 @pytest.mark.parametrize("deed", NO_PROGRESS.values(), ids=NO_PROGRESS)
-def test_bytes_that_bring_nothing_are_silence(make: Make, monkeypatch: pytest.MonkeyPatch, deed: Deed) -> None:
+def test_bytes_without_content_count_as_silence(make: Make, monkeypatch: pytest.MonkeyPatch, deed: Deed) -> None:
     monkeypatch.setattr(attempts, "SILENT_S", 0.1)
     bench = make(deed, answers("x"))
     assert bench.text(bench.submit()) == "x"
 
 
 def test_a_fast_endpoint_fills_no_memory(make: Make) -> None:
-    """The core does not look: so nothing more is read than a little, and the endpoint stands still."""
+    """The core does not take pieces, so little is read, and the endpoint must wait."""
     all_written = threading.Event()
 
     def floods(handler: Handler) -> None:
@@ -118,12 +118,12 @@ def test_a_fast_endpoint_fills_no_memory(make: Make) -> None:
 
 
 @pytest.mark.parametrize("after", ["nan", "-5", "inf", "1e400", "soon", "", "Fri, 31 Dec 1999 23:59:59 GMT"])
-def test_what_can_be_asked_of_us_is_bounded(after: str) -> None:
+def test_requested_pauses_are_bounded(after: str) -> None:
     found = exchange.seconds(after)
     assert 0 <= found < float("inf")
 
 
-#: Values as endpoints send them, and as none should.
+#: Valid and invalid values in answers of endpoints.
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
@@ -155,7 +155,7 @@ def test_a_retry_after_of_any_kind_is_a_time(text: str) -> None:
     assert 0 <= exchange.seconds(text) < float("inf")
 
 
-def test_a_pause_that_is_no_number_holds_up_nothing(make: Make) -> None:
+def test_an_invalid_pause_delays_nothing(make: Make) -> None:
     bench = make(status(503, headers={"Retry-After": "nan"}), answers("x"))
     assert bench.text(bench.submit()) == "x"
 
@@ -221,7 +221,7 @@ def test_a_name_of_any_length_ends_one_call(make: Make, monkeypatch: pytest.Monk
 
 
 def test_a_schema_fetches_nothing(make: Make) -> None:
-    """… though an agent names an address in it, and the answer is checked against it."""
+    """Even if an agent names an address in it, and the answer is checked against it."""
     bench = make(answers('{"x": 1}'))
     got = threading.Event()
     bench.endpoint.RequestHandlerClass = type("Spy", (Handler,), {"do_GET": lambda self: got.set()})
@@ -230,13 +230,13 @@ def test_a_schema_fetches_nothing(make: Make) -> None:
     assert not got.is_set()
 
 
-def test_an_answer_that_cannot_be_checked_is_none(make: Make) -> None:
+def test_an_answer_that_cannot_be_checked_is_refused(make: Make) -> None:
     bench = make(answers("[" * 300 + "]" * 300))
     failed = bench.end(bench.submit(schema={"type": "array"}, stream=False))
     assert failed.errno == errno.EPROTO
 
 
-def test_a_check_is_announced_so_that_it_alone_is_blamed(make: Make) -> None:
+def test_a_check_is_announced_so_that_only_its_call_is_blamed_for_a_death(make: Make) -> None:
     bench = make(answers('{"x": 1}'))
     key = bench.submit(schema=TOOL["parameters"], stream=False)
     bench.end(key)
@@ -257,7 +257,7 @@ def test_a_check_is_announced_so_that_it_alone_is_blamed(make: Make) -> None:
         ({"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 1 << 30}}, 7, 5),
     ],
 )
-def test_usage_is_not_believed_beyond_what_is_possible(make: Make, usage: Any, prompt: int, completion: int) -> None:
+def test_usage_is_limited_to_what_is_possible(make: Make, usage: Any, prompt: int, completion: int) -> None:
     bench = make(answers("Hel", "lo", usage=usage))
     key = bench.submit()
     found = bench.end(key).usage
@@ -289,7 +289,7 @@ def test_an_end_without_a_reason_is_one(make: Make) -> None:
 # ── what people and agents get to see ─────────────────────────────────────────────────────────────────────
 
 
-def test_no_terminal_is_commanded(make: Make) -> None:
+def test_control_characters_of_an_endpoint_reach_no_terminal(make: Make) -> None:
     bench = make(status(400, "\x1b]0;owned\x07\r\nok"))
     assert bench.end(bench.submit()).message.isprintable()
     assert safe_line("a\x1b[2J\nb") == "a\ufffd[2J b"
@@ -330,7 +330,7 @@ def test_messages_that_are_no_json_end_their_call_alone(make: Make, content: Any
     assert bench.text(bench.submit()) == "x"
 
 
-def test_calls_that_are_cancelled_at_once_pile_up_no_threads(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_are_cancelled_at_once_leave_no_threads(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "SPARE_THREADS", 4)
     go = threading.Event()
     ask = exchange.Exchange._ask
@@ -352,8 +352,8 @@ def test_calls_that_are_cancelled_at_once_pile_up_no_threads(make: Make, monkeyp
     assert bench.text(last) == "x"
 
 
-def test_a_trial_that_ends_otherwise_lets_others_go_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The circuit is open, and the one that is let through answers what does not fit: no failure, and no success."""
+def test_after_a_trial_without_failure_or_success_others_go_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The circuit is open, and the trial's answer is invalid, which counts neither as failure nor as success."""
     monkeypatch.setattr(limits, "PAUSE_S", 0.05)
     bench = make(cut("one "), answers("other"), answers("x"))
     key = bench.submit()

@@ -1,4 +1,4 @@
-"""Scores of documents for a query: by models that rank, and by no others."""
+"""Scores of documents for a query, which only ranking models give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens per slot and slots where the user gives none: what model and memory allow."""
+"""The numbers of slots and of tokens per slot, where the user sets none: as many as model and memory permit."""
 
 from __future__ import annotations
 

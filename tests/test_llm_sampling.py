@@ -1,4 +1,4 @@
-"""One row of logits, one token: the same for the same (seed, index) in numpy and in C, and never outside of what the
+"""Drawing a token from a row of logits: the same for the same (seed, index) in numpy and in C, and always one that the
 filters leave."""
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_same_seed_and_index_same_token(seed: int, index: int, data: int) -> Non
     assert a.draw(row(data), index) == b.draw(row(data).copy(), index)
 
 
-#: What the sampler drew before it worked on batches: a text of an older release comes again.
+#: Tokens of an older sampler, which worked on single rows: its texts must stay the same.
 OLD = {
     (0.8, 40, 0.95, 0.05): [219, 273, 256, 9, 292, 58, 170, 103, 57, 23, 295, 117],
     (1.0, 0, 0.5, 0.0): [219, 273, 105, 9, 292, 185, 170, 103, 57, 63, 295, 117],
@@ -147,7 +147,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 def hostile_rows(kind: int, rng: np.random.Generator, rows: int, n: int) -> LogitRow:
-    """Logits as a model gives them; many that are equal; holes; next to nothing usable."""
+    """Rows as of a model; with many equal logits; with forbidden tokens; with hardly any usable token."""
     logits: LogitRow = rng.normal(0, 3, (rows, n)).astype(np.float32)
     if kind == 1:
         logits = np.round(logits)
@@ -274,7 +274,7 @@ def test_repeats_are_those_found_by_comparing(tokens: list[int]) -> None:
 
 
 class Theirs:
-    """One of llama.cpp's samplers, fed with tokens, applied to a row."""
+    """One of llama.cpp's samplers: accepts tokens, and is applied to a row."""
 
     def __init__(self, sampler: Any, tokens: list[int] | None = None) -> None:
         self._sampler = sampler
@@ -282,7 +282,7 @@ class Theirs:
             llama.C.llama_sampler_accept(sampler, token)
 
     def apply(self, logits: LogitRow) -> dict[int, float]:
-        """What is left: logits by token."""
+        """Apply it; returns the remaining logits by token."""
         data = np.zeros(len(logits), np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)]))
         data["id"], data["logit"] = np.arange(len(logits)), logits
         array = llama.C.llama_token_data_array()
@@ -297,7 +297,7 @@ class Theirs:
 
 
 def dry_of(model: llama.Model, breakers: list[str], **changes: Any) -> tuple[Dry, Any]:
-    """Ours and llama.cpp's."""
+    """Our DRY penalty, and llama.cpp's."""
     sampling = Sampling(**{"dry_multiplier": 0.8, "dry_breakers": breakers, **changes})
     edits = SamplerFactory(model).chain(sampling, constrained=False).edits
     assert edits is not None
@@ -349,7 +349,7 @@ def test_xtc_comes_as_often_as_it_should() -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_mirostat_draws_as_llama_cpp_does(version: int) -> None:
-    """Chance differs, so what is compared is how often each token comes."""
+    """The random numbers differ, so frequencies of tokens are compared."""
     logits = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.04, 0.01], np.float32))
     ours = Mirostat(version, 1.0, 0.1, 1.0, 11)
     init = llama.C.llama_sampler_init_mirostat_v2 if version == 2 else llama.C.llama_sampler_init_mirostat

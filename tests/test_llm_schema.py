@@ -1,4 +1,4 @@
-"""Every text of a grammar is JSON and valid against its schema; what no grammar can keep is refused with a sentence.
+"""Every text of a grammar is JSON and valid against its schema; schemas without a grammar are refused with a sentence.
 
 The texts are drawn by random walks through llama.cpp's own grammar, byte by byte, and judged by a validator of
 the tests' own (`minischema`).
@@ -27,7 +27,7 @@ from tests import tinymodels
 from tests.minischema import valid
 from tests.pace import cheap
 
-#: Drawn more often, so that walks come to an end.
+#: Characters that are drawn more often, so that walks end.
 CLOSING = {bytes([byte]) for byte in b'"}],:0'}
 
 
@@ -492,7 +492,7 @@ def test_a_refusal_names_its_place(schema: Schema, place: str) -> None:
     ],
     ids=lambda schema: json.dumps(schema)[:40],
 )
-def test_whatever_a_schema_asks_for_is_done_or_refused_in_about_a_second(model: llama.Model, schema: Schema) -> None:
+def test_any_schema_is_converted_or_refused_in_about_a_second(model: llama.Model, schema: Schema) -> None:
     codes: set[int | None] = set()
 
     def do_or_refuse() -> None:

@@ -20,7 +20,7 @@ HEADER = "import errno, json, sys, time\nimport libaios as aios\nllm = aios.llm\
 
 @pytest.fixture
 def ask(aiosd: System, tmp_path: Path) -> Callable[[str], str]:
-    """Run code as an agent; what it prints."""
+    """Run code as an agent; returns its output."""
 
     def run(code: str) -> str:
         path = tmp_path / "agent.py"
@@ -298,7 +298,7 @@ def test_models_are_listed(aiosd: System, ask: Ask) -> None:
 
 
 def test_guesses_change_neither_a_text_nor_its_bill(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
-    """A text that repeats itself, as nano's does: whole, in pieces, and cut off by a budget within guesses."""
+    """With a text that repeats itself, as nano's does: whole, in pieces, and cut off by a budget within guesses."""
     whole, short = tmp_path / "whole.py", tmp_path / "short.py"
     ask = 'llm.complete("Once upon a time there was", max_tokens=100, temperature=0.0, ignore_eos=True'
     whole.write_text(
@@ -342,7 +342,7 @@ def test_a_script_outside_any_agent_may_use_the_sdk(aiosd: System) -> None:
     assert done.stdout.startswith("0 Usage(")
 
 
-def test_without_a_system_the_sdk_says_so(tmp_path: Path) -> None:
+def test_without_a_system_the_sdk_reports_that(tmp_path: Path) -> None:
     code = "import libaios as aios\ntry: aios.proc.getpid()\nexcept ConnectionError as err: print(err)"
     env = {**os.environ, "AIOS_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8", check=True)

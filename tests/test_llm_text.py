@@ -21,7 +21,7 @@ def chunks(data: bytes, cuts: list[int]) -> list[bytes]:
 
 
 def expected(text: str, needles: list[str]) -> tuple[str, bool]:
-    """Cut at the needle that is complete first; of two complete at once the longer one."""
+    """Cut the text at the stop string that is complete first; of two that are complete at once, at the longer one."""
     for end in range(1, len(text) + 1):
         hits = [needle for needle in needles if text[:end].endswith(needle)]
         if hits:
@@ -183,7 +183,7 @@ def test_a_stop_string_counts_within_thoughts_too() -> None:
 
 
 @given(texts, st.integers(min_value=0, max_value=50))
-def test_skip_leaves_what_the_reader_does_not_have(text: str, have: int) -> None:
+def test_skip_leaves_the_text_that_the_reader_does_not_have(text: str, have: int) -> None:
     stream = TextStream()
     stream.feed(text.encode())
     stream.take()

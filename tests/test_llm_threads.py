@@ -12,7 +12,7 @@ from aiosd.llm.threads import Threads
 
 
 class Fake:
-    """A context whose steps take what a script says of a number of threads and the step, on a clock of its own."""
+    """A context with a fake clock, whose steps take a time that a script computes from the threads and the step."""
 
     def __init__(self, seconds: Callable[[int, int], float], others: float = 0.0) -> None:
         self.now, self.steps, self.threads = 0.0, 0, 0
@@ -57,7 +57,7 @@ def test_more_threads_only_for_a_clear_gain(gain: float, chosen: int) -> None:
 
 
 def test_a_neighbour_that_comes_and_goes_changes_nothing() -> None:
-    """Two steps of three are ten times as long; which, is chance."""
+    """Two steps of three, chosen at random, are ten times as long."""
     fake = Fake(lambda n, step: 0.004 / n * (1 if step % 3 == 0 else 10), others=1.5)
     found = fake.measure()
     assert found.number == 4
@@ -67,7 +67,7 @@ def test_a_neighbour_that_comes_and_goes_changes_nothing() -> None:
 
 @pytest.mark.parametrize("step", [0.001, 0.1, 0.19, 2.0, 20.0])
 def test_it_takes_bounded_time(step: float) -> None:
-    """… and each candidate has its turns, whatever the others took."""
+    """Each candidate is measured, whatever the time of the others."""
     fake = Fake(lambda n, _: step)
     found = fake.measure()
     assert fake.now <= max(2 * 3 * step, threads.MEASURE_S + step) if step < 0.2 else fake.now == 2 * step

@@ -1,7 +1,7 @@
-"""The machine's side: memory, disk, descriptors and processes run out, the wall clock jumps. Agents get clear errors
-or are ended; the system stays, and goes on as before when the pressure is gone.
+"""Memory, disk, descriptors or processes run out, or the wall clock jumps. Agents get clear errors or are ended; the
+system survives, and goes on as before when the shortage is over.
 
-Control groups and mounts need root; where they cannot be had the tests that stand on them are skipped.
+Control groups and mounts need root; tests that need them are skipped where they are not available.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def group(fresh_aiosd: Fresh) -> Iterator[Callable[[str], Group]]:
     yield make
     for one in made:
         for ospid in one.get("cgroup.procs").split():
-            with contextlib.suppress(OSError):  # back to the root, so that the group may go while they end
+            with contextlib.suppress(OSError):  # move them to the root group, so that this group can be removed
                 (one.path.parent / "cgroup.procs").write_text(ospid)
         assert eventually(lambda one=one: removed(one.path))
 
@@ -87,7 +87,7 @@ def removed(path: Path) -> bool:
 BOMB = "blocks = []\nwhile True:\n    blocks.append(b'x' * (4 << 20))\n"
 
 
-def test_agents_go_first_when_memory_runs_out(aiosd: System) -> None:
+def test_agents_are_killed_first_when_memory_runs_out(aiosd: System) -> None:
     shown = "cat /proc/self/oom_score_adj"
     agent = aiosd.run("aios-run", "--", "sh", "-c", f"{shown}; ({shown}) & wait", check=True)
     assert agent.stdout.split() == ["1000", "1000"]
@@ -117,7 +117,7 @@ def test_out_of_memory_kills_the_agent_and_no_other_process(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder in which there is room for one megabyte."""
+    """A folder with room for one megabyte."""
     path = Path(f"/tmp/aios-disk-{os.getpid()}")
     path.mkdir()
     try:
@@ -151,7 +151,7 @@ def test_a_full_disk_costs_output_and_not_the_system(small_disk: Path, fresh_aio
     log = small_disk / "data" / "logs" / f"{chatty}.log"
     assert eventually(lambda: os.statvfs(small_disk).f_bavail == 0)
     assert serves(system)  # attached: no log
-    # Pids are given out in blocks, and a new block is written down first.
+    # Pids are assigned in blocks, and a new block is first written to the disk.
     with pytest.raises(OSError, match="No space left on device"):
         spawn_many(system, 300)
     failed = system.run("aios-run", "--", "true")
@@ -170,7 +170,7 @@ def test_a_full_disk_costs_output_and_not_the_system(small_disk: Path, fresh_aio
 # ── descriptors and processes ─────────────────────────────────────────────────────────────────────────────
 
 
-def test_descriptors_that_run_out_are_an_error_for_who_spawns(fresh_aiosd: Fresh) -> None:
+def test_descriptors_that_run_out_are_an_error_for_the_spawner(fresh_aiosd: Fresh) -> None:
     system = fresh_aiosd("--threads", "1")
     limits = {ospid: resource.prlimit(ospid, resource.RLIMIT_NOFILE) for ospid in parts(system)}
     for ospid in limits:
@@ -240,7 +240,7 @@ time.time = jumped
 
 @pytest.mark.parametrize("days", [-400, 400])
 def test_deadlines_do_not_care_for_the_wall_clock(fresh_aiosd: Fresh, tmp_path: Path, days: int) -> None:
-    """An agent with time left has it after the clock has jumped and a new kernel has come; one with none is ended."""
+    """After a jump of the clock and a new kernel an agent still has its remaining time; one without any is ended."""
     flag = tmp_path / "jump"
     (tmp_path / "sitecustomize.py").write_text(JUMPING.format(flag=str(flag)))
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])

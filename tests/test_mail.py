@@ -1,4 +1,4 @@
-"""Mailboxes against a naive model: quotas, order, and what a new kernel finds."""
+"""Mailboxes against a simple model: quotas, order, and the state that a new kernel reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PIDS = st.integers(2, 5)
 
 
 class FakeCalls:
-    """Closes calls, and notes what each got."""
+    """Closes calls, and records the result of each."""
 
     def __init__(self) -> None:
         self.got: list[tuple[int, wire.Received]] = []
@@ -41,7 +41,7 @@ def call_of(pid: int, number: int) -> Any:
 
 
 class Mailboxes(RuleBasedStateMachine):
-    """Small limits, so that each of them is met. The model is a list of (to, sender, bytes) in the order of sending."""
+    """Small limits, so that each is reached. The model is a list of (to, sender, bytes) in the order of sending."""
 
     LIMITS: ClassVar = {"MAILBOX_MESSAGES": 4, "MAILBOX_BYTES": 100, "SENDER_BYTES": 130, "ALL_BYTES": 250}
 
@@ -116,7 +116,7 @@ class Mailboxes(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(which=st.integers(0, 100))
     def give_up(self, which: int) -> None:
-        """A RECV is cancelled, or its time is up."""
+        """Cancel a RECV, or let its time end."""
         _, call = self.waiting.pop(which % len(self.waiting))
         assert call.forget is not None
         call.forget()
@@ -159,6 +159,6 @@ TestMailboxes.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_what_all_mailboxes_hold_is_read_again_in_time() -> None:
-    """A new kernel reads the whole journal before it beats for the first time: far less than it may hang."""
+    """A new kernel reads the whole journal before its first heartbeat, in far less than its time for that."""
     assert mail.SENDER_BYTES <= mail.ALL_BYTES <= 256 << 20
     assert mail.MAILBOX_BYTES <= mail.SENDER_BYTES

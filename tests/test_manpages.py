@@ -1,4 +1,4 @@
-"""Manual pages: one for each command, with all that its help has, and in roff that groff takes without a warning."""
+"""Manual pages: one for each command, with all of its help, in roff that groff accepts without a warning."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_page_has_all_options_and_commands(program: str) -> None:
         assert f".SH {section}\n" in page
 
 
-def test_what_roff_would_act_upon_is_text() -> None:
+def test_requests_of_roff_are_escaped() -> None:
     assert manpages.escape(".so /etc/passwd") == r"\&.so /etc/passwd"
     assert manpages.escape(r"'\n --x") == r"\&'\en \-\-x"
     assert manpages.escape("…") == r"\[u2026]"

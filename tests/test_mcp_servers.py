@@ -1,4 +1,4 @@
-"""Real MCP servers, each in an environment of its own: `make mcp-servers`. Those that are not there are skipped."""
+"""Real MCP servers, each in an environment of its own (`make mcp-servers`). Those not installed are skipped."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def page() -> Iterator[str]:
 
 
 def calls(folder: Path, page: str) -> dict[str, list[tuple[str, dict[str, Any], str]]]:
-    """name → tool, arguments, what its result has."""
+    """By name: tool, arguments, and a text that the result contains."""
     entity = {"name": "boiler", "entityType": "thing", "observations": ["made by Vaillant"]}
     return {
         "time": [("get_current_time", {"timezone": "Asia/Tokyo"}, "+09:00")],

@@ -1,4 +1,4 @@
-"""What is sampled for budgets: files of workspaces, memory in memfds, and what cannot be measured."""
+"""Samples for budgets: files of workspaces, memory in memfds, and amounts that cannot be measured."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.conftest import eventually
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_files_count_by_what_they_take_and_once_for_all_their_names(tmp_path: Path) -> None:
+def test_files_count_by_their_blocks_and_once_for_all_their_links(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     empty = size_of(str(tmp_path))
     (tmp_path / "a" / "file").write_bytes(bytes(1 << 20))
@@ -42,7 +42,7 @@ def test_files_count_by_what_they_take_and_once_for_all_their_names(tmp_path: Pa
     assert size_of(str(tmp_path / "none")) == 0
 
 
-def test_a_folder_that_cannot_be_looked_through_has_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_has_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scandir(path: str) -> Any:
         raise PermissionError(13, "no")
 
@@ -50,7 +50,7 @@ def test_a_folder_that_cannot_be_looked_through_has_no_size(tmp_path: Path, monk
     assert size_of(str(tmp_path)) is None
 
 
-def test_a_file_without_a_name_counts_for_who_holds_it(tmp_path: Path) -> None:
+def test_a_deleted_file_counts_for_the_process_that_has_it_open(tmp_path: Path) -> None:
     with open(tmp_path / "file", "wb") as file:
         file.write(bytes(1 << 20))
         file.flush()
@@ -62,7 +62,7 @@ def test_a_file_without_a_name_counts_for_who_holds_it(tmp_path: Path) -> None:
     assert after - before >= 1 << 20
 
 
-def test_the_thread_looks_and_ends(tmp_path: Path) -> None:
+def test_the_thread_measures_and_ends(tmp_path: Path) -> None:
     watch = DiskWatch()
     watch.ask({str(tmp_path): [os.getpid()]})
     assert eventually(lambda: not watch.busy)
@@ -91,7 +91,7 @@ def test_a_workspace_that_no_thread_can_measure_is_over_every_budget(monkeypatch
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_lies_in_a_memfd_is_found_by_its_descriptor() -> None:
+def test_memory_of_a_memfd_is_found_by_its_descriptor() -> None:
     fd = os.memfd_create("test")
     try:
         before = procfs.memfds(os.getpid())
@@ -105,7 +105,7 @@ def test_what_lies_in_a_memfd_is_found_by_its_descriptor() -> None:
 
 
 class House:
-    """A measure of one agent, which is made up."""
+    """Measures one agent, whose figures the test sets."""
 
     def __init__(self, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
         self.budget = Budget(7, limits, sharers={7})
@@ -164,15 +164,15 @@ def test_processes_and_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert house.budget.row[CPU_US] == 2_500_000
 
 
-def test_what_an_agent_used_last_is_counted_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_use_of_an_agent_is_counted_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     house = House(Limits(cpu_s=2.0), monkeypatch)
     house.sample()
     house.measure.ended(house.measure._table.procs[7], 0.75)
     assert house.budget.cpu_s == 0.75
 
 
-def test_where_nothing_has_to_be_sampled_the_kernel_looks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until an agent comes that has to be."""
+def test_without_sampled_budgets_the_kernel_samples_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until an agent with such a budget starts."""
     house = House(Limits(tokens=5), monkeypatch)
     house.sample()
     assert house.timers.until_next() == measure.CALM_S
@@ -184,7 +184,7 @@ def test_where_nothing_has_to_be_sampled_the_kernel_looks_seldom(monkeypatch: py
     assert house.timers.until_next() == measure.SAMPLE_S
 
 
-def test_the_nearer_the_end_of_its_time_the_sooner_it_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nearer_the_end_of_a_budget_the_sooner_the_next_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     house = House(Limits(cpu_s=2.0), monkeypatch)
     house.measure._cores = 4
     waits = []
@@ -203,13 +203,13 @@ def test_the_nearer_the_end_of_its_time_the_sooner_it_is_looked_at_again(monkeyp
         (1000, "flat", None, True),
         (0, "flat", None, True),
         (0, "cage", None, True),
-        (1000, "cage", None, False),  # Linux counts there
+        (1000, "cage", None, False),  # in a cage Linux counts
         (0, "", None, False),
         (0, "flat", Limits(processes=5000), False),
         (0, "flat", Limits(tokens=5), True),
     ],
 )
-def test_who_has_too_many_processes_and_is_bound_by_nothing_else_is_ended(
+def test_an_agent_with_too_many_processes_and_no_other_bound_is_ended(
     monkeypatch: pytest.MonkeyPatch, uid: int, level: str, limits: Limits | None, ended: bool
 ) -> None:
     monkeypatch.setattr(forks.os, "getuid", lambda: uid)
@@ -224,7 +224,7 @@ def test_who_has_too_many_processes_and_is_bound_by_nothing_else_is_ended(
     found: list[int] = []
     watch = Forks(table, lambda proc, why: found.append(proc.pid))
     most = most_processes()
-    for more in (0, most - 1, MORE // 2, MORE):  # calm, as many as it may have, too many
+    for more in (0, most - 1, MORE // 2, MORE):  # few, as many as permitted, too many
         assert found == []
         below[70] += more
         list(watch.look())

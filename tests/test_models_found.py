@@ -25,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home folder, and no variable that names another place."""
+    """An empty home folder, without variables that name other places."""
     for name in ("AIOSD_MODELS", "HF_HOME", "HF_HUB_CACHE", "OLLAMA_MODELS", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -68,9 +68,9 @@ def test_in_an_empty_home_there_is_the_embedded_model(home: Path) -> None:
     assert found.find("nano").path.endswith("nano.gguf")
 
 
-def test_our_own_folder(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aiosds_own_folder(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put(tiny, home / ".cache/aiosd/models/Writer-7B-Q4_K_M.gguf")
-    put(tiny, home / ".cache/aiosd/models/Other.gguf.parts/Other.gguf")  # half fetched
+    put(tiny, home / ".cache/aiosd/models/Other.gguf.parts/Other.gguf")  # an incomplete download
     assert [model.name for model in found.listing()] == ["nano", "Writer-7B-Q4_K_M"]
     assert found.find("writer-7b-q4_k_m").path == str(path)
     monkeypatch.setenv("AIOSD_MODELS", str(home / "elsewhere"))
@@ -98,7 +98,7 @@ def test_tags_and_owners_of_ollama(home: Path, tiny: Path) -> None:
         found.find("qwen3")
 
 
-def test_our_own_files_by_their_beginning(home: Path, tiny: Path) -> None:
+def test_files_of_our_folder_by_the_beginning_of_their_names(home: Path, tiny: Path) -> None:
     folder = home / ".cache/aiosd/models"
     for stem in ("qwen2.5-7b-q4_k_m", "qwen2.5-3b-q4_k_m", "SmolLM2-135M.Q4_1"):
         put(tiny, folder / f"{stem}.gguf")
@@ -106,11 +106,11 @@ def test_our_own_files_by_their_beginning(home: Path, tiny: Path) -> None:
     assert found.find("smollm2").path == found.find("SmolLM2-135M").path == str(folder / "SmolLM2-135M.Q4_1.gguf")
     with pytest.raises(UsageError, match=r"may be meant: qwen2\.5-3b-q4_k_m, qwen2\.5-7b-q4_k_m"):
         found.find("qwen2.5")
-    assert found.find("qwen2").source == "path"  # another model, which is not here
+    assert found.find("qwen2").source == "path"  # another model, which does not exist here
     assert found.find("qwen2.5-7").source == "path"
 
 
-def test_what_ollama_has_not_finished_is_not_there(home: Path, tiny: Path) -> None:
+def test_incomplete_downloads_of_ollama_are_not_found(home: Path, tiny: Path) -> None:
     base = home / ".ollama/models"
     put_in_ollama(tiny, base, "registry.ollama.ai/library/gone/latest").unlink()
     for number, text in enumerate(["", "[]", "{}", '{"layers": [3]}', '{"layers": null}', "\xff"]):
@@ -125,7 +125,7 @@ def test_what_ollama_has_not_finished_is_not_there(home: Path, tiny: Path) -> No
         found.find("ollama:gone")
 
 
-def test_a_folder_that_ollama_was_told(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_set_for_ollama(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_in_ollama(tiny, home / "big/disk", "registry.ollama.ai/library/phi4/latest")
     monkeypatch.setenv("OLLAMA_MODELS", str(home / "big/disk"))
     assert found.find("phi4").source == "ollama"
@@ -141,7 +141,7 @@ def test_models_of_lm_studio(home: Path, tiny: Path) -> None:
         assert found.find(word).path == str(path)
 
 
-def test_a_folder_that_lm_studio_was_told(home: Path, tiny: Path) -> None:
+def test_a_folder_set_for_lm_studio(home: Path, tiny: Path) -> None:
     put(tiny, home / "disk/a/b/c-Q4_0.gguf")
     (home / ".lmstudio").mkdir()
     (home / ".lmstudio/settings.json").write_text(json.dumps({"downloadsFolder": str(home / "disk")}))
@@ -203,7 +203,7 @@ def test_settings_take_names(home: Path, tiny: Path) -> None:
 
 
 def test_reading_settings_again_fetches_nothing(home: Path, tiny: Path) -> None:
-    """The supervisor does it, on SIGHUP: it must not wait for a network."""
+    """The supervisor reads them on SIGHUP, and must not wait for a network."""
     link = put_in_hub(tiny, home, "Org/Name", "name-q4_k_m.gguf")
     settings = config.load({"model": ["hf:Org/Name"]}, Home(home), environ={}, cwd="/")
     assert config.reload(settings)[0].models == settings.models
@@ -216,7 +216,7 @@ def test_reading_settings_again_fetches_nothing(home: Path, tiny: Path) -> None:
 
 
 def split(source: Path, folder: Path, tensors_per_file: int = 4) -> list[Path]:
-    """The model in several files, as llama.cpp's own tool would cut it."""
+    """The model in several files, as llama.cpp's tool splits it."""
     reader = gguf.GGUFReader(source)
     folder.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama", split_max_tensors=tensors_per_file)
@@ -234,7 +234,7 @@ def split(source: Path, folder: Path, tensors_per_file: int = 4) -> list[Path]:
     return sorted(folder.glob("tiny-*-of-*.gguf"))
 
 
-def test_any_part_stands_for_the_whole(home: Path, tiny: Path) -> None:
+def test_any_part_names_the_whole_model(home: Path, tiny: Path) -> None:
     files = split(tiny, home / "parts")
     assert len(files) > 1
     for file in files:
@@ -256,7 +256,7 @@ def test_a_split_model_is_listed_once(home: Path, tiny: Path) -> None:
 # ── what a listing tells ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_listing_tells_what_the_file_says(home: Path, tiny: Path) -> None:
+def test_a_listing_shows_the_data_of_the_file(home: Path, tiny: Path) -> None:
     put(tiny, home / ".cache/aiosd/models/a-Q4_0.gguf")
     row = found.row(found.find("a-q4_0"), 1 << 40)
     assert (row["ctx"], row["family"], row["quantisation"], row["fits"]) == (4096, "llama", "Q4_0", True)
@@ -307,7 +307,7 @@ def test_places_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model.gguf", ""),
     ],
 )
-def test_a_name_tells_the_quantisation(name: str, quant: str) -> None:
+def test_the_quantisation_is_read_from_the_name(name: str, quant: str) -> None:
     assert quants.of_name(name) == quant
 
 
@@ -328,7 +328,7 @@ FILES = [
         ("m-BF16-00001-of-00002.gguf", ("BF16/m-BF16-00001-of-00002.gguf", "BF16/m-BF16-00002-of-00002.gguf")),
     ],
 )
-def test_the_file_that_is_meant(wanted: str, files: tuple[str, ...]) -> None:
+def test_the_chosen_file(wanted: str, files: tuple[str, ...]) -> None:
     assert quants.choose(FILES, wanted, "r").files == files
 
 
@@ -354,7 +354,7 @@ def test_without_the_default_the_nearest(have: list[str], nearest: str) -> None:
         (["a-00001-of-00002.gguf"], "", "a-00002-of-00002.gguf is missing"),
     ],
 )
-def test_what_there_is_not(files: list[str], wanted: str, words: str) -> None:
+def test_quantisations_that_do_not_exist(files: list[str], wanted: str, words: str) -> None:
     with pytest.raises(UsageError) as told:
         quants.choose(files, wanted, "r")
     assert words in str(told.value)

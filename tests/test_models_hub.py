@@ -23,7 +23,7 @@ REPO, COMMIT = "org/tiny-GGUF", "c" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name, files by path. It can be told to break off, to lie about checksums, to refuse."""
+    """Repositories by name, files by path. A test can make it break off, send wrong checksums, or refuse."""
 
     daemon_threads = True
 
@@ -31,17 +31,17 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
-        self.break_off: int | None = None  # after this many bytes of the next file send none, until it is None
+        self.break_off: int | None = None  # break off after so many bytes of a file, until it is None
         self.broken = False
         self.wrong_bytes = False
-        self.refuse = 0  # with this status
+        self.refuse = 0  # refuse with this status, if not 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def fetched(self) -> list[tuple[str, str]]:
-        """Files whose content was asked for, and from where on."""
+        """Requested files, each with the range."""
         content = [request for request in self.requests if request[0] == "GET" and "/api" not in request[1]]
         return [(Path(path).name, ranged) for _, path, ranged in content]
 
@@ -165,7 +165,7 @@ def test_the_default_is_fetched_and_listed(hub: Hub, aiosd_command: Command, tmp
     assert lines[2].startswith(f"hf:{REPO}:Q4_K_M ")
 
 
-def test_what_is_here_is_not_fetched_again(hub: Hub, aiosd_command: Command, tiny: Path) -> None:
+def test_an_existing_file_is_not_fetched_again(hub: Hub, aiosd_command: Command, tiny: Path) -> None:
     hub.files[REPO] = {"t-Q4_K_M.gguf": tiny.read_bytes()}
     for _ in range(2):
         assert aiosd_command("pull", f"hf:{REPO}:Q4_K_M").returncode == 0
@@ -207,7 +207,9 @@ def test_an_interrupted_download_goes_on(hub: Hub, aiosd_command: Command, tmp_p
     assert list((tmp_path / "hf/hub").rglob("*.aiosd")) == []
 
 
-def test_what_was_damaged_on_its_way_is_refused(hub: Hub, aiosd_command: Command, tmp_path: Path, tiny: Path) -> None:
+def test_a_file_that_was_damaged_on_its_way_is_refused(
+    hub: Hub, aiosd_command: Command, tmp_path: Path, tiny: Path
+) -> None:
     hub.files[REPO] = {"t-Q4_K_M.gguf": tiny.read_bytes()}
     hub.wrong_bytes = True
     done = aiosd_command("pull", REPO)
@@ -233,7 +235,7 @@ def test_offline_the_cache_serves(hub: Hub, aiosd_command: Command, tiny: Path) 
 
 def test_a_hub_that_cannot_be_reached(hub: Hub, aiosd_command: Command, tiny: Path) -> None:
     hub.files[REPO] = {"t-Q4_K_M.gguf": tiny.read_bytes()}
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the port of `discard`, where nothing listens
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the port of `discard`, on which no process listens
     done = aiosd_command("pull", REPO, **nowhere)
     assert done.returncode == 1
     assert done.stderr == f"aiosd: {REPO}: the hub cannot be reached: Connection refused\n"
@@ -251,7 +253,9 @@ def test_a_hub_that_cannot_be_reached(hub: Hub, aiosd_command: Command, tiny: Pa
         ("name", "'name' names no model of a hub (such as hf:ORG/NAME or hf:ORG/NAME:Q4_K_M)"),
     ],
 )
-def test_what_cannot_be_had_is_one_line(hub: Hub, aiosd_command: Command, tiny: Path, word: str, words: str) -> None:
+def test_a_file_that_cannot_be_fetched_is_one_line(
+    hub: Hub, aiosd_command: Command, tiny: Path, word: str, words: str
+) -> None:
     hub.files[REPO] = {"t-Q4_K_M.gguf": tiny.read_bytes()}
     done = aiosd_command("pull", word)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"aiosd: {words}\n")
@@ -264,7 +268,7 @@ def test_a_hub_in_trouble_is_one_line(hub: Hub, aiosd_command: Command) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_without_the_extra_its_name_is_told(aiosd_command: Command, tmp_path: Path) -> None:
+def test_without_the_extra_the_error_names_it(aiosd_command: Command, tmp_path: Path) -> None:
     (tmp_path / "huggingface_hub").mkdir()
     (tmp_path / "huggingface_hub/__init__.py").write_text("raise ImportError('not installed')")
     for argv in (["pull", REPO], ["--model", f"hf:{REPO}"]):
@@ -287,7 +291,7 @@ def test_a_system_boots_on_a_model_of_a_hub(
     script.write_text(f"import libaios as aios\nprint(len({call}.tokens))")
     assert system.run("aios-run", script, check=True).stdout == "5\n"
     assert system.stop() == 0
-    hub.refuse = 500  # from now on it is of no use, and not needed
+    hub.refuse = 500  # from now on it refuses, which must not matter
     (system.home / "aiosd.toml").write_text(f'[[model]]\npath = "hf:{REPO}"\n')
     system.options = tuple(options)
     system.start()

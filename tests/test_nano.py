@@ -91,7 +91,7 @@ def test_phrases_that_are_kept_back_are_never_used_but_in_fresh_tasks() -> None:
         for split, among in ((TRAIN, taught), (HELD, taught), (FRESH, kept)):
             source = PhraseSource(random.Random(1), split)
             assert {source.choose(phrase_list) for _ in range(300)} <= set(among)
-    for phrase_list in (phrases.PROBLEMS, phrases.WORDED):  # what a kept phrase means is taught by another
+    for phrase_list in (phrases.PROBLEMS, phrases.WORDED):  # each meaning is taught by a phrase of the training
         taught, kept = kept_back(phrase_list)
         assert {formula for _, formula in kept} <= {formula for _, formula in taught}
 
@@ -142,7 +142,7 @@ def test_checker_rejects_wrong_work() -> None:
     assert rejected > MANY // 2
 
 
-def test_checker_wants_the_whole_number() -> None:
+def test_checker_requires_the_whole_number() -> None:
     task = Task("calc", "What is 6 * 7?", lambda do: (do("calc", expression="6 * 7"), ["42"]))
     for answer in ("The answer is 42.", "42", "It's 42, I think.", "(42)"):
         assert check(task, answer, {}, []) is None, answer
@@ -220,7 +220,7 @@ def test_merges_are_learned_from_frequent_words() -> None:
 
 @pytest.fixture(scope="module")
 def bare() -> Any:
-    """The benchmark's bare llama.cpp over the shipped model."""
+    """The benchmark's bare llama.cpp with the shipped model."""
     pytest.importorskip("llama_cpp")
     source = Path(__file__).parents[1] / "benchmarks" / "nano.py"
     spec = importlib.util.spec_from_file_location("benchmark_nano", source)
@@ -254,7 +254,7 @@ def test_llama_cpp_tokenises_as_training_does(bare: Any) -> None:
 
 
 def test_shipped_model_solves_held_out_tasks(bare: Any, tmp_path: Path) -> None:
-    """A floor under what the shipped model is known to do; benchmarks/nano.py measures, the card tells."""
+    """A lower bound for the shipped model. benchmarks/nano.py measures, and the model card has the figures."""
     judge, held_out = sys.modules["benchmark_nano"].judge, sys.modules["benchmark_nano"].held_out
     problems = [judge(task, bare.solve) for task in held_out(7, 60)]
     assert sum(p is None for p in problems) >= 50, [p for p in problems if p]

@@ -25,7 +25,7 @@ BOOT = (sys.executable, "-c", "from tests.netboot import boot; boot()")
 
 
 class Upstream(BaseHTTPRequestHandler):
-    """Answers with what it was asked for."""
+    """Answers with the method, path, host and body of the request."""
 
     protocol_version = "HTTP/1.1"
 
@@ -55,7 +55,7 @@ class Upstream(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[int]:
-    """A server at UPSTREAM, and its port."""
+    """Start a server at UPSTREAM; returns its port."""
     server = ThreadingHTTPServer((UPSTREAM, 0), Upstream)
     server.daemon_threads = True
     Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -82,7 +82,7 @@ def ospid(system: System, name: str) -> int:
     return next((entry["ospid"] for entry in system.ps() if entry["name"] == name), 0)
 
 
-#: What agents of these tests have: `got` tells what came of a request.
+#: The beginning of agents in these tests: `got` returns the outcome of a request.
 HELP = """
 import http.client, json, os, socket, subprocess, sys, urllib.request
 def tried(deed, *args):
@@ -164,7 +164,7 @@ def test_an_agent_reaches_what_it_was_granted_and_nothing_else(system: System, u
 
 
 def test_a_wrapped_program_that_was_refused_is_explained(system: System) -> None:
-    """curl, say, shows the number 403 and no more."""
+    """curl, for example, shows only the number 403."""
     program = "import urllib.request as u\ntry: u.urlopen('http://other.test/')\nexcept OSError: raise SystemExit(56)"
     done = system.run("aios-run", "--sandbox", "cage", "--net", "upstream.test", "--", "python3", "-c", program)
     assert done.returncode == 56
@@ -195,7 +195,7 @@ def test_built_in_tools_reach_what_their_agent_reaches(system: System, upstream:
     assert found["python"] == f"GET /p {granted}\n"
     assert "Connection refused" in found["direct"]
     others = agent(system, tmp_path, f"other.upstream.test:{upstream}", code, UPSTREAM)
-    assert others["api"].startswith("PermissionError: ")  # a worker is shared with nobody who reaches something else
+    assert others["api"].startswith("PermissionError: ")  # workers are not shared between agents with different hosts
     pid = max(entry["pid"] for entry in system.ps("--dead"))
     noted = [json.loads(line) for line in (system.home / "data" / "audit.jsonl").read_text().splitlines()]
     assert f"net {granted.strip()}" in [line["what"] for line in noted if line.get("pid") == pid]
@@ -218,7 +218,7 @@ def test_the_gateway_is_found_at_its_own_and_at_fixed_addresses_without_a_token(
         ]))
         """,
     )
-    if found[0] != "yes":  # its packages are not installed
+    if found[0] != "yes":  # the gateway's packages are not installed
         pytest.skip(found[0])
     assert found == ["yes"] * 5 + ["{", "{", True, "net of [[group]] in aiosd.toml, would allow it)"[-40:]]
     pid = system.run("aios-run", "-d", "--sandbox", "cage", "--net", "a.org", "--", "sleep", "600").stdout.strip()
@@ -265,7 +265,7 @@ def test_children_and_other_agents_reach_only_their_own_hosts(system: System, up
 def test_gates_outlive_the_proxy_and_the_kernel(
     system: System, fresh_aiosd: Callable[..., System], upstream: int, tmp_path: Path
 ) -> None:
-    system = fresh_aiosd(program=BOOT)  # the other one has said that there is a cage
+    system = fresh_aiosd(program=BOOT)  # the common system has shown that there is a cage
     path = tmp_path / "agent.py"
     path.write_text(
         HELP + f"for line in sys.stdin: print(got('http://upstream.test:{upstream}/' + line.strip()), flush=True)\n"
@@ -291,8 +291,8 @@ def test_gates_outlive_the_proxy_and_the_kernel(
     assert run.wait(30) == 0
 
 
-def test_a_hostile_agent_holds_up_no_other(system: System, upstream: int, tmp_path: Path) -> None:
-    """It fills its own connections with silence, sends what is no request, and reads nothing of what it gets."""
+def test_a_hostile_agent_delays_no_other(system: System, upstream: int, tmp_path: Path) -> None:
+    """It keeps silent connections open, sends invalid requests, and reads no replies."""
     before = ospid(system, "proxy")
     path = tmp_path / "hostile.py"
     path.write_text(

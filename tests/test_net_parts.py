@@ -1,4 +1,4 @@
-"""The pure parts of networks of single hosts: what covers what, which addresses are public, requests taken apart."""
+"""The pure parts of networks of single hosts: grants that cover others, public addresses, parsing of requests."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_network_is_written_in_one_way() -> None:
         "[fe80::1%eth0]", "169.254.169.254", "x" * 64 + ".org", ",".join(f"h{number}.org" for number in range(65)),
     ],
 )  # fmt: skip
-def test_what_is_no_network_is_refused(word: str) -> None:
+def test_invalid_networks_are_refused(word: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         hosts.normal([word])
 
@@ -86,7 +86,7 @@ def test_which_grant_reaches_a_host() -> None:
 
 
 @given(NETS, NETS, NAMES, st.sampled_from([80, 443, 8443]))
-def test_what_covers_another_reaches_all_that_it_reaches(wide: str, narrow: str, host: str, port: int) -> None:
+def test_a_grant_that_covers_another_reaches_all_of_its_hosts(wide: str, narrow: str, host: str, port: int) -> None:
     def reaches(net: str) -> bool:
         return net == "all" or hosts.rule(hosts.grants(net), host, port) is not None
 
@@ -158,7 +158,7 @@ def test_a_url_in_place_of_a_host_is_named_as_such() -> None:
         hosts.normal(["https://a.org:8443/x?y"])
 
 
-def test_what_a_program_without_a_proxy_is_told() -> None:
+def test_the_hint_for_a_program_that_ignores_the_proxy() -> None:
     from urllib.error import URLError
 
     unknown = __import__("socket").gaierror(-3, "Temporary failure")
@@ -206,7 +206,7 @@ def test_a_tunnel() -> None:
     assert request.parse(b"CONNECT [2606:4700::1111]:443 HTTP/1.1\r\n\r\n") == ProxyRequest("2606:4700::1111", 443)
 
 
-def test_a_plain_request_is_made_anew() -> None:
+def test_a_plain_request_is_rewritten() -> None:
     found = request.parse(
         b"POST http://A.org:8080/x?y#z HTTP/1.1\r\nHost: b.org\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\n"
         b"Proxy-Authorization: secret\r\nContent-Length: 12\r\naccept:  */* \r\n\r\n"
@@ -241,7 +241,7 @@ def test_a_plain_request_is_made_anew() -> None:
         b"GET http://a.org/ HTTP/1.1\r\n" + b"x: y\r\n" * 257,
     ],
 )  # fmt: skip
-def test_what_is_no_request_is_refused(head: bytes) -> None:
+def test_invalid_requests_are_refused(head: bytes) -> None:
     with pytest.raises(Bad):
         request.parse(head + b"\r\n\r\n")
 
@@ -253,7 +253,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.one_of(st.binary(max_size=200), st.lists(PIECES, max_size=20).map(b"".join)))
-def test_whatever_comes_is_a_request_or_refused(head: bytes) -> None:
+def test_any_bytes_are_a_request_or_refused(head: bytes) -> None:
     try:
         found = request.parse(head + b"\r\n\r\n")
     except Bad:
@@ -285,15 +285,15 @@ def dial(host: str, port: int) -> None:
     asyncio.run(run())
 
 
-def test_a_name_of_this_machine_leads_nowhere() -> None:
+def test_a_name_of_this_machine_is_refused() -> None:
     with pytest.raises(Private, match="an address of this machine"):
         dial("localhost", 80)
     with pytest.raises(Unreachable, match="is not known"):
         dial("nonesuch.invalid", 80)
 
 
-def test_the_time_of_the_proxy_is_shared_by_work() -> None:
-    """What it uses while it serves no agent is charged to none, and nothing is charged twice."""
+def test_the_proxys_processor_time_is_divided_by_work() -> None:
+    """Time in which it serves no agent is charged to none, and nothing is charged twice."""
     looks: list[Callable[[], None]] = []
     charged: list[tuple[int, int]] = []
     used = 5.0

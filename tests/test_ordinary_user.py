@@ -1,6 +1,6 @@
-"""aiosd as most people run it: without being root. The other tests run as whoever runs them, which is often root.
+"""aiosd run by an ordinary user. The other tests run as the user who starts them, who is often root.
 
-The user namespace makes an ordinary user of root: it has another uid there, no capability, and the same files.
+In a user namespace root becomes an ordinary user here: with another uid, no capabilities, and the same files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def can_be_ordinary() -> bool:
 
 pytestmark = pytest.mark.skipif(not can_be_ordinary(), reason="no user namespaces here, and this is root")
 
-#: What an agent finds of itself and of the machine.
+#: Prints what an agent sees of itself and of the machine.
 LOOK = """
 import json, os, sys
 import libaios as aios
@@ -63,7 +63,7 @@ def ordinary() -> Iterator[System]:
         pytest.skip("this machine confines no agents")
 
 
-def test_an_agent_is_confined_and_has_all_it_is_promised(ordinary: System, tmp_path: Path) -> None:
+def test_an_agent_is_confined_and_has_all_that_the_documentation_says(ordinary: System, tmp_path: Path) -> None:
     (tmp_path / "look.py").write_text(LOOK)
     kernel = next(entry["ospid"] for entry in ordinary.ps() if entry["name"] == "kernel")
     data = next(path for path in (ordinary.home / "data").rglob("*") if path.is_file())

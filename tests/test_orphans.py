@@ -1,4 +1,4 @@
-"""What agents leave behind: killed at once, or after an orderly end if the agent got a signal to end."""
+"""Orphans of agents are killed at once, or get time to end if the agent got a signal to end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRACE_S = 5.0
 
 
 class World:
-    """The supervisor's children as Linux would show them, a clock, and what was sent to which of them."""
+    """The supervisor's children as Linux shows them, a clock, and the signals that were sent to each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, term_first: bool = False) -> None:
         self.now = 100.0
@@ -30,7 +30,7 @@ class World:
         self.known: set[int] = set()
         self.sent: list[tuple[int, int]] = []
         self.looks: list[float] = []
-        self.cost_s = 0.0  # of one look
+        self.cost_s = 0.0  # duration of one look
         self.timers = Timers(lambda: self.now)
         monkeypatch.setattr(orphans, "procfs", SimpleNamespace(children=self._look, read_stat=self._stat, name=str))
         monkeypatch.setattr(orphans, "signal_descendants", lambda ospid, number: None)
@@ -84,7 +84,7 @@ def test_the_log_names_a_few_and_counts_many(monkeypatch: pytest.MonkeyPatch, ca
     assert world.children == {}
 
 
-def test_what_an_agent_leaves_behind_is_killed_at_once(world: World) -> None:
+def test_orphans_of_an_agent_are_killed_at_once(world: World) -> None:
     world.children = {7: 5, 8: 8, 9: 9}
     world.known = {9}
     world.orphans.agent_ended(5, got_term=False)
@@ -92,8 +92,8 @@ def test_what_an_agent_leaves_behind_is_killed_at_once(world: World) -> None:
     assert world.sent == [(7, KILL), (8, KILL)]
 
 
-def test_with_an_agent_that_was_told_to_end_it_has_time(world: World) -> None:
-    """Also what has made a session of its own; but not what belongs to another agent."""
+def test_orphans_of_an_agent_that_got_a_signal_to_end_have_time(world: World) -> None:
+    """Also orphans with a session of their own, but not those of another agent."""
     world.children = {7: 5, 8: 8, 10: 6}
     world.orphans.agent_ended(5, got_term=True)
     world.until(100.0 + GRACE_S - 0.1)
@@ -104,7 +104,7 @@ def test_with_an_agent_that_was_told_to_end_it_has_time(world: World) -> None:
     assert not world.orphans.any()
 
 
-def test_what_has_ended_by_itself_is_waited_for_no_longer(world: World) -> None:
+def test_orphans_that_have_ended_are_waited_for_no_longer(world: World) -> None:
     world.children = {7: 5}
     world.orphans.agent_ended(5, got_term=True)
     assert world.orphans.any(), "a look is due"
@@ -116,8 +116,8 @@ def test_what_has_ended_by_itself_is_waited_for_no_longer(world: World) -> None:
     assert world.sent == []
 
 
-def test_what_an_orphan_leaves_behind_is_an_orphan_too(world: World) -> None:
-    """Such as what it forked while it was being killed."""
+def test_children_of_an_orphan_become_orphans_too(world: World) -> None:
+    """For example, those that it forked while it was being killed."""
     world.children = {7: 5}
     world.orphans.agent_ended(5, got_term=False)
     world.until(100.1)
@@ -137,8 +137,8 @@ def test_with_the_setting_every_orphan_gets_term_first(monkeypatch: pytest.Monke
     assert world.sent == [(7, TERM), (7, KILL)]
 
 
-def test_many_deaths_are_one_look_and_looks_take_a_share_of_the_time(world: World) -> None:
-    """With thousands of children a look takes long; two thousand deaths in ten seconds must not take all of them."""
+def test_many_deaths_cause_one_look_and_looks_take_a_bounded_share_of_the_time(world: World) -> None:
+    """With thousands of children a look takes long. Two thousand deaths in ten seconds must not take all of them."""
     world.known = set(range(10_000, 12_000))
     world.children = dict.fromkeys(world.known, 0)
     world.cost_s = 0.02
@@ -152,7 +152,7 @@ def test_many_deaths_are_one_look_and_looks_take_a_share_of_the_time(world: Worl
 
 # ── wrapped programs ──────────────────────────────────────────────────────────────────────────────────────
 
-#: On TERM it notes that, and ends in order as soon as it may.
+#: On TERM it records that, and ends in order when the file says so.
 SERVER = """
 import os, signal, sys
 told, gate, cleaned = sys.argv[1:]
@@ -169,12 +169,12 @@ while True:
 """
 
 
-#: So that what ends in order has time for it on a busy machine, too.
+#: Long enough for an orderly end on a busy machine.
 PATIENT = {"AIOSD_STOP_TIMEOUT": "60"}
 
 
 class Wrapped:
-    """A server in a shell that does nothing but wait for it."""
+    """A server in a shell that only waits for it."""
 
     def __init__(self, system: System, folder: Path, *options: str) -> None:
         self.told, self.gate, self.cleaned = (folder / name for name in ("told", "gate", "cleaned"))
@@ -227,10 +227,10 @@ def test_the_end_of_the_system_is_an_orderly_end_too(fresh_aiosd: Fresh, tmp_pat
     assert wrapped.cleaned.exists()
 
 
-def test_with_the_setting_what_is_left_behind_may_end_in_order(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+def test_with_the_setting_orphans_may_end_in_order(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     system = fresh_aiosd("--threads", "1", env=PATIENT | {"AIOSD_ORPHANS": "term"})
     wrapped = Wrapped(system, tmp_path)
-    os.kill(wrapped.ospid, signal.SIGKILL)  # the shell alone: nothing is told to end
+    os.kill(wrapped.ospid, signal.SIGKILL)  # only the shell; no process gets a signal to end
     assert eventually(wrapped.told.exists)
     assert eventually(lambda: system.agents() == [])
     wrapped.gate.touch()
@@ -238,7 +238,7 @@ def test_with_the_setting_what_is_left_behind_may_end_in_order(fresh_aiosd: Fres
     assert eventually(lambda: not wrapped.runs())
 
 
-def test_without_it_that_is_killed_and_the_log_says_so(aiosd: System, tmp_path: Path) -> None:
+def test_without_the_setting_orphans_are_killed_and_the_log_names_them(aiosd: System, tmp_path: Path) -> None:
     wrapped = Wrapped(aiosd, tmp_path)
     os.kill(wrapped.ospid, signal.SIGKILL)
     assert eventually(lambda: not wrapped.runs())

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel has everything in it, the commands, the model, and what they import."""
+"""The installed package: the wheel has all modules, commands and the model, and requires all that they import."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMANDS = sorted(path.name for path in (ROOT / "bin").iterdir())
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built in a copy, because setuptools leaves its working files in the tree it builds."""
+    """Build the wheel in a copy of the tree, because setuptools leaves its working files there."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("aiosd", "libaios", "bin"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -56,7 +56,7 @@ def test_wheel_has_every_command(wheel: zipfile.ZipFile) -> None:
     assert scripts == set(COMMANDS)
 
 
-def test_wheel_brings_the_licence(wheel: zipfile.ZipFile) -> None:
+def test_wheel_has_the_licence(wheel: zipfile.ZipFile) -> None:
     metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA"))).decode()
     assert "License-Expression: MIT" in metadata
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
@@ -80,7 +80,7 @@ def test_command_has_a_test(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_installed_command_tells_its_version(command: str) -> None:
+def test_installed_command_prints_its_version(command: str) -> None:
     path = Path(sys.executable).parent / command
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False, cwd="/")
     assert (done.returncode, done.stderr) == (0, "")
@@ -96,8 +96,8 @@ def canonical(name: str) -> str:
 
 
 def test_every_import_is_required() -> None:
-    """Nothing is imported that only happens to be installed. Trainer of the embedded model, hub, gateway and MCP
-    are extra."""
+    """No module is imported that is installed only by chance. The trainer of the embedded model, hub, gateway and MCP
+    have extras."""
     distributions = importlib.metadata.packages_distributions()
     required = requirements(CONFIG["options"]["install_requires"])
     missing = set()
@@ -143,16 +143,16 @@ def test_every_requirement_is_pinned_for_make() -> None:
         ("  -- Looking for pthread.h", "before"),
     ],
 )
-def test_set_up_tells_its_phase(line: str, phase: str) -> None:
+def test_set_up_shows_its_phase(line: str, phase: str) -> None:
     assert bootstrap.phase_in(line.encode(), "before") == phase
 
 
 def test_set_up_is_read_by_an_old_python() -> None:
-    """It must come as far as saying that the Python is too old."""
+    """It must be able to report that the Python is too old."""
     ast.parse((ROOT / "tools/bootstrap.py").read_text(), feature_version=(3, 6))
 
 
-def test_set_up_says_what_to_install_when_there_is_no_compiler(
+def test_set_up_names_what_to_install_when_there_is_no_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -180,12 +180,12 @@ def test_set_up_shows_the_end_of_the_log_when_a_step_fails(tmp_path: Path, capsy
 
 
 class Builder:
-    """Stands for pip: makes an empty wheel where one is asked for, and remembers commands and CMAKE_ARGS."""
+    """Simulates pip: makes an empty wheel on request, and records commands and CMAKE_ARGS."""
 
     def __init__(self) -> None:
         self.built: list[tuple[list[str], str]] = []
         self.installed: list[str] = []
-        self.ahead = ["true"]  # the command that stands for the installing of all other packages
+        self.ahead = ["true"]  # simulates the installation of all other packages
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self, python: str, stage: str, log: str) -> subprocess.Popen[bytes]:
@@ -220,7 +220,7 @@ def builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
 def test_one_wheel_serves_all_checkouts(builder: Builder, tmp_path: Path) -> None:
     for venv in ("one", "two", "two"):
         bootstrap.install_llama_cpp(str(tmp_path / venv), "python", "base", "log")
-    assert len(builder.built) == len(builder.started) == 1  # there is time to use only where something is compiled
+    assert len(builder.built) == len(builder.started) == 1  # packages are installed ahead only beside a build
     assert len(set(builder.installed)) == 1
     assert len(builder.installed) == 2
     ((_, cmake_args),) = builder.built
@@ -236,12 +236,12 @@ def test_options_of_a_person_make_another_wheel_and_are_remembered(
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
     bootstrap.install_llama_cpp(venv, "python", "base", "log")
     monkeypatch.delenv("CMAKE_ARGS")
-    bootstrap.install_llama_cpp(venv, "python", "base", "log")  # as `make test` does it afterwards
+    bootstrap.install_llama_cpp(venv, "python", "base", "log")  # `make test` does this afterwards
     assert len(builder.built) == 2
     command, cmake_args = builder.built[1]
     assert cmake_args.endswith(" -DGGML_CUDA=on")
     assert "-DLLAVA_BUILD=OFF" in cmake_args
-    assert "--no-cache-dir" in command  # pip's own cache does not tell builds apart
+    assert "--no-cache-dir" in command  # pip's own cache does not distinguish builds
     assert len(builder.installed) == 2
 
 
@@ -258,7 +258,7 @@ def test_a_build_that_was_interrupted_leaves_no_wheel(
         bootstrap.install_llama_cpp(str(tmp_path / "one"), "python", "base", "log")
     assert builder.started[0].returncode == -signal.SIGTERM
     monkeypatch.setattr(bootstrap, "watch", builder.watch)
-    builder.ahead = ["false"]  # `install` will say what cannot be had
+    builder.ahead = ["false"]  # `install` reports missing packages later
     bootstrap.install_llama_cpp(str(tmp_path / "one"), "python", "base", "log")
     assert len(builder.built) == 1
 
@@ -302,7 +302,7 @@ def test_the_check_of_a_gpu_is_a_script_that_bash_can_read() -> None:
     assert all((ROOT / name).exists() for name in mentioned)
 
 
-def test_the_check_of_a_gpu_tells_that_there_is_none(tmp_path: Path) -> None:
+def test_the_check_of_a_gpu_reports_that_there_is_none(tmp_path: Path) -> None:
     for tool in ("bash", "dirname", "realpath"):
         (tmp_path / tool).symlink_to(shutil.which(tool) or tool)
     env = {"PATH": str(tmp_path)}

@@ -39,8 +39,8 @@ def test_all_that_was_sent_arrives_and_then_the_end_is_read_once(
         for pid in range(many):
             passage.send(first, passage.Guest(pid), [given])
             if pid % 10 == 0:
-                await asyncio.sleep(0)  # descriptors on their way are few
-        if unread:  # a socket that is closed with something unread resets the other
+                await asyncio.sleep(0)  # Linux limits the descriptors on their way
+        if unread:  # a socket that is closed with unread data resets the other end
             passage.send(second, passage.Closed(1))
         first.close()
         await asyncio.wait_for(unwatched.wait(), 30)
@@ -49,6 +49,6 @@ def test_all_that_was_sent_arrives_and_then_the_end_is_read_once(
     with second:
         assert asyncio.run(scene()) == []
     os.close(given)
-    if not unread:  # a reset throws away what lay there
+    if not unread:  # a reset discards unread data
         assert [message.pid for message, _ in got if isinstance(message, passage.Guest)] == list(range(many))
     assert all(contents == [b"handed over"] for _, contents in got)

@@ -16,7 +16,7 @@ def test_starts_after_pid_1_and_counts_up(tmp_path: Path) -> None:
     assert [counter.next() for _ in range(3)] == [2, 3, 4]
 
 
-def test_a_crash_wastes_numbers_and_repeats_none(tmp_path: Path) -> None:
+def test_a_crash_skips_numbers_and_repeats_none(tmp_path: Path) -> None:
     seen: set[int] = set()
     for _ in range(5):
         counter = PidCounter(tmp_path / "last-pid", tmp_path)  # a boot that ends without `release`
@@ -25,7 +25,7 @@ def test_a_crash_wastes_numbers_and_repeats_none(tmp_path: Path) -> None:
         seen |= new
 
 
-def test_a_clean_end_gives_the_rest_of_the_block_back(tmp_path: Path) -> None:
+def test_a_clean_end_returns_the_rest_of_the_block(tmp_path: Path) -> None:
     counter = PidCounter(tmp_path / "last-pid", tmp_path)
     last = [counter.next() for _ in range(3)][-1]
     counter.release()
@@ -46,7 +46,7 @@ def test_a_full_disk_loses_no_number(tmp_path: Path) -> None:
 
 
 def give_out(folder: Path, count: int = 3, clean: bool = True) -> int:
-    """The last pid of a boot in this folder."""
+    """Assign pids as a boot in this folder does; returns the last one."""
     counter = PidCounter(folder / "last-pid", folder)
     last = [counter.next() for _ in range(count)][-1]
     if clean:
@@ -61,7 +61,7 @@ def test_a_damaged_file_repeats_no_number(tmp_path: Path, damage: str) -> None:
     assert PidCounter(tmp_path / "last-pid", tmp_path).next() > last
 
 
-def test_where_both_files_are_damaged_the_logs_tell(tmp_path: Path) -> None:
+def test_with_both_files_damaged_the_last_pid_comes_from_the_logs(tmp_path: Path) -> None:
     give_out(tmp_path)
     give_out(tmp_path)
     for name in ("last-pid", "last-pid.old", "4711.log", "17.idx"):
@@ -69,13 +69,13 @@ def test_where_both_files_are_damaged_the_logs_tell(tmp_path: Path) -> None:
     assert PidCounter(tmp_path / "last-pid", tmp_path).next() > 4711
 
 
-def test_after_a_power_cut_a_stretch_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest block may be missing from the file then, though its numbers were given out."""
+def test_after_a_power_cut_some_numbers_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest block may then be missing in the file, although its numbers were assigned."""
     last = give_out(tmp_path, clean=False)
     assert last < give_out(tmp_path) <= last + BLOCK + 3  # a crash of aiosd alone
     monkeypatch.setattr(pids, "_boot_id", lambda: "another-boot")
     now = give_out(tmp_path, clean=False)
-    assert now < 2 * BLOCK  # it had ended in order
+    assert now < 2 * BLOCK  # the boot before ended in order
     monkeypatch.setattr(pids, "_boot_id", lambda: "a-third-boot")
     assert give_out(tmp_path) > now + STRETCH
 

@@ -15,7 +15,7 @@ from aiosd.kernel.proc import INIT, TRANSITIONS, Proc, ProcEvent, ProcState, Pro
 def make(pid: int, ppid: int = INIT) -> Proc:
     return Proc(
         pid=pid,
-        ospid=1 << 30,  # of no process
+        ospid=1 << 30,  # no process has this pid
         pgid=pid,
         uid=0,
         name=f"a{pid}",
@@ -42,7 +42,7 @@ def test_a_move_that_is_not_in_the_table_is_refused_and_changes_nothing(state: P
         assert proc.state is state
 
 
-def test_the_dead_do_not_come_back() -> None:
+def test_an_ended_process_stays_ended() -> None:
     alive = (ProcState.RUNNING, ProcState.STOPPED, ProcState.WAITING)
     assert not any(new in alive for (old, _), new in TRANSITIONS.items() if old not in alive)
     assert not any(old is ProcState.REAPED for old, _ in TRANSITIONS)
@@ -64,7 +64,7 @@ def test_stat_letters() -> None:
     assert stat_letter(proc, [], "S") == "Z"
 
 
-def test_a_process_that_vanished_is_still_described() -> None:
+def test_a_process_that_has_ended_is_still_described() -> None:
     assert line(make(2), []).pid == 2
 
 
@@ -94,7 +94,7 @@ def test_the_history_forgets_the_oldest() -> None:
 
 
 class Families(RuleBasedStateMachine):
-    """Random families: whatever is born, dies and is waited for in whatever order, the books balance."""
+    """Random families: processes are spawned, end and are waited for in any order, and the books balance."""
 
     alive = Bundle("alive")
     zombies = Bundle("zombies")

@@ -126,7 +126,7 @@ def test_of_two_waits_for_one_child_one_gets_it_and_the_other_an_error(aiosd: Sy
 
 
 def test_a_child_can_be_killed_as_soon_as_it_is_there(aiosd: System, agent: Write) -> None:
-    """It has no session of its own in its first microseconds."""
+    """In its first microseconds it has no session of its own."""
     parent = agent("""
         for number in 40 * (signal.SIGKILL, signal.SIGTERM):
             pid = aios.proc.spawn("sleep", "1000")
@@ -148,7 +148,7 @@ def test_a_child_that_is_stopped_as_soon_as_it_is_there_goes_on(aiosd: System, a
 
 
 def test_stop_and_cont_at_once_leave_no_command_waiting(aiosd: System, agent: Write) -> None:
-    """Linux may tell of neither."""
+    """Linux may report neither."""
     child = agent(
         """
         while True:
@@ -178,7 +178,7 @@ def test_stop_and_cont_at_once_leave_no_command_waiting(aiosd: System, agent: Wr
     run(aiosd, parent)
 
 
-def test_orphans_go_to_pid_1_which_collects_them(aiosd: System, agent: Write) -> None:
+def test_orphans_go_to_pid_1_which_reaps_them(aiosd: System, agent: Write) -> None:
     parent = agent("print(aios.proc.spawn('sleep', '1000', detached=True))")
     pid = int(run(aiosd, parent))
     orphan = next(entry for entry in aiosd.ps() if entry["pid"] == pid)
@@ -197,7 +197,9 @@ def test_only_children_can_be_waited_for(aiosd: System, agent: Write) -> None:
     assert run(aiosd, script) == "1: is part of aiosd itself (see aiosd status, aiosd stop)\n999999: no such agent\n"
 
 
-def test_what_cannot_be_started_is_said_with_its_errno(aiosd: System, agent: Write, tmp_path: Path) -> None:
+def test_a_program_that_cannot_be_started_is_an_error_with_its_errno(
+    aiosd: System, agent: Write, tmp_path: Path
+) -> None:
     (tmp_path / "plain").write_text("text")
     script = agent("""
         for target in ("nonesuch", "nonesuch.py", "./plain", "./"):
@@ -282,8 +284,8 @@ def test_a_stop_from_outside_aiosd_is_noticed(aiosd: System) -> None:
     aiosd.run("aios-kill", "sleeper", check=True)
 
 
-def test_what_an_agent_leaves_behind_dies_with_it(aiosd: System, agent: Write) -> None:
-    """Detached, in sessions of their own, deaf to TERM: all of it."""
+def test_all_processes_of_an_agent_die_with_it(aiosd: System, agent: Write) -> None:
+    """Also detached ones, in sessions of their own, that ignore TERM."""
     script = agent("""
         code = "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'%d\\\\n' % os.getpid())"
         code += "; signal.pause()"
@@ -312,7 +314,7 @@ def test_what_an_agent_leaves_behind_dies_with_it(aiosd: System, agent: Write) -
 # ── nice ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_agent_may_only_become_nicer_and_children_inherit(aiosd: System, agent: Write) -> None:
+def test_an_agent_may_only_raise_its_nice_value_and_children_inherit_it(aiosd: System, agent: Write) -> None:
     agent("print(aios.proc.nice(), flush=True)", "child.py")
     script = agent("""
         print(aios.proc.nice(3), flush=True)
@@ -421,7 +423,7 @@ def test_token_budget_cuts_the_call_and_refuses_the_next(aiosd: System, agent: W
     assert "token budget of 60 used up" in done.stderr
 
 
-def test_spawning_is_no_way_out_of_a_budget(aiosd: System, agent: Write) -> None:
+def test_children_share_the_budget_of_their_parent(aiosd: System, agent: Write) -> None:
     agent("print(aios.llm.complete('x', max_tokens=500, ignore_eos=True).finish_reason, flush=True)", "child.py")
     script = agent("aios.proc.wait(aios.proc.spawn('child.py'))")
     done = aiosd.run("aios-run", "--tokens", "40", script, cwd=script.parent)
@@ -429,7 +431,7 @@ def test_spawning_is_no_way_out_of_a_budget(aiosd: System, agent: Write) -> None
     assert done.returncode == 124
 
 
-def test_what_is_generated_is_what_is_charged(aiosd: System, agent: Write) -> None:
+def test_the_charge_equals_the_generated_tokens(aiosd: System, agent: Write) -> None:
     script = agent("""
         total = [aios.llm.complete(f"Text {n}", max_tokens=10 + n, ignore_eos=True).usage for n in range(3)]
         mine = next(p for p in aios.proc.ps() if p.pid == aios.proc.getpid())
@@ -478,7 +480,7 @@ def test_a_forked_child_has_no_connection_and_its_commands_have(aiosd: System, a
     assert "forked" in run(aiosd, script)
 
 
-def test_inspect_tells_how_an_agent_ended(aiosd: System) -> None:
+def test_inspect_shows_how_an_agent_ended(aiosd: System) -> None:
     pid = aiosd.run("aios-run", "-d", "--time", "0.1", "--", "sleep", "1000", check=True).stdout.strip()
     assert aiosd.run("aios-wait", pid).returncode == 124
     (found,) = json.loads(aiosd.run("aios-inspect", pid, check=True).stdout)

@@ -1,4 +1,4 @@
-"""What is read from /proc, about real processes."""
+"""Reading /proc of real processes."""
 
 from __future__ import annotations
 

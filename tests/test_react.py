@@ -1,4 +1,4 @@
-"""The ReAct agent: its loop against scripted models, its tools against hostile ones."""
+"""The ReAct agent: its loop with scripted models, its tools with hostile ones."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ class Reply:
 
 
 class Script:
-    """A model that says what it was given to say, and remembers what it was asked."""
+    """A model with given answers, which records its prompts."""
 
     def __init__(self, *replies: Reply) -> None:
         self.replies = list(replies)
@@ -122,7 +122,7 @@ def test_calc_refuses_in_one_sentence(expression: str) -> None:
     observation = Toolkit(Path()).call("calc", {"expression": expression})
     if observation.startswith("error: "):
         assert len(observation) < 600
-    else:  # arithmetic after all, and then it is a number of bounded size
+    else:  # valid arithmetic, whose result is a number of bounded size
         assert len(observation) <= 1300
         float(observation)
 
@@ -139,7 +139,7 @@ def test_calc_powers_stay_small() -> None:
 # --- notes
 
 
-def test_recall_finds_the_note_that_tells_most() -> None:
+def test_recall_finds_the_best_note() -> None:
     notes = ["my dog's name is Rex", "Anna's birthday is 4 May", "I parked the car on level 3", "Tom's birthday: June"]
     assert search(notes, "my dog's name") == [notes[0]]
     assert search(notes, "Anna's birthday") == [notes[1]]
@@ -206,7 +206,7 @@ def test_files_have_bounds(tmp_path: Path) -> None:
         ("write_file", {"path": "a", "content": None}),
     ],
 )
-def test_nonsense_calls_are_told_so(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+def test_invalid_calls_get_an_error(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
     assert Toolkit(tmp_path).call(name, arguments).startswith("error: ")
     assert list(tmp_path.iterdir()) == []
 

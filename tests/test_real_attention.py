@@ -1,4 +1,4 @@
-"""Real quantised models: our attention is in force, windows hinder no sharing, `--exact` is kept or refused."""
+"""Real quantised models: our attention is used, windows do not prevent sharing, `--exact` holds or is refused."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def system(smollm2: Path) -> Iterator[System]:
 
 @pytest.fixture
 def ask(system: System, tmp_path: Path) -> Callable[[str], str]:
-    """Run code as an agent; what it prints."""
+    """Run code as an agent; returns its output."""
 
     def run(code: str) -> str:
         path = tmp_path / "agent.py"
@@ -53,7 +53,7 @@ def test_it_chats_by_its_own_template(ask: Ask) -> None:
     assert "Paris" in text
     assert reason == "stop"
     assert "<|im_" not in text
-    assert made_up > given + 5  # where there is no system message, its template puts in a longer one
+    assert made_up > given + 5  # without a system message its template inserts a longer one
 
 
 def test_a_schema_gives_valid_json(ask: Ask) -> None:
@@ -77,7 +77,7 @@ def test_a_schema_gives_valid_json(ask: Ask) -> None:
 
 
 def test_tools_are_called_with_valid_arguments(ask: Ask) -> None:
-    """The model's template takes no tools and the model knows none: it is shown how, by two calls before."""
+    """The template has no tools, and the model was not trained on any: two earlier calls are given as examples."""
     said = ask("""
         tool = {"type": "function", "function": {"name": "search", "description": "Search the web", "parameters": {
             "type": "object", "additionalProperties": False, "required": ["query", "most"],
@@ -222,7 +222,7 @@ def test_many_agents_share_their_prompt(system: System, ask: Ask) -> None:
     assert cached > 0.8 * (prompt - 20)
 
 
-def test_status_knows_the_model(system: System, smollm2: Path) -> None:
+def test_status_describes_the_model(system: System, smollm2: Path) -> None:
     (model,) = system.status()["models"]
     assert (model["name"], model["path"]) == ("smol", str(smollm2))
     info = model["info"]

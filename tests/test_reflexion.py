@@ -1,4 +1,4 @@
-"""The Reflexion agent: its loop against scripted models, its memories in a real system."""
+"""The Reflexion agent: its loop with scripted models, its memories in a real system."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_lesson_goes_into_the_next_trial(tmp_path: Path) -> None:
     shown = reflecting[1]["content"]
     assert all(part in shown for part in ("2 + 2?", "thought: I guess.", "observation: 4", "Answer: 5"))
     assert second[0]["content"].endswith("Learnt from earlier attempts:\n- Use the tool.")
-    assert len(second) == 2  # the trajectory of the first trial is forgotten
+    assert len(second) == 2  # the trajectory of the first trial is not in the prompt
     assert memory.texts == ["Use the tool."]
     assert [(answer, verdict.correct) for answer, verdict in memory.judged] == [("5", False), ("4", True)]
     assert second_turn[-1]["role"] == "tool"
@@ -74,7 +74,7 @@ def test_the_same_wrong_answer_is_not_judged_again(tmp_path: Path) -> None:
     with pytest.raises(AgentError):
         reflexion("?", script, Toolkit(tmp_path), Kept(), evaluate)
     assert judged == ["x", "y"]
-    assert "- x: no" in script.asked[3][1]["content"]  # what was wrong before
+    assert "- x: no" in script.asked[3][1]["content"]  # the lesson of the trial before
 
 
 def test_a_trial_without_an_answer_is_a_failed_one(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_trial_without_an_answer_is_a_failed_one(tmp_path: Path) -> None:
     script = Script(Reply("x", finish_reason="length"), Reply(""), Reply("4"))
     assert reflexion("?", script, Toolkit(tmp_path), memory, expecting("4")) == "4"
     assert "cut off" in memory.judged[0][1].why
-    assert "cut off" in memory.texts[0]  # self-reflection had nothing to say
+    assert "cut off" in memory.texts[0]  # self-reflection gave no lesson
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ AGENT = ("-m", "libaios.agents.reflexion", "-v")
 
 
 def test_with_the_embedded_model(aiosd: System) -> None:
-    """One that is wrong whatever it answers learns, and is the wiser for it when it is started again."""
+    """An agent whose answers never pass notes lessons, and has them when it is started again."""
     done = aiosd.run("aios-run", *AGENT, "--expect", "3367", "What is 37 * 91?")
     assert (done.returncode, "3367" in done.stdout, "trial 2" in done.stderr) == (0, True, False)
     wrong = ("aios-run", "--name", "learner", *AGENT, "--expect", "nothing", "--max-trials", "2", "What is 37 * 91?")

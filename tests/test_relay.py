@@ -16,7 +16,7 @@ from aiosd.commands.terminal import CHUNK, EOT, LIMIT, Relay, open_pty
 
 @pytest.fixture
 def held() -> Iterator[Callable[..., int]]:
-    """Descriptors that are closed after the test, if they are still open then."""
+    """Descriptors that are closed after the test if they are still open."""
     fds: list[int] = []
 
     def hold(fd: int) -> int:
@@ -38,7 +38,7 @@ def pipe(hold: Hold) -> tuple[int, int]:
 
 
 def fill(writing: int) -> int:
-    """Until nothing fits any more; how much that was."""
+    """Write until nothing more fits; returns how much was written."""
     os.set_blocking(writing, False)
     written = 0
     with contextlib.suppress(BlockingIOError):
@@ -49,7 +49,7 @@ def fill(writing: int) -> int:
 
 
 def turn(*relays: Relay, timeout_s: float = 0.0) -> dict[int, int]:
-    """As the loop of aios-run."""
+    """One turn, as in the loop of aios-run."""
     interests: dict[int, int] = {}
     for relay in relays:
         for fd, mask in relay.interests():
@@ -95,8 +95,8 @@ def test_the_end_of_the_input_is_one_for_a_terminal(held: Hold, typed: bytes, sh
     assert os.read(output, 100) == shown
 
 
-def test_an_end_is_said_twice_only_after_an_unfinished_line(held: Hold) -> None:
-    """What reads on after an end of file would take the second one for another."""
+def test_an_end_is_sent_twice_only_after_an_unfinished_line(held: Hold) -> None:
+    """A program that reads on after an end of file would get a second one."""
     for typed, passed_on in ((b"", EOT), (b"abc\n", b"abc\n" + EOT), (b"abc", b"abc" + EOT + EOT)):
         source, typing = pipe(held)
         output, printing = pipe(held)
@@ -109,7 +109,7 @@ def test_an_end_is_said_twice_only_after_an_unfinished_line(held: Hold) -> None:
 
 
 @pytest.mark.deadline(30)
-def test_a_reader_that_stands_still_is_not_waited_for(held: Hold) -> None:
+def test_a_reader_that_does_not_read_is_not_waited_for(held: Hold) -> None:
     source, typing = pipe(held)
     output, printing = pipe(held)
     filled = fill(printing)
@@ -125,7 +125,7 @@ def test_a_reader_that_stands_still_is_not_waited_for(held: Hold) -> None:
 
 @pytest.mark.deadline(30)
 def test_no_more_is_written_than_fits(held: Hold) -> None:
-    """A pipe that poll calls writable may have room for a single page."""
+    """A pipe that poll reports as writable may have room for only one page."""
     source, typing = pipe(held)
     output, printing = pipe(held)
     relay = Relay(source, printing)
@@ -146,7 +146,7 @@ def test_the_last_output_is_passed_on(held: Hold) -> None:
     ends: list[str] = []
     relay = Relay(source, printing, at_end=lambda: ends.append("end"))
     os.write(typing, b"last")
-    relay.drain(60.0)  # nothing more comes, the writer is still there: at once
+    relay.drain(60.0)  # no more data, and the writer is open: it returns at once
     assert (os.read(output, 100), ends) == (b"last", [])
     os.write(typing, b"words")
     os.close(typing)
@@ -172,8 +172,8 @@ def test_the_last_output_has_an_end_though_a_process_writes_on(held: Hold) -> No
     relay.drain(60.0)
 
 
-def test_only_a_reader_that_is_gone_is_told_of(held: Hold) -> None:
-    """An agent that closes its terminal, or ends, has not lost its reader: it gets no HUP for that."""
+def test_only_a_reader_that_has_gone_is_reported(held: Hold) -> None:
+    """An agent that closes its terminal or ends has not lost its reader, and gets no HUP."""
     told: list[str] = []
     source, writing = pipe(held)
     _, sink = pipe(held)

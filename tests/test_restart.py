@@ -52,7 +52,7 @@ def test_always_goes_by_nothing() -> None:
     assert waits("always", [0, 1, -15]) == [0.1, 0.2, 0.4]
 
 
-def test_an_end_that_was_meant_is_final() -> None:
+def test_an_intended_end_is_final() -> None:
     restarts = Restarts(parse("always"))
     assert restarts.after(-15, 1.0, meant=True) is None
     assert restarts.total == 0
@@ -68,7 +68,7 @@ def test_tries_are_counted_in_a_row() -> None:
     assert waits("on-failure:2", [1, 1, 1, 1]) == [0.1, 0.2, None, None]
 
 
-def test_a_healthy_life_begins_anew() -> None:
+def test_a_long_life_resets_the_count() -> None:
     restarts = Restarts(parse("on-failure:2"))
     assert [restarts.after(1, 0.5), restarts.after(1, HEALTHY_S), restarts.after(1, 9.9)] == [0.1, 0.1, 0.2]
     assert restarts.exhausted

@@ -18,7 +18,7 @@ from tests.conftest import System, eventually
 
 Fresh = Callable[..., System]
 
-#: Notes each life, and what it finds in its mailbox; lives on once the file `enough` is there, else fails.
+#: Records each life and the messages in its mailbox. It lives on if the file `enough` exists, and else fails.
 LIVES = """
 import os, sys
 import libaios as aios
@@ -75,7 +75,7 @@ def test_one_that_does_well_is_left_alone_and_keeps_its_mailbox(aiosd: System, l
     assert eventually(lambda: "kept" in lines(lives))
     assert eventually(lambda: inspect(aiosd, pid)["state"] == "running")
     count = len(lines(lives))
-    os.kill(inspect(aiosd, pid)["ospid"], signal.SIGKILL)  # not by aiosd: it counts as a failure
+    os.kill(inspect(aiosd, pid)["ospid"], signal.SIGKILL)  # not a signal of aiosd, so it counts as a failure
     assert eventually(lambda: len(lines(lives)) > count)
     aiosd.run("aios-kill", str(pid), check=True)
     assert aiosd.run("aios-wait", str(pid)).returncode == 143
@@ -120,7 +120,7 @@ def test_a_budget_ends_it_for_good(aiosd: System, lives: Path) -> None:
 
 
 def test_one_that_could_not_be_started_is_not_started_again(aiosd: System, lives: Path) -> None:
-    """It has no pid, and no kernel knows it."""
+    """It has no pid, and is in no kernel's table."""
 
     def kernel() -> list[int]:
         return [row["ospid"] for row in aiosd.ps("-e") if row["name"] == "kernel"]
@@ -128,7 +128,7 @@ def test_one_that_could_not_be_started_is_not_started_again(aiosd: System, lives
     before = kernel()
     done = aiosd.run("aios-run", "-d", "--restart", "always", "nonesuch.py", cwd=str(lives))
     assert (done.returncode, done.stderr) == (127, "aios-run: nonesuch.py: not found\n")
-    assert aiosd.run("aios-wait", str(start(aiosd, lives, "on-failure:1"))).returncode == 3  # it has waited as long
+    assert aiosd.run("aios-wait", str(start(aiosd, lives, "on-failure:1"))).returncode == 3  # after the last end
     assert kernel() == before
     assert "(nonesuch) ended" not in aiosd.log()
 

@@ -1,4 +1,4 @@
-"""What must not be possible: an agent that is taken for the person, a home that another user can change."""
+"""Attacks that must fail: an agent that is taken for the person, a home that another user can change."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def ospid(system: System, name: str) -> int:
 
 
 def test_a_descendant_is_one_however_deep(aiosd: System, write: Write) -> None:
-    """Seventy forks below its agent, and below one that has left its session and lost its parents."""
+    """Seventy forks below its agent, and below a process that has left its session and lost its parents."""
     script = write("""
         def below(depth, last):
             pid = os.fork()
@@ -119,7 +119,7 @@ def served(sock):
 
 
 def test_a_socket_that_a_dead_child_has_connected_has_no_rights(aiosd: System, write: Write) -> None:
-    """The child connects, and has ended when the kernel comes to it."""
+    """The child connects, and has ended before the kernel accepts the connection."""
     script = write(
         HELD_SOCKET + "print('up', flush=True)\nsys.stdin.readline()\nsock = connect_by_child()\n"
         "print('connected', flush=True)\nprint(served(sock))\n"
@@ -139,18 +139,18 @@ def test_a_socket_that_a_dead_child_has_connected_has_no_rights(aiosd: System, w
     assert aiosd.status()["policy"] == "fair"
 
 
-def test_nor_in_forty_tries_at_any_moment(aiosd: System, write: Write) -> None:
-    """Accepted while the child lived, it is the agent's."""
+def test_such_a_socket_has_no_rights_in_forty_tries_at_any_moment(aiosd: System, write: Write) -> None:
+    """If it was accepted while the child lived, it is the agent's."""
     script = write(HELD_SOCKET + "print(*{served(connect_by_child()) for _ in range(40)})\n")
     assert set(aiosd.run("aios-run", script).stdout.split()) <= {"None", str(errno.EPERM)}
     assert aiosd.status()["policy"] == "fair"
 
 
-# ── the way up ────────────────────────────────────────────────────────────────────────────────────────────
+# ── ancestors of a process ────────────────────────────────────────────────────────────────────────────────
 
 
 class Processes:
-    """A /proc of our own: parent and start time by Linux pid. `then` changes it at a certain look."""
+    """A fake /proc: parent and start time by Linux pid. `then` changes it at a given look."""
 
     def __init__(self, **more: Callable[[], None]) -> None:
         self.parents: dict[int, tuple[int, int]] = {}
@@ -192,20 +192,20 @@ def above(ospid: int, pidfd: int) -> str | None:
     return agent_above(Origin(ospid, 0, pidfd), AGENTS, SUPERVISOR)
 
 
-def test_who_is_above_whom(proc: Processes, alive: int) -> None:
+def test_ancestors(proc: Processes, alive: int) -> None:
     assert [above(ospid, alive) for ospid in (AGENT, 300, 400)] == 3 * ["the agent"]
     assert [above(ospid, alive) for ospid in (1, 50)] == [None, None]
 
 
-def test_an_orphan_is_settled_by_nothing_but_its_agent(proc: Processes, alive: int) -> None:
-    """A child of the supervisor that is no agent known here: an agent's orphan, or an agent just forked."""
+def test_only_its_agent_decides_about_an_orphan(proc: Processes, alive: int) -> None:
+    """A child of the supervisor that is not in the table is an agent's orphan, or an agent just forked."""
     proc.parents[500] = (SUPERVISOR, 7)
     with pytest.raises(Unsettled):
         above(500, alive)
 
 
 def test_a_service_is_a_live_child_of_the_supervisor(proc: Processes, alive: int) -> None:
-    """The number that the supervisor told is not enough: it may be another process's by now, or a dead one's."""
+    """The pid from the supervisor is not enough: it may now be that of another process, or of a dead one."""
     proc.parents[500] = (SUPERVISOR, 7)
     assert is_child(Origin(500, 0, alive), SUPERVISOR)
     assert not is_child(Origin(400, 0, alive), SUPERVISOR)
@@ -217,7 +217,7 @@ def test_a_service_is_a_live_child_of_the_supervisor(proc: Processes, alive: int
     os.close(pidfd)
 
 
-def test_a_service_may_have_vectors_made_and_nothing_else() -> None:
+def test_a_service_may_request_vectors_and_nothing_else() -> None:
     approvals: Any = None  # it is not asked
     access = Access(ProcTable(10), set, approvals, lambda args, parent: "")
     peer: Any = SimpleNamespace(service="store", proc=None)
@@ -231,7 +231,7 @@ def test_a_service_may_have_vectors_made_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("gone", [300, 400])
-def test_a_way_with_a_hole_in_it_proves_nothing(proc: Processes, alive: int, gone: int) -> None:
+def test_an_incomplete_chain_of_ancestors_proves_nothing(proc: Processes, alive: int, gone: int) -> None:
     del proc.parents[gone]
     with pytest.raises(Unproven):
         above(400, alive)
@@ -240,7 +240,7 @@ def test_a_way_with_a_hole_in_it_proves_nothing(proc: Processes, alive: int, gon
 
 @pytest.mark.parametrize("dead", [300, 400])
 @pytest.mark.parametrize("state", ["Z", "X"])
-def test_the_dead_have_no_parents(proc: Processes, alive: int, dead: int, state: str) -> None:
+def test_an_ended_process_has_no_ancestors(proc: Processes, alive: int, dead: int, state: str) -> None:
     proc.states[dead] = state
     with pytest.raises(Unproven):
         above(400, alive)
@@ -248,7 +248,7 @@ def test_the_dead_have_no_parents(proc: Processes, alive: int, dead: int, state:
 
 @given(at=st.integers(1, 8))
 def test_a_parent_that_dies_while_we_look(at: int) -> None:
-    """Its child is the agent's then; the answer is the agent or none, at whichever look it happens."""
+    """Its child is then the agent's child. The answer is the agent or none, whatever the moment of the death."""
     with pytest.MonkeyPatch.context() as patch:
         made = Processes()
         made.parents = {1: (0, 1), SUPERVISOR: (1, 3), AGENT: (SUPERVISOR, 4), 300: (AGENT, 5), 400: (300, 6)}
@@ -266,8 +266,8 @@ def test_a_parent_that_dies_while_we_look(at: int) -> None:
             os.close(pidfd)
 
 
-def test_a_number_that_is_another_process_by_now(proc: Processes, alive: int) -> None:
-    """Between two looks the parent has died, and its number is a person's process. No two looks agree."""
+def test_a_pid_that_was_given_to_another_process(proc: Processes, alive: int) -> None:
+    """Between two looks the parent has died, and its pid is that of a person's process. No two looks agree."""
 
     def reused() -> None:
         proc.parents[300] = (50, 7)
@@ -296,7 +296,7 @@ def test_a_process_that_has_ended_is_refused_whatever_its_number_is_now(proc: Pr
 
 
 def test_processes_of_one_agent_have_one_agent(proc: Processes) -> None:
-    """By number and start time; a number alone may be another process's by now."""
+    """Processes are identified by pid and start time, because a pid may be used again."""
     me, started = os.getpid(), 7
     other = 201
     proc.parents |= {me: (300, started), other: (SUPERVISOR, 8)}
@@ -327,7 +327,7 @@ def whose(sock: socket.socket) -> str | None:
 
 
 def test_the_connection_names_the_process_that_made_it(tmp_path: Path) -> None:
-    """One that has ended before it was accepted cannot be taken for a later one with its number."""
+    """A process that has ended before the connection was accepted cannot be taken for a later one with its pid."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
@@ -363,7 +363,9 @@ def test_root_does_not_serve_in_a_folder_of_another_user(fresh_aiosd: Fresh, tmp
 
 
 @needs_root
-def test_nor_where_only_the_socket_is_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_does_not_serve_with_a_socket_in_a_folder_of_another_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AIOS_HOME", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
@@ -374,7 +376,7 @@ def test_nor_where_only_the_socket_is_in_one(tmp_path: Path, monkeypatch: pytest
 
 
 @needs_root
-def test_a_link_of_another_user_leads_nowhere(tmp_path: Path) -> None:
+def test_a_link_of_another_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "home").symlink_to(tmp_path / "real")
     guardian.prepare(Home(tmp_path / "home"))
@@ -396,7 +398,7 @@ BAD = ["", ".", "..", "a\n", "a b", "a/b", "/", "a\x7f", "a\0", "\n", "a\r", "x"
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_what_is_no_name(text: str) -> None:
+def test_invalid_names(text: str) -> None:
     decode = wire.decode_args[wire.Sys.SPAWN]
     for field in ("name", "group"):
         spec = wire.Spawn("exec", "true", **{field: text})
@@ -407,12 +409,12 @@ def test_what_is_no_name(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["a", "...", "..a", ".a", "a.", "ü-1_x", "x" * 64])
-def test_what_is_a_name(text: str) -> None:
+def test_valid_names(text: str) -> None:
     wire.decode_args[wire.Sys.SPAWN](wire.encode(wire.Spawn("exec", "true", name=text, group=text)))
 
 
 @pytest.mark.parametrize("kind", ["file\n", "", "shell"])
-def test_what_is_no_kind(kind: str) -> None:
+def test_invalid_kinds(kind: str) -> None:
     with pytest.raises(msgspec.ValidationError):
         wire.decode_args[wire.Sys.SPAWN](wire.encode(wire.Spawn(kind, "true")))
 
@@ -421,7 +423,7 @@ def test_what_is_no_kind(kind: str) -> None:
 
 
 def test_signals_are_read_with_their_senders() -> None:
-    """In a process of its own: in this one another thread could take the signals, and die of them."""
+    """In a process of its own, because in this one another thread could get the signals."""
     script = """
 import os, signal, subprocess, sys
 from aiosd.init.signals import SignalInfo, open_signals, read_signals
@@ -440,7 +442,7 @@ assert read_signals(fd) == [SignalInfo(signal.SIGUSR2, child.pid)]
 @pytest.mark.parametrize("target", ["supervisor", "guardian"])
 @pytest.mark.parametrize("number", ["TERM", "HUP", "USR1"])
 def test_an_agent_does_not_stop_the_system(aiosd: System, how: str, target: str, number: str) -> None:
-    """`kill $PPID` ends an agent's shell script anywhere else; here it must not end all others."""
+    """In an agent's shell script `kill $PPID` signals the supervisor; it must not end the system."""
     if (target, number) == ("guardian", "USR1"):
         pytest.skip("not blocked there: as deadly as KILL")
     if target == "guardian" and how != "child":
@@ -487,11 +489,11 @@ def sent_by(sender: int, supervisor: int) -> bool:
     return not guardian._is_refused(info, supervisor)  # type: ignore[arg-type]
 
 
-def test_whom_the_guardian_obeys() -> None:
+def test_whose_signals_the_guardian_obeys() -> None:
     assert sent_by(0, os.getpid())
     assert sent_by(os.getppid(), os.getpid())
     assert not sent_by(os.getpid(), os.getpid())
-    assert sent_by(1 << 30, os.getpid())  # it has ended, as `kill` and `pkill` have
+    assert sent_by(1 << 30, os.getpid())  # a sender that has ended, as `kill` and `pkill` have
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
         assert not sent_by(child.pid, os.getpid())
         child.stdin.close()  # type: ignore[union-attr]

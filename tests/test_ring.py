@@ -1,5 +1,5 @@
-"""The rings: any frames in any interleaving come through whole and in order, and nothing that the other side writes
-into the segment does more than raise ProtocolError."""
+"""The rings: any frames in any interleaving arrive whole and in order, and whatever the other side writes into
+the segment raises at most ProtocolError."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Pair:
         return Consumer(self.ours, True, self.epoch, max_frame)
 
     def fragment(self, length: int, flags: int, epoch: int = 1, claimed: int | None = None) -> None:
-        """Write a fragment as a hostile producer may: whatever head it likes."""
+        """Write a fragment with any head, as a hostile producer may."""
         written = self.theirs.items[WRITTEN]
         struct.pack_into("=II", self.theirs.memory, HEADER + written % SIZE, length | flags, epoch)
         self.theirs.items[WRITTEN] = written + (claimed if claimed is not None else (8 + length + 7) & ~7)
@@ -73,7 +73,7 @@ sizes = st.one_of(
 def test_frames_of_any_size_in_any_interleaving(lengths: list[int], chance: random.Random, turns: int) -> None:
     pair = Pair()
     try:
-        for item in (WRITTEN, READ):  # anywhere in the life of a ring, so that frames wrap anywhere
+        for item in (WRITTEN, READ):  # any counter, so that frames wrap at any place
             pair.ours.items[item] = turns * 8
         producer, consumer = pair.producer(), pair.consumer()
         frames = [bytes_of(number, length) for number, length in enumerate(lengths)]
@@ -116,7 +116,7 @@ def test_a_frame_of_half_the_ring_waits_for_its_room_and_is_not_torn(pair: Pair)
     assert consumer.get() == second
 
 
-def test_who_wants_to_wait_for_room_looks_again(pair: Pair) -> None:
+def test_a_producer_that_announces_a_wait_looks_again(pair: Pair) -> None:
     producer, consumer = pair.producer(), pair.consumer()
     while producer.put(bytes(500)) == 500:
         pass
@@ -125,14 +125,14 @@ def test_who_wants_to_wait_for_room_looks_again(pair: Pair) -> None:
     assert not producer.wait_for_room()
 
 
-def test_who_wants_to_sleep_looks_again(pair: Pair) -> None:
+def test_a_consumer_that_announces_sleep_looks_again(pair: Pair) -> None:
     producer, consumer = pair.producer(), pair.consumer()
     assert consumer.get() is None
     producer.put(b"between")
     assert not consumer.sleep()
 
 
-def test_a_new_consumer_drops_what_was_for_the_dead_one(pair: Pair) -> None:
+def test_a_new_consumer_drops_frames_for_the_dead_one(pair: Pair) -> None:
     producer = pair.producer()
     producer.put(b"for the dead")
     producer.put(bytes(3 * SIZE))  # a part of it
@@ -144,7 +144,7 @@ def test_a_new_consumer_drops_what_was_for_the_dead_one(pair: Pair) -> None:
     assert consumer.get() == b"for the living"
 
 
-def test_a_consumer_hears_producers_that_come_after_it_and_not_those_before(pair: Pair) -> None:
+def test_a_consumer_receives_from_later_producers_and_not_from_earlier_ones(pair: Pair) -> None:
     consumer = Consumer(pair.ours, True, 5)
     for epoch in (5, 9, 9, 4, 6, 5, 9):
         pair.epoch = epoch
@@ -157,11 +157,11 @@ def test_frames_published_together_are_those_that_found_room(pair: Pair) -> None
     small = [bytes_of(number, SIZE // 4 - 8) for number in range(5)]
     assert producer.put_whole(small) == 4
     assert [consumer.get() for _ in range(5)] == [*small[:4], None]
-    assert producer.put_whole([b"x", bytes(SIZE // 4 + 1), b"y"]) == 1  # the second one may have to go in pieces
+    assert producer.put_whole([b"x", bytes(SIZE // 4 + 1), b"y"]) == 1  # the second frame may need several fragments
     assert [consumer.get(), consumer.get()] == [b"x", None]
 
 
-def test_a_new_producer_begins_anew_after_half_a_frame(pair: Pair) -> None:
+def test_a_new_producer_begins_a_new_frame_after_an_incomplete_one(pair: Pair) -> None:
     """The producer died, or executed another program, in the middle of a frame."""
     consumer = pair.consumer()
     old = pair.producer()
@@ -231,7 +231,7 @@ def test_agent_writes_a_counter_that_is_not_aligned(pair: Pair) -> None:
 def test_agent_overwrites_both_counters_before_the_kernel_attaches(
     pair: Pair, value: int, side: Callable[[Segment, bool, int], object]
 ) -> None:
-    """The kernel goes on with its own counter where it finds it; it must not stumble over it later."""
+    """The kernel takes its own counter from the header, and must not fail because of it later."""
     pair.theirs.items[WRITTEN] = pair.theirs.items[READ] = value
     with pytest.raises(ProtocolError, match="counter"):
         side(pair.ours, True, 1)
@@ -264,14 +264,14 @@ def test_agent_sends_a_single_fragment_beyond_the_limit(pair: Pair) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, SIZE // 4 - 1])
 def test_agent_sends_a_million_crumbs(pair: Pair, length: int) -> None:
-    """Each would cost us more memory than it costs the agent to write."""
+    """Each would cost the kernel more memory than the agent."""
     pair.fragment(length, FIRST)
     with pytest.raises(ProtocolError, match="does not end"):
         pair.consumer().get()
 
 
 def test_agent_floods_with_fragments_that_make_no_frame(pair: Pair) -> None:
-    """It writes as fast as they are dropped: `get` comes back after what was there when it was called."""
+    """It writes as fast as they are dropped. `get` returns after those that were there when it was called."""
     consumer = Consumer(pair.ours, True, 2)
     dropped = 0
     original = Consumer._take
@@ -379,7 +379,7 @@ def test_a_ring_that_is_no_power_of_two_is_not_made(size: int) -> None:
 
 
 def test_closing_a_segment_that_is_in_use_keeps_the_mapping_alive(pair: Pair) -> None:
-    """A thread may be in the middle of the ring when another closes it, or when its process forks."""
+    """A thread may be using the ring when another one closes it, or when the process forks."""
     segment = Segment(pair.memfd)
     piece = segment.memory[HEADER : HEADER + 8]
     segment.close()

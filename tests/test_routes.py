@@ -39,7 +39,7 @@ def chosen(found: ModelRoute, request: Generate | None = None, tried: Collection
     return found.choose(request or Generate(), set(tried)) or ""
 
 
-def test_the_first_that_is_well_has_the_call() -> None:
+def test_the_first_healthy_model_gets_the_call() -> None:
     a, b, c = Core("a"), Core("b"), Core("c")
     found = route(a, b, c)
     assert chosen(found) == "a"
@@ -140,7 +140,7 @@ for line in sys.stdin:
 
 
 def test_a_call_goes_on_to_the_next_model(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
-    """… when the first fails, at once while that asks for rest, and not when the caller has got a part already."""
+    """When the first fails; at once, while that one demands a pause; not if the caller has got a part of the answer."""
     endpoint, go = Endpoint(status(500)), threading.Event()
 
     def waits(handler: Handler) -> None:

@@ -1,4 +1,4 @@
-"""Confined agents in a real system: what they see, their children, their commands, their end."""
+"""Confined agents in a real system: visible files, children, commands, restarts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import System, eventually
 Fresh = Callable[..., System]
 FLAT = ("--sandbox", "flat")
 
-#: What a change of the script's folder, and a look at what lies beside it, end with.
+#: By level: the errors of a change in the script's folder, and of reading beside it.
 HIDDEN = {
     "flat": ("Permission denied", "Permission denied"),
     "cage": ("Read-only file system", "No such file or directory"),
@@ -34,7 +34,7 @@ def skip_unless_possible(system: System, level: str) -> None:
 
 @pytest.fixture(params=LEVELS[1:])
 def level(request: pytest.FixtureRequest, aiosd: System) -> str:
-    """Each level that this machine offers."""
+    """Run a test with each level that this machine offers."""
     skip_unless_possible(aiosd, request.param)
     return str(request.param)
 
@@ -53,7 +53,7 @@ def script(folder: Path, code: str, name: str = "agent.py") -> Path:
 
 
 def test_what_an_agent_sees(aiosd: System, level: str, tmp_path: Path) -> None:
-    """Its own folder to be read, a workspace as home, and of the environment what is no secret."""
+    """It can read its script's folder, has a workspace as home, and no secrets in its environment."""
     (tmp_path / "beside.txt").write_text("x")
     path = script(tmp_path, """
         import json, os, tempfile
@@ -123,7 +123,7 @@ DENIALS = [
 ]
 
 
-def test_a_denial_names_what_would_allow_it(aiosd: System, level: str, tmp_path: Path) -> None:
+def test_a_denial_names_the_option_that_would_permit_it(aiosd: System, level: str, tmp_path: Path) -> None:
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "secret").touch()
     deeds = "\n".join(f"def deed{number}(): {deed.format(tmp_path)}" for number, (deed, _) in enumerate(DENIALS))
@@ -135,7 +135,7 @@ for number in range({len(DENIALS)}):
     path = script(tmp_path, f"import os, pathlib, shutil\nfrom aiosd.birth import confinement\n{deeds}\n{ask}")
     done = aiosd.run("aios-run", "--sandbox", level, path, check=True)
     found = [line.split("aios-run ")[1].split(", or")[0] for line in done.stdout.splitlines()]
-    # In the cage it cannot be told whether a file is there that is to be changed: its folder is named.
+    # In the cage it is not known whether the file exists, so its folder is named.
     hidden = "hidden" if level == "cage" else "hidden/secret"
     assert found == [
         grant.format(tmp_path).replace("hidden/secret", hidden if "--write" in grant else "hidden/secret")
@@ -143,7 +143,7 @@ for number in range({len(DENIALS)}):
     ]
 
 
-def test_inspect_says_why(aiosd: System, level: str, tmp_path: Path) -> None:
+def test_inspect_explains_denials(aiosd: System, level: str, tmp_path: Path) -> None:
     for name in ("in", "out", "hidden"):
         (tmp_path / name).mkdir()
     (tmp_path / "out" / "locked").touch(mode=0o000)
@@ -177,7 +177,7 @@ def test_inspect_says_why(aiosd: System, level: str, tmp_path: Path) -> None:
     aiosd.run("aios-kill", "-KILL", pid, check=True)
 
 
-def test_a_link_in_what_is_granted_leads_nowhere(aiosd: System, level: str, tmp_path: Path) -> None:
+def test_a_link_in_a_granted_folder_grants_nothing(aiosd: System, level: str, tmp_path: Path) -> None:
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "a.txt").write_text("secret")
     path = script(tmp_path, "print(open('link/a.txt').read())")
@@ -199,7 +199,7 @@ def test_programs_are_confined_alike(aiosd: System, level: str, tmp_path: Path) 
 
 
 def test_a_script_is_looked_up_with_its_own_rights(aiosd: System, level: str, tmp_path: Path) -> None:
-    """An agent that starts another names a file that it cannot read itself."""
+    """An agent cannot start a file that it cannot read itself."""
     (tmp_path / "hidden.py").write_text("print('ran')")
     path = script(
         tmp_path,
@@ -216,7 +216,7 @@ def test_a_script_is_looked_up_with_its_own_rights(aiosd: System, level: str, tm
 
 
 def test_a_wrapped_program_that_misses_the_network_is_explained(aiosd: System, level: str) -> None:
-    """It reports an error of Linux, which says nothing of a sandbox."""
+    """It reports an error of Linux, which does not mention a sandbox."""
     words = f"sandbox: the network is not granted (aios-run --net {'HOST' if level == 'cage' else 'all'}, or net of "
     words += "[[group]] in aiosd.toml, would allow it)"
     program = "import socket; socket.create_connection(('127.0.0.1', 9))"
@@ -291,7 +291,7 @@ def test_commands_work_with_the_agents_rights(aiosd: System, level: str, tmp_pat
 
 
 def test_a_door_opens_again_with_the_next_kernel(fresh_aiosd: Fresh, tmp_path: Path) -> None:
-    """And the next kernel knows how its agents are confined."""
+    """And the next kernel has the boxes of all agents."""
     system = fresh_aiosd("--sandbox", "flat")
     path = script(
         tmp_path,
@@ -359,7 +359,7 @@ def test_settings_groups_and_status(fresh_aiosd: Fresh, tmp_path: Path) -> None:
     assert system.run("aios-run", "--net", "x/y", path).stderr.startswith("aios-run: --net: 'x/y' is no host")
 
 
-#: In a namespace of users whose own limit on more of them is 0, there can be no cage.
+#: In a user namespace with a limit of 0 further ones no cage is possible.
 WITHOUT = ("unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"', "sh")
 REMEDY = "user namespaces are switched off; sysctl user.max_user_namespaces=10000 allows them"
 
@@ -379,7 +379,7 @@ def test_where_there_is_no_cage_strict_does_not_start_and_all_else_is_one_level_
     system.run("aiosd", "stop", check=True)
 
 
-def test_under_strict_nobody_chooses_less(fresh_aiosd: Fresh, aiosd: System) -> None:
+def test_under_strict_no_lower_level_can_be_chosen(fresh_aiosd: Fresh, aiosd: System) -> None:
     skip_unless_possible(aiosd, "cage")
     system = fresh_aiosd("--sandbox", "strict")
     assert "cage (strict)" in system.run("aiosd", "status").stdout
@@ -388,7 +388,7 @@ def test_under_strict_nobody_chooses_less(fresh_aiosd: Fresh, aiosd: System) -> 
 
 
 def test_hooks_and_settings_of_repositories_stay_as_they_are(aiosd: System, tmp_path: Path) -> None:
-    """A hook that an agent left in a person's repository would run with the person's rights."""
+    """A hook that an agent wrote into a person's repository would run with the person's rights."""
     skip_unless_possible(aiosd, "cage")
     for repository in ("mine", "mine/sub/other"):
         (tmp_path / repository / ".git" / "hooks").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Who runs next, as a person sets it: at the start, at run time, by nice values; and what outlives a death."""
+"""Scheduling as a person sets it: at the start, at run time, by nice values; and settings that outlive a death."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ while True:
         pass
 """
 
-#: One long call, once a line comes.
+#: Makes one long call when a line arrives.
 LONG = """
 import sys
 import libaios as aios
@@ -60,12 +60,12 @@ def start(system: System, path: Path, *options: str) -> str:
 
 
 def tokens(system: System, *pids: str) -> int:
-    """Of them together."""
+    """The tokens of all together."""
     return sum(count(system, *pids))
 
 
 def count(system: System, *pids: str) -> list[int]:
-    """Of each of them, at one moment: between two commands a model makes many more."""
+    """The tokens of each, at the same moment: between two commands a model generates many more."""
     found = {str(agent["pid"]): agent["completion_tokens"] for agent in system.ps("-p", ",".join(pids))}
     return [found[pid] for pid in pids]
 
@@ -75,7 +75,7 @@ def end(system: System, *pids: str) -> None:
     assert eventually(lambda: not system.agents())
 
 
-def test_fair_is_in_force_unless_told_otherwise(aiosd: System) -> None:
+def test_fair_is_the_default(aiosd: System) -> None:
     status = aiosd.status()
     assert (status["policy"], core(aiosd)["policy"]) == ("fair", "fair")
     assert status["quantum"] == {"tokens": 64, "seconds": 10.0}
@@ -148,7 +148,7 @@ def test_who_may_not_and_what_cannot_be_changed(aiosd: System) -> None:
 
 
 def test_renice_reaches_a_call_that_runs(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
-    """One slot, and the policy that lets the more urgent pass at once."""
+    """With one slot, and the policy in which a more urgent call runs at once."""
     system = fresh_aiosd("--slots", "1", "--policy", "priority", "--quantum", "1000000,1000", "--threads", "1")
     path = script(ENDLESS)
     first = start(system, path, "-n", "-10")
@@ -163,7 +163,7 @@ def test_renice_reaches_a_call_that_runs(fresh_aiosd: Fresh, script: Callable[[s
 
 
 def test_nice_values_share_out_the_model(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
-    """Two and two on two slots: tokens in the ratio of the weights, roughly, after a few turns."""
+    """Two agents of each value on two slots: after some turns tokens are about in the ratio of the weights."""
     system = fresh_aiosd("--slots", "2", "--quantum", "16", "--threads", "1")
     path = script(ENDLESS)
     urgent = [start(system, path) for _ in range(2)]
@@ -182,7 +182,7 @@ def test_nice_values_share_out_the_model(fresh_aiosd: Fresh, script: Callable[[s
 
 
 def test_a_group_gets_its_share_however_many_they_are(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
-    """Two of a group that is worth three agents, against one that belongs to none."""
+    """Two agents of a group with a share of three, against one agent without a group."""
     system = fresh_aiosd("--slots", "1", "--quantum", "16", "--threads", "1", "--shares", "web=3")
     path = script(ENDLESS)
     web = [start(system, path, "-g", "web") for _ in range(2)]
@@ -208,7 +208,7 @@ def test_a_group_gets_its_share_however_many_they_are(fresh_aiosd: Fresh, script
     assert less < 0.4
 
 
-def test_who_was_stopped_has_saved_up_nothing(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
+def test_a_stopped_agent_has_saved_up_nothing(fresh_aiosd: Fresh, script: Callable[[str], Path]) -> None:
     system = fresh_aiosd("--slots", "1", "--quantum", "16", "--threads", "1")
     path = script(ENDLESS)
     stopped, other = start(system, path), start(system, path)

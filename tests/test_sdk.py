@@ -1,4 +1,4 @@
-"""The connection of an agent: replies in any order to any thread, streams, and all that may go wrong in between."""
+"""The connection of an agent: replies in any order to any thread, streams, interruptions, deaths and forks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def connection(kernel: ChannelKernel) -> Connection:
 
 @pytest.fixture
 def unsupported(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChannelKernel]:
-    """A kernel whose agent has no back-stop: a thread that is not woken sleeps on."""
+    """A kernel whose agent sleeps without a time limit, so that a lost wake-up shows."""
     monkeypatch.setattr(channels, "BACKSTOP_S", 1000.0)
     made = ChannelKernel()
     yield made
@@ -74,7 +74,7 @@ def test_replies_in_any_order_find_their_calls(kernel: ChannelKernel, connection
 
 
 def test_many_threads_make_many_calls(kernel: ChannelKernel, connection: Connection) -> None:
-    """Leaders and followers change all the time; no thread is forgotten."""
+    """The leader changes all the time, and every thread is woken."""
     end = kernel.serve(lambda request: args_of(request).text)
     try:
 
@@ -169,9 +169,9 @@ def test_a_full_ring_makes_callers_wait_and_loses_nothing() -> None:
 # ── the lead ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_lead_does_not_stay_with_one_who_has_stopped_waiting(kernel: ChannelKernel, connection: Connection) -> None:
-    """A stream's reader gets a piece and the lead in the same moment, and goes to work on the piece: another thread
-    must read on."""
+def test_a_thread_that_has_stopped_waiting_gives_up_the_lead(kernel: ChannelKernel, connection: Connection) -> None:
+    """A stream's reader gets a piece and the lead at the same moment, and leaves to use the piece. Another thread must
+    read on."""
     leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
     first = kernel.take(Sys.GETPID)
     stream = Stream(connection, generate())
@@ -191,7 +191,7 @@ def test_the_lead_does_not_stay_with_one_who_has_stopped_waiting(kernel: Channel
 
 
 def until_followed(connection: Connection, number: int) -> None:
-    """Wait until this number of threads wait behind a leader."""
+    """Wait until this number of threads wait while a leader reads."""
     assert eventually(lambda: len(connection._followers) >= number), f"{len(connection._followers)} followers"
 
 
@@ -246,14 +246,14 @@ def test_interrupting_a_follower_cancels_its_call_alone(kernel: ChannelKernel, c
     assert connection.open_calls == 0
 
 
-def test_interrupting_one_who_waits_for_room_cancels_its_call() -> None:
+def test_interrupting_a_thread_that_waits_for_room_cancels_its_call() -> None:
     kernel = ChannelKernel(1 << 12)
     connection = kernel.connection
     try:
         with interrupted_when(lambda: connection.transport.outbox_bytes), pytest.raises(KeyboardInterrupt):
             connection.call(Sys.TOKENIZE, wire.Tokenize("x" * 20_000), None)
         other = aside(connection.call, Sys.GETPID, NoArgs(), int)
-        request = kernel.take(Sys.TOKENIZE)  # it had been begun; it came whole
+        request = kernel.take(Sys.TOKENIZE)  # its frame had been begun, and has arrived whole
         assert args_of(request).text == "x" * 20_000
         assert args_of(kernel.take(Sys.CANCEL)).id == request.id
         kernel.reply(kernel.take(Sys.GETPID), 3)
@@ -263,7 +263,7 @@ def test_interrupting_one_who_waits_for_room_cancels_its_call() -> None:
 
 
 def interrupt(connection: Connection) -> None:
-    """SIGUSR1 for the main thread, once it sleeps in here."""
+    """Send SIGUSR1 to the main thread when it sleeps in this function."""
     main = threading.main_thread().ident
     assert main is not None
     assert eventually(lambda: connection._polling, every=0.005)
@@ -271,7 +271,7 @@ def interrupt(connection: Connection) -> None:
 
 
 def test_a_signal_handler_may_make_a_call_while_its_thread_leads(kernel: ChannelKernel, connection: Connection) -> None:
-    """As an agent does that sends a last message on SIGTERM."""
+    """For example, an agent may send a last message on SIGTERM."""
     answers: list[object] = []
 
     def handler(*_: object) -> None:
@@ -295,7 +295,7 @@ def test_a_signal_handler_may_make_a_call_while_its_thread_leads(kernel: Channel
 
 
 def test_an_oserror_of_a_signal_handler_is_its_own(kernel: ChannelKernel, connection: Connection) -> None:
-    """TimeoutError from SIGALRM, say: it ends the call, not the connection."""
+    """TimeoutError from SIGALRM, for example, ends the call, not the connection."""
 
     def handler(*_: object) -> None:
         raise TimeoutError("the handler's own")
@@ -320,10 +320,10 @@ def test_an_oserror_of_a_signal_handler_is_its_own(kernel: ChannelKernel, connec
 
 @pytest.mark.deadline(15)
 @pytest.mark.parametrize("raises", [False, True])
-def test_a_signal_handler_that_reads_the_reply_of_whom_it_interrupted_wakes_him(
+def test_a_signal_handler_that_reads_the_reply_of_the_interrupted_call_wakes_it(
     unsupported: ChannelKernel, raises: bool
 ) -> None:
-    """His sleep goes on after the handler (PEP 475), and all that would have ended it has been taken."""
+    """The call's sleep goes on after the handler (PEP 475), which has taken the data that would have ended it."""
     kernel, connection = unsupported, unsupported.connection
     sent = threading.Event()
 
@@ -359,7 +359,7 @@ def test_a_signal_handler_that_reads_the_reply_of_whom_it_interrupted_wakes_him(
 def test_a_second_signal_handler_while_the_first_hands_out_replies_gets_edeadlk(
     kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first one leads in the place of a sleeper, but does not sleep now."""
+    """The first one leads instead of a sleeping thread, and does not sleep itself."""
     refused: list[int | None] = []
     original = connection._hand_out
 
@@ -396,8 +396,8 @@ def test_a_second_signal_handler_while_the_first_hands_out_replies_gets_edeadlk(
     assert refused == [errno.EDEADLK]
 
 
-def test_who_gets_reply_and_lead_from_the_same_leader_does_not_sleep(unsupported: ChannelKernel) -> None:
-    """Another leads, hands out our reply and leaves, after we looked for it and before the lead is ours."""
+def test_a_thread_that_gets_reply_and_lead_from_the_same_leader_does_not_sleep(unsupported: ChannelKernel) -> None:
+    """Another thread leads, delivers our reply and leaves, after we have looked for it and before we have the lead."""
     kernel, connection = unsupported, unsupported.connection
 
     class Racing(dict[int, tuple[int, object]]):
@@ -424,11 +424,11 @@ def test_who_gets_reply_and_lead_from_the_same_leader_does_not_sleep(unsupported
     assert aside(connection.result, call, int).result(2 * PATIENCE_S) == 5
 
 
-# ── cancels that are left to another ──────────────────────────────────────────────────────────────────────
+# ── cancels that another thread sends ─────────────────────────────────────────────────────────────────────
 
 
 def overflow(connection: Connection) -> list[int]:
-    """Cancels of calls that never were, more than the small ring holds."""
+    """More cancels (of calls that never existed) than the small ring holds."""
     connection._cancels.extend(range(10_000, 10_400))
     connection._send_cancels()
     assert connection.transport.outbox_bytes
@@ -455,7 +455,7 @@ def test_a_call_abandoned_while_the_leader_pumps_is_canceled(monkeypatch: pytest
         original = AgentTransport.pump
 
         def pump(self: AgentTransport) -> bool:
-            aside(connection.abandon, victim).result(PATIENCE_S)  # finds us sending, and leaves it to us
+            aside(connection.abandon, victim).result(PATIENCE_S)  # this thread is sending, and sends the cancel
             return original(self)
 
         monkeypatch.setattr(AgentTransport, "pump", pump)
@@ -467,7 +467,7 @@ def test_a_call_abandoned_while_the_leader_pumps_is_canceled(monkeypatch: pytest
 
 
 def test_a_call_finalized_while_its_thread_pumps_is_canceled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between a frame and its end in the books: pumping once more in there would send it twice."""
+    """It is finalized after a frame was sent and before this was recorded. Pumping at that moment would repeat it."""
     kernel = ChannelKernel(1 << 12)
     connection = kernel.connection
     try:
@@ -527,7 +527,7 @@ def test_a_stream_brings_its_pieces_in_order_and_its_end(kernel: ChannelKernel, 
 
 
 def test_leaving_the_loop_cancels_at_once(kernel: ChannelKernel, connection: Connection) -> None:
-    """By losing the last reference, not by the collector, which may run much later: a slot is waiting."""
+    """Losing the last reference cancels, not the collector, which may run much later and would keep a slot busy."""
     gc.disable()
     try:
         stream = Stream(connection, generate())
@@ -571,7 +571,7 @@ def test_closing_a_stream_in_another_thread_ends_its_reader(kernel: ChannelKerne
 
 
 def kernel_request_for_pump(connection: Connection, kernel: ChannelKernel) -> wire.Request:
-    """Something that makes the leader look."""
+    """Send a frame that wakes the leader."""
     call = connection.submit(Sys.GETPID, NoArgs())
     request = kernel.take(Sys.GETPID)
     connection._open.pop(call.id)
@@ -581,7 +581,7 @@ def kernel_request_for_pump(connection: Connection, kernel: ChannelKernel) -> wi
 def test_a_stream_is_finalized_in_the_middle_of_a_send(
     kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The collector runs finalizers in any thread at any moment, also in one that holds the right to send."""
+    """The collector runs finalizers in any thread at any moment, also in one that is sending."""
     stream = [Stream(connection, generate())]
     first = kernel.take(Sys.GENERATE)
     original = connection.transport.next_id
@@ -616,7 +616,7 @@ def test_a_stream_is_abandoned_while_its_reply_is_handed_out(kernel: ChannelKern
 
 
 def test_streams_abandoned_while_another_thread_leads(kernel: ChannelKernel, connection: Connection) -> None:
-    """Replies to them come at the same moment."""
+    """Their replies arrive at the same moment."""
     leader = aside(connection.call, Sys.GETPID, NoArgs(), int)
     first = kernel.take(Sys.GETPID)
     for _ in range(200):
@@ -707,7 +707,7 @@ def test_a_stream_goes_on_from_its_tokens(kernel: ChannelKernel, connection: Con
     third = aside(next, stream)
     again = kernel.take(Sys.GENERATE)
     assert (again.id, args_of(again).given) == (request.id, [1, 2])
-    kernel.piece(again, 1, "b", [2])  # what the agent has already
+    kernel.piece(again, 1, "b", [2])  # a token that the agent has already
     kernel.piece(again, 2, "c", [3])
     assert third.result(PATIENCE_S).text == "c"
     kernel.end(again)
@@ -732,7 +732,7 @@ def test_a_kernel_that_dies_again_and_again(kernel: ChannelKernel, connection: C
 
 
 def test_a_reply_and_the_end_of_the_system_at_once(unsupported: ChannelKernel) -> None:
-    """One event on the bell, and no back-stop: both are found, whichever thread leads."""
+    """Both cause one event on the bell, and no thread wakes by time: both are seen, whichever thread leads."""
     connection = unsupported.connection
     answered, other = (
         aside(connection.call, Sys.GETPID, NoArgs(), int),
@@ -748,7 +748,7 @@ def test_a_reply_and_the_end_of_the_system_at_once(unsupported: ChannelKernel) -
         connection.call(Sys.GETPID, NoArgs(), int)
 
 
-def test_when_aiosd_is_gone_every_call_says_so(kernel: ChannelKernel, connection: Connection) -> None:
+def test_when_aiosd_has_ended_every_call_fails_with_that_error(kernel: ChannelKernel, connection: Connection) -> None:
     calls = [aside(connection.call, Sys.RECV, wire.Recv(), None) for _ in range(3)]
     for _ in calls:
         kernel.take(Sys.RECV)
@@ -769,7 +769,7 @@ def test_closing_while_others_wait_ends_their_calls_at_once(kernel: ChannelKerne
     connection.close()
     for call in calls:
         with pytest.raises(OSError, match="closed"):
-            call.result(0.9)  # sooner than any back-stop
+            call.result(0.9)  # sooner than a wake-up by time
     connection.close()
 
 
@@ -787,7 +787,7 @@ def test_closing_while_another_abandons_a_call_raises_nothing_there(
     connection.nudge()
 
 
-def test_a_kernel_that_sends_nonsense_ends_the_connection(kernel: ChannelKernel, connection: Connection) -> None:
+def test_invalid_frames_of_a_kernel_end_the_connection(kernel: ChannelKernel, connection: Connection) -> None:
     call = aside(connection.call, Sys.GETPID, NoArgs(), int)
     kernel.take(Sys.GETPID)
     kernel.send(b"\xc1nonsense")
@@ -799,7 +799,7 @@ def test_a_kernel_that_sends_nonsense_ends_the_connection(kernel: ChannelKernel,
 
 
 def in_child(act: object) -> int:
-    """Fork, run `act` in the child, its exit code."""
+    """Fork and run `act` in the child; returns its exit code."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -824,7 +824,7 @@ def test_a_forked_child_has_no_connection_and_does_not_disturb(kernel: ChannelKe
         nonlocal stream
         try:
             os.fstat(bell)
-            return 1  # it would keep the kernel from seeing the agent's end
+            return 1  # with it the kernel would not see the agent's end
         except OSError:
             pass
         del stream  # no CANCEL
@@ -846,7 +846,7 @@ def test_a_forked_child_has_no_connection_and_does_not_disturb(kernel: ChannelKe
 def test_a_forked_child_does_not_wait_for_a_thread_that_was_sending(
     kernel: ChannelKernel, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That thread is not in the child, and never lets go of what it held."""
+    """That thread does not exist in the child, and never releases its locks."""
     sending, forked = threading.Event(), threading.Event()
     original = AgentTransport.send
 
@@ -904,7 +904,7 @@ def test_a_channel_is_only_its_owners(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(bell)
 
 
-def test_a_service_that_is_not_there_says_so(kernel: ChannelKernel, connection: Connection) -> None:
+def test_a_call_of_a_missing_service_reports_that(kernel: ChannelKernel, connection: Connection) -> None:
     with as_process_connection(connection):
         call = aside(aios.tool.list)
         kernel.fail(kernel.take(Sys.TOOL_LIST), errno.ENOSYS, "this system has no toolbox")

@@ -1,6 +1,6 @@
-"""What belongs to one agent is not found in the memory of another.
+"""Data of one agent are not in the memory of another.
 
-Every agent begins as a copy of the supervisor's memory, so whatever the supervisor has ever read is in there. The name
+Every agent begins as a copy of the supervisor's memory, so all that the supervisor has ever read may be in it. The name
 of an agent is no secret: `aios-ps` shows it to all.
 """
 
@@ -22,7 +22,7 @@ from tests.fakeendpoint import Endpoint, answers
 
 Fresh = Callable[..., System]
 
-MARK = "qz7f3a9c"  # followed by '-' and where it was put
+MARK = "qz7f3a9c"  # followed by '-' and the place where it was put
 
 #: Prints every marked string in its own memory. The pattern does not match itself.
 SEARCHER = """
@@ -43,7 +43,7 @@ with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", buffering=0) 
 print(*sorted(word.decode() for word in found))
 """
 
-#: An agent that has marked strings everywhere, and a child with others.
+#: An agent with marked strings in all its data, and a child with others.
 MARKED = """
 import sys, time
 import libaios as aios
@@ -59,18 +59,18 @@ aios.proc.wait(child)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A marked one, with the agents' files in it."""
+    """A folder with a marked name, and the agents' files."""
     folder = tmp_path / f"{MARK}-folder"
     folder.mkdir()
     (folder / "marked.py").write_text(textwrap.dedent(MARKED))
     (folder / "child.py").write_text("")
-    (tmp_path / "search").mkdir()  # not beside it: Python reads the names in a script's folder
+    (tmp_path / "search").mkdir()  # a folder of its own, because Python reads the names in a script's folder
     (tmp_path / "search" / "search.py").write_text(textwrap.dedent(SEARCHER))
     return folder
 
 
 def found_by(system: System, folder: Path, *options: str) -> str:
-    """What a new agent finds in its memory."""
+    """The marked strings that a new agent finds in its memory."""
     done = system.run("aios-run", *options, "search.py", cwd=folder.parent / "search", check=True)
     return done.stdout.strip()
 
@@ -92,7 +92,7 @@ def test_a_new_agent_has_nothing_of_others(aiosd: System, folder: Path) -> None:
     assert found_by(aiosd, folder) == ""
 
 
-def test_nor_has_one_that_was_forked_ahead(aiosd: System, folder: Path) -> None:
+def test_an_agent_that_was_forked_ahead_has_nothing_of_others(aiosd: System, folder: Path) -> None:
     """Spares are forked while others are being started."""
     (folder.parent / "search" / "crowd.py").write_text(
         "import libaios as aios\n"
@@ -104,8 +104,10 @@ def test_nor_has_one_that_was_forked_ahead(aiosd: System, folder: Path) -> None:
     assert done.stdout == "0\n\n"
 
 
-def test_nor_after_restarts_of_agents_and_of_the_kernel(fresh_aiosd: Fresh, folder: Path) -> None:
-    """One that is started again has its letter still, and its command line is known to the next kernel."""
+def test_a_new_agent_has_nothing_of_others_after_restarts_of_agents_and_of_the_kernel(
+    fresh_aiosd: Fresh, folder: Path
+) -> None:
+    """An agent that is started again still has its letter, and the next kernel has its command line."""
     system = fresh_aiosd()
     (folder / "again.py").write_text("import os\nprint(os.environ['KEY'], flush=True)\nos.kill(os.getpid(), 9)\n")
     words = ("-d", "--restart", "on-failure:1", "-e", f"KEY={MARK}-again", "again.py", f"{MARK}-argument")
@@ -120,11 +122,11 @@ def test_nor_after_restarts_of_agents_and_of_the_kernel(fresh_aiosd: Fresh, fold
     assert found_by(system, folder) == ""
 
 
-def test_nor_of_the_environment_in_which_aiosd_was_started(
+def test_a_new_agent_has_nothing_of_the_environment_in_which_aiosd_was_started(
     fresh_aiosd: Fresh, folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    """An agent that starts with the system has it all the same, and so have aiosd's own processes. Nor is there the
-    key to a model elsewhere, whatever its endpoint sends back."""
+    """An agent that starts with the system gets that environment, and so do aiosd's own processes. The key of a remote
+    model is not in an agent's memory either, whatever its endpoint sends back."""
     system = fresh_aiosd(start=False, env={"API_KEY": f"{MARK}-user", "OTHER": "x" * 5000 + f"{MARK}-long"})
     (folder / "first.py").write_text("import os\nprint(os.environ['API_KEY'], len(os.environ['OTHER']), flush=True)\n")
     system.home.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""A service is a record, a struct, a row and a function: one of the tests' own, under deaths of every kind."""
+"""A service is a record, a struct, a row and a function: a service for tests, with deaths of every kind."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def begun(folder: Path) -> list[int]:
 
 
 def start(client: Client, folder: Path, numbers: tuple[int, ...] = ALL) -> dict[int, Pending]:
-    """These calls, all of which have begun."""
+    """Start these calls, and wait until all have begun."""
     calls = {number: client.submit(number, toy.Work(str(folder))) for number in numbers}
     assert eventually(lambda: client.pump() or len(begun(folder)) == len(numbers))
     return calls
@@ -104,7 +104,7 @@ def test_deaths_of_the_service(system: System, tmp_path: Path) -> None:
 
 
 def test_deaths_of_the_kernel(system: System, tmp_path: Path) -> None:
-    """The service goes on, and its answers go to the kernel that takes over."""
+    """The service goes on, and its answers go to the next kernel."""
     with Client(Home(str(system.home))) as client:
         calls = start(client, tmp_path)
         kill(system, "kernel")

@@ -1,4 +1,4 @@
-"""A call that waits: others go on, it is called again when something comes, and a death meanwhile is not its fault."""
+"""A call that waits: others go on, it is called again at an event, and it is not blamed for a death meanwhile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Running:
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
         self.arrived: set[str] = set()
         self.turns = self.rounds = 0
-        self.worked_on: list[link.CallKey | None] = []  # by what the channel says, at each turn
+        self.worked_on: list[link.CallKey | None] = []  # the call that the channel names, at each turn
         self.messages: list[Any] = []
         self.server = Server(
             Channel(memfd, service_bell, Side.KERNEL),
@@ -64,14 +64,14 @@ class Running:
         self.channel.send(link.encode(link.Ask((7, number), CALLER, toy.ECHO, wire.raw(toy.Text(text)))))
 
     def once(self, peer: int, number: int, text: str, again: bool, **more: Any) -> link.FromService:
-        """The answer to a call that must not be done twice."""
+        """Answer a call that must not be done twice."""
         args = wire.raw(toy.Work(text))
         key = (peer, number)
         self.channel.send(link.encode(link.Ask(key, CALLER, toy.NEVER, args, again, **more)))
         return self.until(lambda found: isinstance(found, link.Answered | link.Failed) and found.key == key)
 
     def until(self, found: Callable[[Any], bool]) -> Any:
-        """The first message of which this is true."""
+        """Wait for the first message that fits."""
         end = time.monotonic() + 20
         while time.monotonic() < end:
             for message in self.messages:
@@ -99,7 +99,7 @@ def running() -> Iterator[Running]:
     os.close(made.bell)
 
 
-def test_a_call_that_waits_holds_up_no_other(running: Running) -> None:
+def test_a_call_that_waits_delays_no_other(running: Running) -> None:
     assert running.until(lambda message: isinstance(message, link.Loaded)).info == {"n": 1}
     running.ask(1, "slow")
     assert eventually(lambda: running.worked_on and running.channel.work.call is None)

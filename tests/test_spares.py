@@ -1,4 +1,4 @@
-"""Many agents at once: forked in batches, ahead of need; and none of it to be seen."""
+"""Many agents at once are forked in batches, ahead of need, and behave as if they were not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_each_of_a_crowd_is_the_agent_it_should_be(aiosd: System, tmp_path: Path
     assert len(lines) == 80
     assert {tuple(line[:4]) for line in lines} == {("green", str(tmp_path), "True", "True")}
     assert {line[4] for line in lines} == {f"child{n}" for n in range(80)}
-    assert len({line[5] for line in lines}) == 80  # no two draw the same numbers
+    assert len({line[5] for line in lines}) == 80  # no two have the same random numbers
     assert {line[6] for line in lines} == {"7"}  # three, bell, channel and its mapping, the folder being listed
 
 
@@ -107,13 +107,13 @@ def test_an_agent_that_was_forked_ahead_is_confined_as_one_that_was_not(
     assert many.stdout == alone.stdout
 
 
-def test_spares_leave_when_they_are_not_needed(aiosd: System, tmp_path: Path) -> None:
-    assert eventually(lambda: crowd(aiosd, tmp_path, 3) and spares(aiosd), 60)  # on a busy machine they may have left
+def test_spares_end_when_they_are_not_needed(aiosd: System, tmp_path: Path) -> None:
+    assert eventually(lambda: crowd(aiosd, tmp_path, 3) and spares(aiosd), 60)  # on a busy machine they may have ended
     assert aiosd.run("aiosd", "status", "--check").returncode == 0
     assert eventually(lambda: not spares(aiosd))
 
 
-def test_spares_that_were_killed_are_not_missed(aiosd: System, tmp_path: Path) -> None:
+def test_agents_start_although_spares_were_killed(aiosd: System, tmp_path: Path) -> None:
     crowd(aiosd, tmp_path, 3)
     for process in spares(aiosd)[::2]:
         os.kill(process.pid, signal.SIGKILL)
@@ -127,7 +127,7 @@ def test_one_agent_makes_no_spares(aiosd: System) -> None:
 
 
 def test_the_next_batch_is_ordered_when_a_quarter_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not later: a batch is forked beside the spawns that use up the one before."""
+    """Not later, because a batch is forked while spawns use up the one before."""
     spares, left, ordered = Spares(Timers(lambda: 0.0)), list(range(BATCH[1])), []
     spares._batch = BATCH[1]
     fork = link.Fork((1, 1), 1, 0, 0, "x", 0, "g", 0, False, False, False)
@@ -142,12 +142,12 @@ def test_the_next_batch_is_ordered_when_a_quarter_is_used(monkeypatch: pytest.Mo
 
 # ── the brooder's end ─────────────────────────────────────────────────────────────────────────────────────
 
-BROODER = 1 << 22  # no process has this pid, nor the next ones
+BROODER = 1 << 22  # no process has this pid or the next ones
 
 
 @pytest.fixture
 def brooding() -> Iterator[tuple[Spares, list[socket.socket], int]]:
-    """Three spares are on their way: the spares' ends of their sockets, and the brooder's end of the pipe."""
+    """Three spares that are being forked: the spares' ends of their sockets, and the brooder's end of the pipe."""
     spares, pairs = Spares(Timers(lambda: 0.0)), [pair() for _ in range(3)]
     pipe, reports = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     spares._brooder = Brooder(BROODER, [ours for ours, _ in pairs], pipe)
@@ -179,7 +179,7 @@ def test_spares_wait_once_their_brooder_has_ended(brooding: tuple[Spares, list[s
     assert [dismissed(end) for end in ends] == [False, False, False]
     assert spares.ended(BROODER + 2)  # killed while it waited
     assert [dismissed(end) for end in ends] == [False, True, False]
-    assert not spares.ended(BROODER + 2)  # another process, that has its pid now
+    assert not spares.ended(BROODER + 2)  # another process with its pid
     spares.dismiss()
     assert spares.ospids() == {BROODER + 1, BROODER + 3}  # until they have ended
     assert spares.ended(BROODER + 1)
@@ -209,7 +209,7 @@ def test_a_spare_that_ended_before_its_brooder_is_not_used(
     assert [dismissed(end) for end in ends] == [True, False, True]
 
 
-def test_spares_dismissed_before_they_are_born_leave(brooding: tuple[Spares, list[socket.socket], int]) -> None:
+def test_spares_dismissed_before_they_are_forked_end(brooding: tuple[Spares, list[socket.socket], int]) -> None:
     spares, ends, reports = brooding
     spares.dismiss()
     report(reports, BROODER + 1, BROODER + 2, BROODER + 3)
@@ -246,5 +246,5 @@ def test_restarts_back_off_in_a_crash_loop_only() -> None:
     assert waits == sorted(waits)
     assert waits[0] < 0.2
     assert waits[-1] == 5.0
-    assert _backoff(5.0, lived_s=60.0) == 0.1  # a quiet life
-    assert _backoff(0.1, lived_s=1.0) == 0.1  # killed now and then
+    assert _backoff(5.0, lived_s=60.0) == 0.1  # a long life
+    assert _backoff(0.1, lived_s=1.0) == 0.1  # killed once

@@ -1,4 +1,4 @@
-"""Export, backup, import: what comes back is what was there."""
+"""Export, backup and import restore the same content."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tar_of(write: Any) -> io.BytesIO:
 
 
 def made(steps: Generator[int, None, str], meanwhile: Callable[[], None] = lambda: None) -> Path:
-    """The folder of a snapshot."""
+    """Make a snapshot; returns its folder."""
     while True:
         try:
             next(steps)
@@ -47,7 +47,7 @@ def made(steps: Generator[int, None, str], meanwhile: Callable[[], None] = lambd
 
 
 @pytest.mark.parametrize("write", [archive.export, archive.backup])
-def test_what_comes_back_is_what_was_there(tmp_path: Path, write: Any) -> None:
+def test_an_import_restores_the_same_content(tmp_path: Path, write: Any) -> None:
     rows = filled(tmp_path / "old")
     counts, before = archive.load(tar_of(lambda target: write(tmp_path / "old", target)), tmp_path / "new")
     assert (counts, before) == ({"owners": 2, "notes": 100}, None)
@@ -80,7 +80,7 @@ def test_of_a_damaged_store_the_readable_part_is_exported(tmp_path: Path) -> Non
     assert archive.load(target, tmp_path / "new")[0] == {"owners": 0, "notes": 100}
 
 
-def test_the_store_that_was_there_is_kept(tmp_path: Path) -> None:
+def test_the_store_before_an_import_is_kept(tmp_path: Path) -> None:
     rows = filled(tmp_path / "old")
     with contextlib.closing(Store(tmp_path)) as store:
         store.turn(add(1, "mine"))
@@ -120,7 +120,7 @@ ABOUT = {"format": 1, "kind": "export", "release": "9", "schema": 1, "rows": {"n
         (members(aiosd_json=ABOUT | {"rows": {}}, contents__x_y=b"x"), "a content named"),
     ],
 )
-def test_what_is_no_export_changes_nothing(tmp_path: Path, source: io.BytesIO, complaint: str) -> None:
+def test_a_file_that_is_no_export_changes_nothing(tmp_path: Path, source: io.BytesIO, complaint: str) -> None:
     with contextlib.closing(Store(tmp_path)) as store:
         store.turn(add(1, "mine"))
     before = (tmp_path / FILE).read_bytes()
@@ -130,8 +130,8 @@ def test_what_is_no_export_changes_nothing(tmp_path: Path, source: io.BytesIO, c
     assert (tmp_path / FILE).read_bytes() == before
 
 
-def test_large_contents_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notes have no contents; here their keys stand for names of such files."""
+def test_large_contents_are_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes have no contents, so here their keys serve as names of such files."""
     kept = (tables.KeptTable("owners"), tables.KeptTable("notes", contents="key"))
     for module in ("salvage", "archive", "rebuild", "snapshots"):
         monkeypatch.setattr(f"aiosd.store.{module}.KEPT", kept)
@@ -150,7 +150,7 @@ def test_large_contents_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert len(rows_of(new / FILE)) == 1
 
 
-def test_a_snapshot_has_what_changed_while_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_includes_changes_made_while_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshots, "PAGES_AT_ONCE", 5)
     with contextlib.closing(Store(tmp_path)) as store:
         store.turn(*(add(call, f"{call} " + "x" * 3000) for call in range(1, 41)))

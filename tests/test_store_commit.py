@@ -1,4 +1,4 @@
-"""Group commit: the calls of a turn share a transaction, and each gets the answer that is its own."""
+"""Group commit: the calls of a turn share a transaction, and each gets its own answer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FakeChannel:
 
 
 class Store:
-    """Database, memory manager and server; `turn` gives the server what is at hand, and returns its answers."""
+    """Database, memory manager and server. `turn` gives calls to the server, and returns its answers."""
 
     def __init__(self, folder: Path, boot: str = "one", room: DiskReserve | None = None) -> None:
         self.database = Database(folder, room or DiskReserve(folder, wal=0, ballast=0))
@@ -143,7 +143,7 @@ def test_what_a_failing_call_has_done_already_is_undone(store: Store) -> None:
 
 
 def test_when_there_is_no_room_each_call_gets_its_own_answer(store: Store) -> None:
-    """SQLite undoes the whole transaction then: the removal goes through, the additions do not, none is half done."""
+    """SQLite then undoes the whole transaction. The removal is done, the additions are not, and none is half done."""
     store.turn(*(add(call, f"{call} " + "x" * 3000) for call in range(1, 41)))
     store.database.db.pragma("max_page_count", store.database.db.pragma("page_count") + 1)
     big = "y" * 500_000
@@ -188,7 +188,7 @@ def test_what_was_made_in_memory_of_a_lost_transaction_is_dropped(
 def test_a_reply_is_remembered_with_its_effect_and_no_longer(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.turn(add(1, "one"), add(2, "two", settled=1), add(1, "other", pid=8)) == [1, 2, 3]
-    store.close()  # the store dies before its answers have arrived
+    store.close()  # the store dies before its answers arrive
     store = Store(tmp_path)
     again = [add(1, "one", again=True), add(2, "two", again=True, settled=1), add(1, "other", pid=8, again=True)]
     assert store.turn(*again) == [1, 2, 3]
@@ -204,7 +204,7 @@ def memo_ids(store: Store) -> dict[int, list[int]]:
 
 
 def test_a_call_of_another_life_is_another_call(tmp_path: Path) -> None:
-    """The call ids of an agent that was started again begin anew."""
+    """The call ids of an agent that is started again begin from 1 again."""
     store = Store(tmp_path)
     store.turn(add(1, "one"), add(2, "two"))
     assert store.turn(add(1, "first of the new life", life=1, again=True)) == [3], "not the answer of the old life's 1"
@@ -214,14 +214,14 @@ def test_a_call_of_another_life_is_another_call(tmp_path: Path) -> None:
     store.close()
 
 
-def test_the_server_itself_knows_lives_apart(store: Store) -> None:
-    """It remembers answers for itself, before any memo is asked."""
+def test_the_server_itself_distinguishes_lives(store: Store) -> None:
+    """It keeps answers in memory, too, which are looked up before memos."""
     store.turn(add(1, "one"), add(2, "two"))
     assert store.turn(ask(2, Sys.MEM_GET, wire.MemGet(1), life=1, again=True))[0]["text"] == "one"
 
 
 def test_answers_of_calls_that_only_read_are_not_kept(store: Store) -> None:
-    """A gigabyte that is read leaves nothing of it behind; a call that is submitted again is done again."""
+    """Reading a gigabyte leaves nothing in memory. A call that is submitted again is done again."""
     large = "x" * 10_000
     store.turn(add(1, large), add(2, "small"))
     asks = [ask(3, Sys.MEM_GET, wire.MemGet(1)), ask(4, Sys.MEM_GET, wire.MemGet(2))]
@@ -257,7 +257,7 @@ def test_another_system_begins_without_memos_even_if_theirs_are_damaged(tmp_path
     store.close()
 
 
-# ── what the kernel knows to be settled ───────────────────────────────────────────────────────────────────
+# ── which calls are settled ───────────────────────────────────────────────────────────────────────────────
 
 
 def test_settled_is_what_has_its_reply() -> None:
@@ -270,8 +270,8 @@ def test_settled_is_what_has_its_reply() -> None:
             service.calls[made.key] = ServiceCall(made, ask(call, sys, wire.NoArgs()))
         return made
 
-    opened(3, Sys.RECV, given=False)  # another service's
-    opened(4, Sys.MEM_GET)  # takes no effect
+    opened(3, Sys.RECV, given=False)  # a call of another service
+    opened(4, Sys.MEM_GET)  # a call without an effect
     opened(5, Sys.MEM_ADD, given=False)  # waits for something before it is given to the store
     opened(6, Sys.MEM_ADD)
     last = opened(9, Sys.MEM_ADD, given=False)
@@ -310,7 +310,7 @@ class Transport:
 
 
 def test_a_new_kernel_gets_old_calls_before_new_ones() -> None:
-    """Also when a signal handler has interrupted that: else a newer call would settle an older one."""
+    """Also when a signal handler interrupts this. Otherwise a newer call would settle an older one."""
     transport = Transport()
     connection = Connection(cast(Any, transport))
     for _ in range(3):

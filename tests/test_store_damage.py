@@ -1,4 +1,4 @@
-"""A damaged store: what is hit gets EIO, the rest is served; fsck names it; a repair keeps all that is readable."""
+"""A damaged store: damaged items give EIO, others are served; fsck names them; a repair keeps all readable ones."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_a_whole_file_is_read_as_sqlite_reads_it(filled: tuple[Path, dict[int, R
 
 @pytest.mark.parametrize("harm", [flip, zero])
 def test_any_page_may_be_damaged(filled: tuple[Path, dict[int, Row]], tmp_path: Path, harm: Any) -> None:
-    """The first one, roots of tables and indexes, some of the rest. No row is wrong, what is lost lies on that page,
-    and SQLite finds nothing wrong with the repaired file."""
+    """The first page, roots of tables and indexes, some others. No row is wrong, only rows of that page are lost, and
+    SQLite finds no fault in the repaired file."""
     number = (filled[0] / FILE).stat().st_size // PAGE
     plan = roots.read(filled[0] / FILE)
     pages = {1, *(plan.roots[name] for name in ("owners", "notes", "note_keys")), *range(20, number, 29)}
@@ -120,7 +120,7 @@ def repaired(path: Path) -> dict[int, Row]:
 
 
 def test_a_repaired_store_serves(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
-    """It gives out no id twice, finds by words, and knows what its owners have stored."""
+    """It uses no id twice, finds notes by words, and has the right quotas."""
     path = copy(filled, tmp_path)
     zero(path, roots.read(path).roots["notes"])
     assert len(repaired(path)) == len(filled[1])
@@ -132,7 +132,7 @@ def test_a_repaired_store_serves(filled: tuple[Path, dict[int, Row]], tmp_path: 
         assert store.turn(add(3, "new"))[0] > max(filled[1])
 
 
-def test_what_has_lost_its_owner_is_given_to_a_name(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+def test_items_that_have_lost_their_owner_get_a_name(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
     path = copy(filled, tmp_path)
     assert lost.found(path) == []
     zero(path, roots.read(path).roots["owners"])
@@ -159,7 +159,7 @@ def test_what_has_lost_its_owner_is_given_to_a_name(filled: tuple[Path, dict[int
 
 
 def test_the_running_store_gives_no_wrong_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of a zeroed page the checksum is right, and it may be the end of a large note."""
+    """The checksum of a zeroed page is right, and the page may be the end of a large note."""
     text = "é" * 4800
     with contextlib.closing(Store(tmp_path)) as store:
         store.turn(add(1, text))
@@ -180,7 +180,7 @@ numbers = itertools.count(7000)
 
 
 def answers_of(store: Store, pid: int, rows: dict[int, Row]) -> tuple[list[dict[str, Any]], dict[int, Row]]:
-    """What an agent's list gives, and the rows that are its own."""
+    """The result of an agent's list, and the agent's rows."""
     (listed,) = store.turn(ask(next(numbers), Sys.MEM_LIST, wire.MemList(limit=1000), pid))
     return listed, {note: row for note, row in rows.items() if 7 + note % 3 == pid}
 
@@ -188,7 +188,7 @@ def answers_of(store: Store, pid: int, rows: dict[int, Row]) -> tuple[list[dict[
 def test_a_damaged_page_of_notes_costs_the_notes_on_it(
     filled: tuple[Path, dict[int, Row]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Lists say which they are; all else is served to everybody."""
+    """Lists name them; all others are served."""
     path = copy(filled, tmp_path)
     flip(path, leaf_of(path, "notes", 30))
     gone = []
@@ -229,7 +229,7 @@ def test_a_damaged_index_costs_time_and_no_note(filled: tuple[Path, dict[int, Ro
 
 
 def test_without_an_index_the_same_notes_pass(store: Store) -> None:
-    """What filters mean is said twice: in SQL, and for this."""
+    """Filters are implemented twice: in SQL, and for searches without an index."""
     notes = [({"n": 1}, ["a"]), ({"n": True}, ["a", "b"]), ({"n": 1.0, "m": "x"}, ["b"]), ({}, []), ({"n": 2}, ["a"])]
     for number, (metadata, tags) in enumerate(notes, 1):
         store.turn(ask(number, Sys.MEM_ADD, wire.MemAdd(str(number), tags=tags, metadata=metadata)))
@@ -253,7 +253,7 @@ def test_without_an_index_the_same_notes_pass(store: Store) -> None:
 def test_a_content_file_that_is_missing_or_changed_is_named(
     filled: tuple[Path, dict[int, Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Notes have no contents; here their keys stand for names of such files."""
+    """Notes have no contents, so here their keys serve as names of such files."""
     path = copy(filled, tmp_path)
     monkeypatch.setattr(
         "aiosd.store.salvage.KEPT", (tables.KeptTable("owners"), tables.KeptTable("notes", contents="key"))
@@ -267,7 +267,7 @@ def test_a_content_file_that_is_missing_or_changed_is_named(
     assert "notes 1: content k1 is damaged" in fsck.check(path)
 
 
-def test_a_content_is_known_by_its_hash(tmp_path: Path) -> None:
+def test_a_content_is_checked_by_its_hash(tmp_path: Path) -> None:
     (tmp_path / tables.CONTENTS).mkdir()
     (tmp_path / "x").write_bytes(b"content")
     name = tables.file_hash(tmp_path / "x")
@@ -276,7 +276,7 @@ def test_a_content_is_known_by_its_hash(tmp_path: Path) -> None:
 
 
 def test_removed_rows_do_not_come_back(tmp_path: Path) -> None:
-    """Their pages are free, and still have them."""
+    """Their free pages still contain them."""
     with contextlib.closing(Store(tmp_path)) as store:
         store.turn(*(add(call, f"secret {call} " + "x" * 3000) for call in range(1, 60)))
         store.turn(*(ask(100 + call, Sys.MEM_REMOVE, wire.MemGet(call)) for call in range(1, 50)))
@@ -301,7 +301,7 @@ def test_without_its_first_page_the_file_beside_it_helps(filled: tuple[Path, dic
 
 
 def test_what_a_damaged_page_does_not_hold_can_be_cleared(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
-    """That it is not all is an error, and no other call fails."""
+    """An error says that not all was cleared; no other call fails."""
     path = copy(filled, tmp_path)
     flip(path, leaf_of(path, "notes", 30))
     with contextlib.closing(Store(tmp_path, "two")) as store:
@@ -321,8 +321,8 @@ def test_what_a_damaged_page_does_not_hold_can_be_cleared(filled: tuple[Path, di
         assert store.turn(ask(next(numbers), Sys.MEM_GET, wire.MemGet(added), 8))[0]["text"] == "of another"
 
 
-def test_what_an_ended_agent_has_left_is_no_later_ones(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
-    """Agents of another system have the same numbers, and a damaged page keeps notes from being removed."""
+def test_notes_of_an_ended_agent_do_not_go_to_a_later_one(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
+    """Agents of another system have the same pids, and a damaged page prevents the removal of notes."""
     path = copy(filled, tmp_path)
     names = [owners.alone(pid) for pid in (7, 8, 9)]
     flip(path, leaf_of(path, "notes", 30))
@@ -343,14 +343,14 @@ MADE_ANEW = (
 
 
 @pytest.mark.parametrize("name", MADE_ANEW)
-def test_what_is_made_from_other_rows_is_made_anew(
+def test_tables_made_from_other_rows_are_made_again(
     filled: tuple[Path, dict[int, Row]], tmp_path: Path, name: str
 ) -> None:
     path = copy(filled, tmp_path)
     flip(path, roots.read(path).roots[name])
     mine = {row[2]: row for note, row in filled[1].items() if 7 + note % 3 == 7 and row[2] is not None}
     with contextlib.closing(Store(tmp_path, "two")) as store:
-        store.database.counts["damaged"] = 1  # as a call has found
+        store.database.counts["damaged"] = 1  # as if a call had found damage
         store.memory.mender.work()
         for key, row in mine.items():
             assert store.turn(ask(next(numbers), Sys.MEM_GET, wire.MemGet(key), 7))[0]["text"] == row[3]
@@ -370,7 +370,7 @@ def test_what_is_made_from_other_rows_is_made_anew(
 
 
 def test_an_index_of_rows_that_are_lost_stays(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
-    """And is not looked for again at once."""
+    """And the repair is not tried again at once."""
     path = copy(filled, tmp_path)
     flip(path, leaf_of(path, "notes", 30))
     flip(path, roots.read(path).roots["notes_of_owner"])
@@ -392,8 +392,10 @@ def test_an_index_of_rows_that_are_lost_stays(filled: tuple[Path, dict[int, Row]
         assert len(listed) > len(wanted) // 2
 
 
-def test_pages_of_what_was_made_anew_are_no_lost_rows(filled: tuple[Path, dict[int, Row]], tmp_path: Path) -> None:
-    """Nothing leads to them, and what is in them looks like an author."""
+def test_pages_of_tables_that_were_made_again_are_no_lost_rows(
+    filled: tuple[Path, dict[int, Row]], tmp_path: Path
+) -> None:
+    """No page refers to them, and their content looks like an author."""
     path = copy(filled, tmp_path)
     flip(path, roots.read(path).roots["note_words_idx"])
     with contextlib.closing(Store(tmp_path, "two")) as store:

@@ -57,7 +57,7 @@ class Store:
         self.handlers = self.storage.handlers()
 
     def __call__(self, sys: Sys, args: Any, caller: link.Caller = ME, again: bool = False) -> Any:
-        """As the service does it, with what the kernel and the SDK make of it on both sides."""
+        """Make a call as the service does, with the conversions of kernel and SDK on both sides."""
         self.calls += 0 if again else 1
         self.now += 1.0
         raw = wire.encode(args)
@@ -73,7 +73,7 @@ class Store:
         self.storage.mounts.close()
         self.database.close()
 
-    # what most tests do
+    # common calls
 
     def write(self, path: str, data: bytes, caller: link.Caller = ME, **options: Any) -> wire.File:
         return self(Sys.STO_WRITE, wire.StoWrite(path, data, **options), caller)
@@ -96,7 +96,7 @@ class Store:
         return self(Sys.STO_STATS, wire.StoSpace(), caller)
 
     def files(self) -> set[str]:
-        """Contents that are files of their own, after what is removed between calls."""
+        """Contents that are files of their own, after the cleaning between calls."""
         while self.storage.contents.clean():
             pass
         assert os.listdir(self.folder / "new") == []
@@ -104,7 +104,7 @@ class Store:
 
 
 def drained(call: Generator[Any, None, Any]) -> Any:
-    """What it returns; it pauses for others, who are not here."""
+    """The return value of a generator, whose pauses are for other calls."""
     while True:
         try:
             next(call)
@@ -141,7 +141,7 @@ def test_each_write_is_a_version(store: Store) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, contents.SMALL, contents.SMALL + 1, PIECE])
-def test_what_was_written_is_read(store: Store, size: int) -> None:
+def test_reading_returns_the_written_bytes(store: Store, size: int) -> None:
     data = os.urandom(size)
     store.write("x", data)
     assert store.read("x") == data
@@ -167,7 +167,7 @@ def test_a_small_file_of_ones_own_is_read_by_one_statement(store: Store) -> None
     assert "no version 3" in refused(errno.ENOENT, lambda: store.read("x", version=3))
 
 
-def test_appending_shares_what_is_alike(store: Store) -> None:
+def test_appending_shares_equal_pieces(store: Store) -> None:
     upload(store, "log", LARGE)
     before, files = store.stats()["bytes"], store.files()
     for number in range(5):
@@ -182,8 +182,8 @@ def test_appending_shares_what_is_alike(store: Store) -> None:
 
 @settings(max_examples=12)
 @given(st.lists(st.binary(max_size=300), min_size=1, max_size=6), st.integers(1, 50))
-def test_appended_pieces_are_what_was_appended(parts: list[bytes], piece: int) -> None:
-    """With small pieces, so that all ways of filling the last one are met."""
+def test_appended_bytes_are_read_back(parts: list[bytes], piece: int) -> None:
+    """With small pieces, so that all ways of filling the last one occur."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for module in ("contents", "files", "storage", "uploads"):
             patch.setattr(f"aiosd.store.{module}.PIECE", piece)
@@ -251,7 +251,7 @@ def test_lists_go_on(store: Store) -> None:
 # ── the trash and the quota ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_is_removed_lies_in_the_trash_until_a_person_empties_it(store: Store) -> None:
+def test_removed_files_lie_in_the_trash_until_a_person_empties_it(store: Store) -> None:
     store.write("x", b"word")
     store.write("x", LARGE[:PIECE])
     number = store(Sys.STO_REMOVE, wire.StoPath("x"))
@@ -310,7 +310,7 @@ def changing(path: str, of: str) -> list[tuple[Sys, Any]]:
     ]
 
 
-def test_others_files_are_as_if_not_there(store: Store) -> None:
+def test_others_files_seem_not_to_exist(store: Store) -> None:
     store.write("secret/plan", b"word")
     for caller in (OTHER, STRANGER, SCRIPT):
         of = "agent:default/me"
@@ -420,8 +420,8 @@ TAKEN_BACK: dict[str, Callable[[Store], Any]] = {
 
 
 @pytest.mark.parametrize("what", TAKEN_BACK)
-def test_what_is_taken_back_while_a_search_waits_is_not_found(tmp_path: Path, what: str) -> None:
-    """It waits for the embedder, or for the index to be loaded."""
+def test_files_taken_back_while_a_search_waits_are_not_found(tmp_path: Path, what: str) -> None:
+    """The search waits for the embedder, or until the index is loaded."""
     embedder = Fake()
     with contextlib.closing(Store(tmp_path, embedder=embedder)) as store:
         store.write("b/c", b"the kitten sleeps")
@@ -482,7 +482,7 @@ def test_a_damaged_index_of_words_costs_time_and_no_file(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "name", ["live_files", "sqlite_autoindex_versions_1", "content_users", "doomed", "file_words_data", "unindexed"]
 )
-def test_what_is_made_from_rows_of_files_is_made_anew(tmp_path: Path, name: str) -> None:
+def test_tables_made_from_rows_of_files_are_made_again(tmp_path: Path, name: str) -> None:
     names = [f"d/{number}" for number in range(20)]
     with contextlib.closing(Store(tmp_path)) as store:
         for one in names:
@@ -500,7 +500,7 @@ def test_what_is_made_from_rows_of_files_is_made_anew(tmp_path: Path, name: str)
         assert store.found("other") == names[:1]
 
 
-def test_a_follower_is_told_in_the_same_transaction(store: Store) -> None:
+def test_a_follower_gets_a_message_in_the_same_transaction(store: Store) -> None:
     told: list[tuple[Any, ...]] = []
 
     class Follower:
@@ -564,7 +564,7 @@ def test_a_piece_may_come_again_and_replace_another(store: Store) -> None:
 def test_pieces_wait_for_the_disk_when_the_file_is_finished(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """… or when another call, which is answered then, keeps the same bytes."""
+    """Or when another call that is answered then stores the same bytes."""
     synced: set[str] = set()
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: synced.add(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or fsync(fd))
@@ -628,8 +628,8 @@ def test_a_call_that_is_submitted_again_takes_effect_once(tmp_path: Path) -> Non
     again.close()
 
 
-def test_a_file_that_no_commit_has_named_goes(tmp_path: Path) -> None:
-    """A transaction that is lost after its file was written, here and by a process that dies."""
+def test_a_file_without_a_commit_is_removed(tmp_path: Path) -> None:
+    """The transaction is lost after its file was written, in this process, and in one that dies."""
     store = Store(tmp_path)
     store.write("kept", b"k" * PIECE)
 
@@ -645,7 +645,7 @@ def test_a_file_that_no_commit_has_named_goes(tmp_path: Path) -> None:
     assert len(store.files()) == 1
     lose()
     store.close()  # before anything was cleaned
-    (store.folder / "contents" / ("0" * 64)).touch()  # not ours: it may be all that is left of something
+    (store.folder / "contents" / ("0" * 64)).touch()  # not of this store: it may be the only copy of something
     again = Store(tmp_path)
     assert again.files() == {content_hash(b"k" * PIECE).hex(), "0" * 64}
     assert again.write("lost", b"l" * PIECE).version == 1
@@ -663,7 +663,7 @@ def test_a_content_that_is_dropped_and_written_again_stays(store: Store) -> None
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "link"])
-def test_what_the_disk_has_changed_is_an_error_for_that_file_only(store: Store, damage: str) -> None:
+def test_bytes_that_the_disk_has_changed_are_an_error_for_that_file_only(store: Store, damage: str) -> None:
     upload(store, "hit", LARGE)
     store.write("whole", b"w" * PIECE)
     path = store.folder / "contents" / content_hash(LARGE[:PIECE]).hex()
@@ -684,7 +684,7 @@ def test_what_the_disk_has_changed_is_an_error_for_that_file_only(store: Store, 
 
 
 def filled(folder: Path) -> Path:
-    """A store with all that it can keep of files, closed. Returns its folder."""
+    """Make a store with files of all kinds, and close it. Returns its folder."""
     store = Store(folder)
     upload(store, "large", LARGE)
     store.write("deep/small", b"some words")
@@ -700,7 +700,7 @@ def filled(folder: Path) -> Path:
 
 
 def is_whole(folder: Path, bytes_before: int) -> None:
-    """All that `filled` has kept is there, and counted."""
+    """Check that all content of `filled` exists and is counted."""
     store = Store(folder)
     while store.storage.background() < 1.0:
         pass
@@ -728,7 +728,7 @@ def bytes_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("write", [archive.export, archive.backup])
-def test_files_come_along_in_an_export_and_a_backup(tmp_path: Path, write: Any) -> None:
+def test_an_export_and_a_backup_include_files(tmp_path: Path, write: Any) -> None:
     (tmp_path / "old").mkdir()
     folder = filled(tmp_path / "old")
     before = bytes_of(tmp_path / "old")
@@ -739,7 +739,7 @@ def test_files_come_along_in_an_export_and_a_backup(tmp_path: Path, write: Any) 
     is_whole(tmp_path / "new", before)
 
 
-def test_a_repair_makes_what_is_counted_anew(tmp_path: Path) -> None:
+def test_a_repair_counts_again(tmp_path: Path) -> None:
     folder = filled(tmp_path)
     before = bytes_of(tmp_path)
     assert fsck.check(folder / "store.db") == []
@@ -770,7 +770,7 @@ def test_uploads_of_an_earlier_system_are_dropped(tmp_path: Path) -> None:
     "path",
     ["..", "a/../b", ".", "a/./b", "/a", "a/", "a//b", "/", "\0", "a\nb", "a\x7f", "a\u0085b", "a\u2028b", "a\x1b[31m"],
 )
-def test_what_is_no_path_is_refused(store: Store, path: str) -> None:
+def test_invalid_paths_are_refused(store: Store, path: str) -> None:
     for sys, args in [*reading(path, ""), *changing(path, ""), (Sys.STO_MOUNT, wire.StoMount("/tmp", path))]:
         assert refused(errno.EINVAL, lambda sys=sys, args=args: store(sys, args, PERSON))
     assert store.paths(PERSON) == []
@@ -793,7 +793,7 @@ def test_a_name_in_nfc_and_in_nfd_is_one_file(store: Store) -> None:
 @pytest.mark.parametrize(
     "of", ["me", "agent:", "agent:a/b/c", "agent:..", "pid:0", "pid:-1", "pid:x", "group:", ":", "\0"]
 )
-def test_what_names_no_space_is_refused(store: Store, of: str) -> None:
+def test_invalid_spaces_are_refused(store: Store, of: str) -> None:
     refused(errno.EINVAL, lambda: store.read("x", of=of))
 
 

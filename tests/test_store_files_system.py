@@ -34,7 +34,7 @@ def aside(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def system(fresh_aiosd: Callable[..., System], monkeypatch: pytest.MonkeyPatch) -> Iterator[System]:
-    """With this process as the person at the terminal."""
+    """A system; this process is the person at the terminal."""
     made = fresh_aiosd()
     monkeypatch.setenv(wire.ENV_HOME, str(made.home))
     agent.reset()
@@ -47,7 +47,7 @@ def process(system: System, name: str) -> psutil.Process:
 
 
 def peak(process: psutil.Process) -> int:
-    """Bytes of memory that it has had at most."""
+    """The peak of a process's memory in bytes."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) << 10
 
@@ -69,7 +69,7 @@ def test_an_agent_has_its_files_again_under_its_name(system: System, tmp_path: P
 
 @pytest.mark.parametrize("victim", ["store", "kernel"])
 def test_acknowledged_writes_outlive_a_death_and_happen_once(system: System, victim: str) -> None:
-    """Writers append lines while the process is killed again and again: each line is there once, and in order."""
+    """Writers append lines while the store is killed again and again: each line is in the file once, and in order."""
     rounds, writers, lines = 3, 4, 12
     home = Home(str(system.home))
     barrier = threading.Barrier(writers + 1)
@@ -121,7 +121,7 @@ def test_a_large_file_goes_through_little_memory_and_a_death(system: System, tmp
     before = [peak(one) for one in processes]
 
     class Source:
-        """Kills the store in the middle."""
+        """A source of bytes that kills the store in the middle."""
 
         def read(self, size: int) -> bytes:
             if file.tell() == 50 * MB:
@@ -202,7 +202,7 @@ def test_bad_input_is_refused_with_a_sentence(system: System) -> None:
         with pytest.raises(OSError, match="length") as caught:
             client.result(too_much, None)
         assert caught.value.errno == errno.EINVAL
-        raw = b"\xa3\xed\xa0\x80"  # a surrogate, as no encoder of ours writes it
+        raw = b"\xa3\xed\xa0\x80"  # a surrogate, which no encoder of the SDK writes
         with pytest.raises(OSError, match="UTF-8") as caught:
             client.call(Sys.STO_STAT, wire.Raw(b"\x91" + raw), None)
         assert caught.value.errno == errno.EINVAL
@@ -304,7 +304,7 @@ for name, arguments in {calls!r}:
 
 
 def test_an_agent_that_is_started_again_under_its_name_remembers(system: System) -> None:
-    """With the embedded model."""
+    """Tested with the embedded model."""
     system.run("aios-run", "--name", "bob", *REACT, "Remember that the rent is 850.", check=True)
     again = system.run("aios-run", "--name", "bob", *REACT, "What is the rent?", check=True)
     assert "850" in again.stdout

@@ -1,4 +1,4 @@
-"""The index of vectors against a plain search with numpy: small and large, with dead rows, filters and doubles."""
+"""The index of vectors against a plain search with numpy: small and large, with dead rows, filters and duplicates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def vectors(count: int, seed: int = 0, width: int = WIDTH) -> Any:
 
 
 class Naive:
-    """What a `VectorIndex` must give."""
+    """A plain search, with the results that a `VectorIndex` must have."""
 
     def __init__(self) -> None:
         self.vectors: dict[int, Any] = {}
@@ -36,7 +36,7 @@ class Naive:
 
 
 def same(found: list[tuple[int, float]], expected: list[tuple[int, float]]) -> None:
-    """The same scores in the same order; of equal ones either may come first."""
+    """Check for the same scores in the same order; rows with equal scores may be in any order."""
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-3)
     assert len({number for number, _ in found}) == len(found)
 
@@ -51,7 +51,7 @@ OPERATIONS = st.lists(
 @given(operations=OPERATIONS)
 @settings(max_examples=40, deadline=None)
 def test_an_index_finds_what_a_plain_search_finds(large: int, operations: list[tuple[str, int]]) -> None:
-    """Also when it is large: so few rows are all candidates."""
+    """Also in a large index, because all of so few rows are candidates."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "LARGE", large)
         mine, naive = VectorIndex(WIDTH), Naive()
@@ -75,14 +75,14 @@ def test_an_index_finds_what_a_plain_search_finds(large: int, operations: list[t
 
 
 def refine(made: VectorIndex) -> None:
-    """Its copy in bits gets all rows."""
+    """Complete the index's copy in bits."""
     while not made.refine():
         pass
     assert made._rough is not None
 
 
 def test_a_large_index_finds_nearly_all() -> None:
-    """Of texts that lie in groups, as real ones do."""
+    """With vectors in clusters, like those of real texts."""
     width, middles = 384, vectors(200, 2, 384)
     many = middles[np.arange(20_000) % 200] + 0.7 * vectors(20_000, 3, width)
     many /= np.linalg.norm(many, axis=1, keepdims=True)
@@ -106,8 +106,8 @@ def test_a_large_index_finds_nearly_all() -> None:
     assert hits >= 0.99 * 200
 
 
-def test_what_is_added_after_the_bits_of_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each search gives a part of the rows their bits; until all have them all are compared."""
+def test_rows_added_after_the_bits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each search makes the bits of some rows. Until all rows have them, all are compared."""
     monkeypatch.setattr(index, "AT_ONCE", 7_000)
     many = vectors(20_000, width=BITS)
     mine = VectorIndex(BITS)
@@ -124,7 +124,7 @@ def test_what_is_added_after_the_bits_of_rows_is_found(monkeypatch: pytest.Monke
 
 
 def test_dead_rows_cannot_hide_a_live_one() -> None:
-    """A note that was changed thousands of times: its dead rows are nearer to the query than anything else."""
+    """The dead rows of a note that was changed thousands of times are nearer to the query than all live ones."""
     many = vectors(20_000, width=64)
     mine = VectorIndex(64)
     mine.add(range(len(many)), many)
@@ -141,8 +141,8 @@ def test_dead_rows_cannot_hide_a_live_one() -> None:
     assert mine.worn
 
 
-def test_the_mean_is_of_all_that_came_first() -> None:
-    """Whatever the dimensions, and with k beyond what there is."""
+def test_the_mean_is_that_of_the_first_vectors() -> None:
+    """With any number of dimensions, and with k larger than the index."""
     for width in (1, 7, 100, 384):
         mine = VectorIndex(width)
         mine.add([3, 4], vectors(2, width, width))

@@ -1,4 +1,4 @@
-"""LRU-K against a model of it that sorts all residents at each eviction."""
+"""LRU-K against a simple model that sorts all entries at each eviction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST, OF_OWNER, CORRELATED = 40, 25, 3
 
 
 class Model:
-    """The same rules in their plainest form."""
+    """The same rules, implemented simply."""
 
     def __init__(self, k: int) -> None:
         self.k, self.clock = k, 0
@@ -42,7 +42,7 @@ class Model:
             del self.refs[self.gone.pop(0)]
 
     def first(self, keys: list[int]) -> int:
-        """The one that goes first: of those that no agent is at work on, if there are any."""
+        """The next victim: an entry that no agent is working on, if there is one."""
         free = [key for key in keys if self.clock - self.refs[key][1] > CORRELATED]
         return min(free, key=self.rank) if free else min(keys, key=lambda key: self.refs[key][1])
 
@@ -91,7 +91,7 @@ def test_it_does_what_the_model_does(k: int, deeds: list[Any]) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_it_does_what_the_model_does_for_long(seed: int) -> None:
-    """Each key has one size and one owner, as notes have: what goes depends on references alone."""
+    """Each key has one size and one owner, like notes, so evictions depend only on references."""
     draw = random.Random(seed)
     deeds: list[Any] = []
     for _ in range(400):
@@ -120,7 +120,7 @@ def compare(k: int, deeds: list[Any]) -> None:
             assert cache.bytes_of(owner) == sum(s for s, o in model.here.values() if o == owner) <= OF_OWNER
 
 
-def test_one_pass_over_much_does_not_drive_out_what_is_wanted_again() -> None:
+def test_a_scan_does_not_evict_entries_that_are_used_again() -> None:
     cache: LruK[int] = LruK(20, correlated=3)
     for _ in range(3):
         for key in range(5):
@@ -131,8 +131,8 @@ def test_one_pass_over_much_does_not_drive_out_what_is_wanted_again() -> None:
     assert all(key in cache for key in range(5))
 
 
-def test_what_an_agent_is_at_work_on_stays() -> None:
-    """A new note among well-known ones, read again a few references later."""
+def test_an_entry_that_an_agent_is_working_on_stays() -> None:
+    """A new note among often used ones is read again a few references later."""
     cache: LruK[int] = LruK(10, correlated=5)
     for _ in range(3):
         for key in range(10):
@@ -144,7 +144,7 @@ def test_what_an_agent_is_at_work_on_stays() -> None:
     assert cache.get("new") == 1
 
 
-def test_what_comes_back_soon_after_its_eviction_is_known() -> None:
+def test_an_entry_that_returns_soon_after_its_eviction_has_its_history() -> None:
     cache: LruK[int] = LruK(10, correlated=3)
     cache.put("wanted", 1, 1, "a")
     for filler in range(12):

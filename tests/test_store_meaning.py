@@ -1,4 +1,4 @@
-"""Search by meaning against the store itself, with an embedder of the test's own."""
+"""Search by meaning in the store itself, with a fake embedder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MEANINGS = ("cat kitten feline", "car automobile vehicle", "tea drink beverage",
 
 
 class Fake:
-    """Words that mean the same have one dimension. `late`: answers only when it is polled, and `deliver` was called."""
+    """Words with the same meaning share a dimension. `late`: it answers only when polled after `deliver` was called."""
 
     def __init__(self, name: str = "fake", late: bool = False) -> None:
         self.name = self.shown = name
@@ -86,12 +86,12 @@ class Store:
         found = getattr(self.memory, name)(ask, args)
         if isinstance(found, Generator):
             found = self.drain(found)
-        while not self.memory.words.work():  # as between calls
+        while not self.memory.words.work():  # as the store does between calls
             pass
         return msgpack.decode(found) if isinstance(found, Raw) else found
 
     def drain(self, call: Generator[Pause, None, Any]) -> Any:
-        """As the service's loop does: what waits for an answer waits until then."""
+        """Run a call as the service's loop does, until it has its answer."""
         while True:
             try:
                 self.ticks = max(self.ticks, next(call).until)
@@ -136,7 +136,7 @@ def test_a_note_is_found_by_what_it_means(make: Callable[..., Store]) -> None:
 
 
 def test_words_and_meaning_are_one_ranking(make: Callable[..., Store]) -> None:
-    """What has both stands before what has one; a word alone does not beat a meaning."""
+    """A note found by both ranks before one found by either; a word alone does not outrank a meaning."""
     store = make(Fake())
     store.add(*(f"something {number}" for number in range(30)), caller=OTHER)
     store.add("kitten", "vehicle called feline", "feline", "automobile")
@@ -181,7 +181,7 @@ def test_the_labels_of_a_note_change_with_it(make: Callable[..., Store]) -> None
         assert store.database.row(f"SELECT count(*) FROM {table}") == (0,), table
 
 
-def test_what_is_changed_or_removed_is_found_no_more_as_it_was(make: Callable[..., Store]) -> None:
+def test_a_changed_or_removed_note_is_no_longer_found_by_its_old_text(make: Callable[..., Store]) -> None:
     store = make(Fake())
     first, second = store.add("kitten", "automobile")
     assert store.found("feline", 1) == ["kitten"]
@@ -289,8 +289,8 @@ def test_a_search_waits_for_its_own_texts_and_not_for_long(make: Callable[..., S
     assert not store.meaning.away
 
 
-def test_who_adds_much_does_not_hold_up_the_others(make: Callable[..., Store]) -> None:
-    """The queue takes the owners in turn, and a batch goes on with the next where one has no more."""
+def test_an_owner_that_adds_much_does_not_delay_others(make: Callable[..., Store]) -> None:
+    """The queue takes owners in turn, and a batch is filled with texts of the next owner."""
     fake = Fake()
     store = make(fake)
     others = [link.Caller(30 + number, 1000, f"n{number}", True, "default") for number in range(5)]
@@ -368,7 +368,7 @@ def test_indexes_are_read_in_slices_and_dropped(make: Callable[..., Store], monk
     assert stats["index_bytes"] <= 3000
 
 
-def test_a_damaged_note_whose_time_is_over_holds_up_nothing(make: Callable[..., Store]) -> None:
+def test_a_damaged_expired_note_delays_nothing(make: Callable[..., Store]) -> None:
     store = make(Fake())
     store.add(*(f"tea {number} " + "x" * 900 for number in range(60)), ttl_s=10)
     path = store.database.path
@@ -388,7 +388,7 @@ def test_a_damaged_note_whose_time_is_over_holds_up_nothing(make: Callable[..., 
 
 
 @pytest.mark.parametrize("table", ["vectors", "notes"])
-def test_a_damaged_page_costs_what_is_on_it(make: Callable[..., Store], table: str) -> None:
+def test_a_damaged_page_costs_only_its_own_rows(make: Callable[..., Store], table: str) -> None:
     store = make(Fake())
     ids = store.add(*(f"tea {number}" for number in range(400)))
     store.drain(store.meaning.finish([1]))
@@ -433,14 +433,14 @@ def test_a_change_while_an_index_is_read_is_not_lost(
 def test_a_search_does_not_wait_for_a_large_index_for_ever(
     make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a restart. It is answered by words, which is said, and the index is read on."""
+    """After a restart it is answered by words, which the answer says, and the index is read on."""
     monkeypatch.setattr(meaning, "SLICE", 2)
     make(Fake()).add("kitten", "feline", *(f"tea {number}" for number in range(20)))
     store = make(Fake())
     store.drain(store.meaning.finish([1]))
 
     def begun(by: str) -> Generator[Pause, None, Any]:
-        """A search that has waited for two slices, and then too long."""
+        """A search that waits for two slices, and then for too long."""
         store.meaning._shelves.clear()
         call = store.memory.search(link.Ask((7, 900), ME, 0, Raw(b"\x90")), wire.MemSearch("feline", 50, by=by))
         for _ in range(2):
@@ -459,7 +459,9 @@ def test_a_search_does_not_wait_for_a_large_index_for_ever(
     assert store.found("feline", 2) == ["feline", "kitten"]
 
 
-def test_a_worn_index_is_read_anew(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_with_many_dead_rows_is_read_again(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(index, "WORN_LEAST", 3)
     store = make(Fake())
     notes = store.add("kitten", "tea")
@@ -471,7 +473,7 @@ def test_a_worn_index_is_read_anew(make: Callable[..., Store], monkeypatch: pyte
     assert shelf.rows <= 6
 
 
-def test_notes_whose_time_is_over_are_cleaned(make: Callable[..., Store]) -> None:
+def test_expired_notes_are_removed(make: Callable[..., Store]) -> None:
     store = make(Fake())
     store.add(*("short" for _ in range(150)), ttl_s=5)
     store.add("kept", ttl_s=50)
@@ -484,7 +486,7 @@ def test_notes_whose_time_is_over_are_cleaned(make: Callable[..., Store]) -> Non
 
 
 def test_another_kind_of_texts_can_be_searched(make: Callable[..., Store]) -> None:
-    """What storage does: a number for the kind, an owner and a number for each text."""
+    """As for files: a number for the kind, and an owner and a number for each text."""
 
     class Files:
         kind = NOTES + 1
@@ -510,7 +512,7 @@ def test_another_kind_of_texts_can_be_searched(make: Callable[..., Store]) -> No
 def test_where_the_queue_cannot_be_kept_words_serve(
     make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store starts; and when the disk has room again, what came meanwhile is embedded too."""
+    """The store starts. When the disk has room again, texts that were added meanwhile are embedded, too."""
     store = make(Fake("one"))
     store.add("kitten")
     store.found("feline")
@@ -529,7 +531,7 @@ def test_where_the_queue_cannot_be_kept_words_serve(
 
 
 def test_a_repaired_store_can_be_searched(make: Callable[..., Store], tmp_path: Path) -> None:
-    """What is made from notes is made again: words, labels, and vectors by the embedder."""
+    """Data made from notes are made again: words, labels, and vectors by the embedder."""
     from aiosd.store.rebuild import repair
 
     store = make(Fake())

@@ -1,4 +1,4 @@
-"""Notes: their contract, against the manager itself; what a real system makes of it is in test_store_system."""
+"""Notes: the contract of the manager itself. (test_store_system tests a real system.)"""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Store:
 
     def __call__(self, name: str, args: Any, caller: link.Caller = ME, again: bool = False) -> Any:
         found = getattr(self.memory, name)(self.ask(caller, again), args)
-        if isinstance(found, Generator):  # nothing to wait for: there is no embedder
+        if isinstance(found, Generator):  # it need not wait, because there is no embedder
             found = drain(found)
         if isinstance(found, Lasting):
             return found.body
@@ -94,7 +94,7 @@ def test_update_checks_the_version(store: Store) -> None:
     assert (got.text, got.tags, got.version) == ("two", ["a"], 2)
 
 
-def test_what_is_removed_is_nowhere(store: Store) -> None:
+def test_a_removed_note_is_found_nowhere(store: Store) -> None:
     note = store("add", wire.MemAdd("secret word"))
     store("remove", wire.MemGet(note))
     refused(errno.ENOENT, lambda: store("get", wire.MemGet(note)))
@@ -104,7 +104,7 @@ def test_what_is_removed_is_nowhere(store: Store) -> None:
     assert store("stats_of", wire.MemStats())["bytes"] == 0
 
 
-def test_others_notes_are_as_if_not_there(store: Store) -> None:
+def test_others_notes_seem_not_to_exist(store: Store) -> None:
     note = store("add", wire.MemAdd("mine", key="k"))
     for other in (SCRIPT, OTHER, STRANGER):
         for name, args in (
@@ -126,12 +126,12 @@ def test_a_shared_note_is_the_groups(store: Store) -> None:
     assert texts(store("list", wire.MemList(), OTHER)) == ["for all"]
 
 
-def test_what_another_one_wrote_last_for_the_group_asks(store: Store) -> None:
+def test_overwriting_a_groups_note_of_another_author_needs_an_approval(store: Store) -> None:
     asked: list[Deed] = []
     store.memory.consent.require = lambda ask, deed: asked.append(deed)
     note = store("add", wire.MemAdd("first", key="k", shared=True))
     store("add", wire.MemAdd("second", key="k", shared=True))
-    store("update", wire.MemUpdate("k", "third"), msgspec.structs.replace(ME, pid=99))  # started again, with its name
+    store("update", wire.MemUpdate("k", "third"), msgspec.structs.replace(ME, pid=99))  # the same agent, started again
     store("add", wire.MemAdd("own", key="k"), OTHER)
     store("update", wire.MemUpdate("k", "own again"), OTHER)
     assert asked == []
@@ -147,7 +147,7 @@ def test_what_another_one_wrote_last_for_the_group_asks(store: Store) -> None:
     assert store.database.row("SELECT count(*) FROM note_authors") == (0,)
 
 
-def test_a_note_of_an_unknown_author_asks(store: Store) -> None:
+def test_overwriting_a_note_of_an_unknown_author_needs_an_approval(store: Store) -> None:
     asked: list[Deed] = []
     store.memory.consent.require = lambda ask, deed: asked.append(deed)
     store("add", wire.MemAdd("old", key="k", shared=True))
@@ -211,7 +211,7 @@ def test_a_query_is_words_and_nothing_else(tmp_path_factory: pytest.TempPathFact
     store.database.close()
 
 
-def test_memory_is_only_a_copy(tmp_path: Path) -> None:
+def test_notes_in_memory_are_only_copies(tmp_path: Path) -> None:
     store = Store(tmp_path, ram=2000)
     notes = [store("add", wire.MemAdd("t" * 100 + str(number))) for number in range(20)]
     for number, note in enumerate(notes):
@@ -232,7 +232,7 @@ def test_a_call_that_is_submitted_again_takes_effect_once(tmp_path: Path) -> Non
     store = Store(tmp_path)
     note = store("add", wire.MemAdd("x"))
     store.database.close()
-    again = Store(tmp_path)  # the same system: a successor
+    again = Store(tmp_path)  # a successor in the same system
     again.calls = 1
     assert again("add", wire.MemAdd("x"), again=True) == note
     assert len(again("list", wire.MemList())) == 1
@@ -274,7 +274,7 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_key_leads_to_the_note_that_has_it_now(store: Store) -> None:
-    """Also when the note was found by its key before."""
+    """Even if another note was found by the key before."""
     first = store("add", wire.MemAdd("mine", key="k"))
     group = store("add", wire.MemAdd("the group's", key="k", shared=True), OTHER)
     assert [store("get", wire.MemGet("k"), who).id for who in (ME, ME, OTHER, OTHER)] == [first, first, group, group]
@@ -289,8 +289,8 @@ def test_a_key_leads_to_the_note_that_has_it_now(store: Store) -> None:
     refused(errno.ENOENT, lambda: store("get", wire.MemGet("k"), STRANGER))
 
 
-def test_any_character_is_one_like_the_others(store: Store) -> None:
-    """A NUL too, in all that a note has; and quotes, and what SQL and JSON write in another way."""
+def test_any_character_may_be_in_a_note(store: Store) -> None:
+    """Also NUL, in every field of a note, quotes, and characters that SQL and JSON escape."""
     odd = "a\0b \"c' \u2028 %_\\ {x}"
     note = store("add", wire.MemAdd(odd, key=odd, tags=[odd, "a"], metadata={odd: odd, "a": None}))
     for filters in (wire.NoteFilters([odd]), wire.NoteFilters(metadata={odd: odd})):

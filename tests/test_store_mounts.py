@@ -1,4 +1,4 @@
-"""Mounted folders: what is read and found of them, what never is, and how changes are noticed."""
+"""Mounted folders: files that are read and found, files that never are, and how changes are noticed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def settle(store: Store) -> None:
-    """Let the store do what it does between calls, until it has nothing to do."""
+    """Let the store do its work between calls until none is left."""
     end = time.monotonic() + PATIENCE_S
     poll = select.poll()
     poll.register(store.storage.mounts.fileno(), select.POLLIN)
@@ -101,8 +101,8 @@ def test_changes_are_noticed(store: Store, folder: Path) -> None:
     assert (store.paths(), store.found("fifth")) == (["docs/a.txt"], [])
 
 
-def test_who_reads_gets_what_is_there_now(store: Store, folder: Path) -> None:
-    """Before any event was looked at."""
+def test_reading_returns_the_present_content(store: Store, folder: Path) -> None:
+    """Even before any event was read."""
     mount(store, folder)
     (folder / "a.txt").write_text("0123456789")
     (folder / "late.txt").write_text("x")
@@ -114,14 +114,16 @@ def test_who_reads_gets_what_is_there_now(store: Store, folder: Path) -> None:
     refused(errno.ENOENT, lambda: store.read("docs/a.txt"))
 
 
-def test_an_overflow_of_events_leads_to_a_new_look(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_an_overflow_of_events_the_folder_is_read_again(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mount(store, folder)
     watcher = store.storage.mounts._inotify
     assert watcher is not None
     (folder / "a.txt").unlink()
     (folder / "deep" / "new").mkdir()
     (folder / "deep" / "new" / "c.txt").write_text("third")
-    watcher.read()  # they are lost
+    watcher.read()  # so the events are lost
     lost = [inotify.InotifyEvent(-1, inotify.Q_OVERFLOW, b"")]
     monkeypatch.setattr(
         inotify.Inotify,
@@ -133,7 +135,7 @@ def test_an_overflow_of_events_leads_to_a_new_look(store: Store, folder: Path, m
     assert store.storage.stats()["mount_rescans"] == 1
 
 
-def test_after_a_restart_everything_is_looked_through(tmp_path: Path, folder: Path) -> None:
+def test_after_a_restart_all_folders_are_read(tmp_path: Path, folder: Path) -> None:
     store = Store(tmp_path)
     mount(store, folder)
     store.close()
@@ -151,7 +153,7 @@ def test_after_a_restart_everything_is_looked_through(tmp_path: Path, folder: Pa
     again.close()
 
 
-def test_links_and_what_is_no_file_are_not_there(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_links_and_special_files_are_left_out(store: Store, folder: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret").write_text("secret")
@@ -170,7 +172,7 @@ def test_links_and_what_is_no_file_are_not_there(store: Store, folder: Path, tmp
     assert (outside / "secret").read_text() == "secret"
     assert os.listdir(outside) == ["secret"]
     (folder / "a.txt").unlink()
-    (folder / "a.txt").symlink_to(outside / "secret")  # exchanged after it was listed
+    (folder / "a.txt").symlink_to(outside / "secret")  # replaced after it was listed
     refused(errno.ENOENT, lambda: store.read("docs/a.txt"))
     refused(errno.ENOENT, lambda: store(Sys.STO_STAT, wire.StoPath("docs/a.txt")))
 
@@ -180,7 +182,7 @@ def test_aiosds_own_folder_is_in_no_mount(store: Store, tmp_path: Path) -> None:
         refused(errno.EINVAL, lambda path=path: mount(store, path))
     (tmp_path / "link").symlink_to(store.folder)
     refused(errno.EINVAL, lambda: mount(store, tmp_path / "link"))
-    mount(store, tmp_path)  # it lies below
+    mount(store, tmp_path)  # it lies below this folder
     assert [path for path in store.paths() if path.startswith("docs/data")] == []
     refused(errno.ENOENT, lambda: store.read("docs/data/store/store.db"))
 
@@ -211,8 +213,8 @@ def test_writing_needs_a_grant(store: Store, folder: Path) -> None:
     refused(errno.EFBIG, lambda: store(Sys.STO_UPLOAD, wire.StoUpload("docs/x")))
 
 
-def test_what_is_appended_is_there_once(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The effect is on a real disk before the memo is in the database: a call may come again without its memo."""
+def test_appended_bytes_are_in_the_file_once(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The effect is on the disk before the memo is in the database, so a call may be submitted again without a memo."""
     mount(store, folder, write=True)
     os.chmod(folder / "a.txt", 0o640)
     assert store.write("docs/a.txt", b", and more", append=True).size == 21
@@ -242,7 +244,7 @@ def test_what_is_appended_is_there_once(store: Store, folder: Path, monkeypatch:
     assert sorted(os.listdir(folder)) == ["a.txt", "deep", "link", "new"], "nothing is left beside it"
 
 
-def test_what_is_removed_is_gone_once(store: Store, folder: Path) -> None:
+def test_a_file_is_removed_once(store: Store, folder: Path) -> None:
     mount(store, folder, write=True)
     outside = folder.parent / "outside"
     outside.write_text("secret")
@@ -259,7 +261,7 @@ def test_what_is_removed_is_gone_once(store: Store, folder: Path) -> None:
     assert (store.found("first"), outside.read_text(), sorted(os.listdir(folder))) == ([], "secret", ["deep", "link"])
 
 
-def test_to_remove_what_a_group_has_mounted_asks(store: Store, folder: Path) -> None:
+def test_removing_a_file_of_a_groups_mount_needs_an_approval(store: Store, folder: Path) -> None:
     mount(store, folder, write=True, of="group:default")
     deeds: list[Any] = []
     store.storage.consent.require = lambda ask, deed: deeds.append(deed)
@@ -269,7 +271,7 @@ def test_to_remove_what_a_group_has_mounted_asks(store: Store, folder: Path) -> 
     assert ["removed" in deed.default for deed in deeds] == [True]
 
 
-def test_an_agent_mounts_only_what_a_person_has_named(tmp_path: Path, folder: Path) -> None:
+def test_an_agent_mounts_only_folders_that_a_person_has_named(tmp_path: Path, folder: Path) -> None:
     me = link.Caller(7, os.getuid(), "me", True, "default")
     (tmp_path / "other").mkdir()
     (folder / "out").symlink_to(tmp_path / "other")
@@ -321,7 +323,7 @@ def test_names_that_no_path_can_have_are_left_out(store: Store, folder: Path) ->
     assert store.read("docs/caf\u00e9") == store.read("docs/cafe\u0301") == b"decomposed"
 
 
-def test_bounds_are_said(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_are_reported(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(10):
         (folder / f"n{number}").write_text("x")
     monkeypatch.setattr(mounts, "MOST_FILES", 5)
@@ -342,7 +344,7 @@ def test_a_write_is_the_old_file_or_the_new_one(folder: Path, monkeypatch: pytes
     real.close()
 
 
-def test_a_burst_is_looked_at_once(store: Store, folder: Path) -> None:
+def test_a_burst_of_events_is_handled_once(store: Store, folder: Path) -> None:
     mount(store, folder)
     looks = store.storage.mounts.counts["mount_looks"]
     for number in range(300):

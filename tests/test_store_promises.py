@@ -1,4 +1,4 @@
-"""Answers that the kernel gives again, because the store has promised that they are still right."""
+"""Answers that the kernel gives again, because the store has promised to report changes."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ READING = (Sys.MEM_GET, Sys.STO_READ)
 
 
 class Kernel:
-    """The kernel's side of a channel: it keeps what it may. What it has must be right whenever it is told of a change,
-    and when all is quiet."""
+    """The kernel's side of a channel: it keeps promised answers. They must be right whenever a change is reported, and
+    when no call runs."""
 
     def __init__(self, folder: Path) -> None:
         self.database = database = Database(folder, DiskReserve(folder, wal=0, ballast=0, floor=0))
@@ -154,7 +154,7 @@ TURNS = st.lists(
 
 @settings(deadline=None, max_examples=20)
 @given(TURNS, st.booleans())
-def test_what_the_kernel_keeps_is_what_the_store_would_answer(turns: Any, ahead: bool) -> None:
+def test_answers_in_the_kernel_are_those_of_the_store(turns: Any, ahead: bool) -> None:
     with TemporaryDirectory() as folder:
         kernel = Kernel(Path(folder))
         kernel.ahead = ahead
@@ -186,7 +186,7 @@ def kernel(tmp_path: Path) -> Any:
     made.close()
 
 
-def test_each_that_has_read_it_reads_it_anew_after_a_change(kernel: Kernel) -> None:
+def test_after_a_change_each_agent_reads_the_new_note(kernel: Kernel) -> None:
     kernel.turn(
         kernel.ask(7, Sys.MEM_ADD, wire.MemAdd("one", "k")),
         kernel.ask(7, Sys.STO_WRITE, wire.StoWrite("f", b"1")),
@@ -292,8 +292,8 @@ def test_reads_are_counted_alike_wherever_they_are_answered(steps: Any) -> None:
     assert counted[0] == counted[1]
 
 
-def test_what_may_change_by_itself_is_not_promised(kernel: Kernel) -> None:
-    """A note with an end; a group's note by its key, in whose place an own one may come."""
+def test_answers_that_may_change_without_a_call_are_not_promised(kernel: Kernel) -> None:
+    """A note with a ttl; and a group's note found by its key, which a note of the agent's own may replace."""
     kernel.turn(
         kernel.ask(7, Sys.MEM_ADD, wire.MemAdd("ends", "e", ttl_s=1000.0)),
         kernel.ask(9, Sys.MEM_ADD, wire.MemAdd("of all", "k", shared=True)),
@@ -304,7 +304,7 @@ def test_what_may_change_by_itself_is_not_promised(kernel: Kernel) -> None:
     assert len(kernel.peers[7].copies) == 1
 
 
-def test_what_has_no_room_goes_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_the_oldest_answers_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, one, other = Copies(), Peer(1, None), Peer(2, None)
     monkeypatch.setattr(copies, "OF_ALL_BYTES", 56_004)
     for number in range(copies.OF_PEER + 2):

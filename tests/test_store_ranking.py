@@ -1,4 +1,4 @@
-"""How well notes are found: 100 notes, each by a question that means it and shares few words with it."""
+"""How well notes are found: 100 notes, each by a question about it that shares few words with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aiosd.llm import llama  # its binding opens descriptors when it is imported
+from aiosd.llm import llama  # imported here, because its binding opens descriptors
 from aiosd.llm.embed import EmbeddingEngine
 from aiosd.models.places import ours
 from aiosd.store import static
@@ -20,7 +20,7 @@ NAME = "all-MiniLM-L6-v2"
 
 
 class OfModel:
-    """The embedding model, in this process."""
+    """The embedding model, run in this process."""
 
     name = shown = NAME
 
@@ -59,7 +59,7 @@ def filled(folder: Path, embedder: Any) -> Store:
 
 
 def test_words_alone_find_few(tmp_path: Path) -> None:
-    """These pairs are a test of meaning: where words would do, it would show nothing."""
+    """So these pairs test meaning: pairs that words find would show nothing."""
     store = filled(tmp_path, None)
     assert recall(store, 1) <= 0.1
     store.database.close()
@@ -67,7 +67,7 @@ def test_words_alone_find_few(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("file", "first", "five"), [(f"{NAME}.vectors", 0.22, 0.5), (f"{NAME}.gguf", 0.8, 0.93)])
 def test_meaning_finds_most(tmp_path: Path, file: str, first: float, five: float) -> None:
-    """And words beside it do no harm. A note is first for its own text, whatever its vector is."""
+    """And the search by words does no harm. A note ranks first for its own text, whatever its vector."""
     store = filled(tmp_path, embedder_from(file))
     assert recall(store, 1) >= first
     assert recall(store, 5) >= five

@@ -1,4 +1,4 @@
-"""A disk that is full, or nearly: growth is refused, and all else goes on."""
+"""On a full or nearly full disk calls that need more room are refused, and all others work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_wal_has_its_full_size_from_the_start_and_keeps_it(tmp_path: Path) -
         store.turn(*(add(32 * number + call, "x" * 2000) for call in range(1, 33)))
         store.database.rest()
     assert wal.stat().st_size == WAL_BYTES
-    store.turn(*(add(10_000 + call, "x" * 500_000) for call in range(1, 25)))  # a commit that is larger
+    store.turn(*(add(10_000 + call, "x" * 500_000) for call in range(1, 25)))  # a commit that is larger than the WAL
     assert wal.stat().st_size > WAL_BYTES
     store.database.rest()
     store.turn(add(20_000, "small"))
@@ -69,7 +69,7 @@ def test_the_ballast_is_given_up_on_a_full_disk_and_laid_by_again(tmp_path: Path
 
 @pytest.fixture
 def disk() -> Iterator[Path]:
-    """A disk of 40 MB."""
+    """A file system of 40 MB."""
     path = Path(f"/tmp/aios-room-{os.getpid()}")
     path.mkdir()
     try:
@@ -83,7 +83,7 @@ def disk() -> Iterator[Path]:
 
 @pytest.mark.parametrize("checkpoints", [True, False])
 def test_on_a_disk_without_a_free_byte_removal_works(disk: Path, checkpoints: bool) -> None:
-    """Without the floor, so that SQLite itself meets the full disk. Not all of the WAL may be in the file by then."""
+    """Without the floor, so that SQLite itself finds the disk full. A part of the WAL may not be in the file then."""
     with contextlib.closing(Store(disk, room=room_in(disk, ballast=8 << 20))) as store:
         if not checkpoints:
             store.database.db.wal_autocheckpoint(0)
@@ -109,7 +109,7 @@ def meet_a_full_disk(store: Store, disk: Path) -> None:
 
 
 def test_on_a_full_disk_all_notes_can_be_cleared(disk: Path) -> None:
-    """All of them at once are more than there is room for in the WAL."""
+    """Clearing all at once would need more room than the WAL has."""
     with contextlib.closing(Store(disk, room=(room := room_in(disk, wal=1 << 18, ballast=0)))) as store:
         for begin in range(0, 4000, 200):
             store.turn(
@@ -117,7 +117,7 @@ def test_on_a_full_disk_all_notes_can_be_cleared(disk: Path) -> None:
             )
             store.turn(*(add(begin + one, f"{begin + one} of many", pid=8, settled=begin) for one in range(1, 201)))
         store.database.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-        store.database.db.wal_autocheckpoint(32)  # the half of it, as otherwise
+        store.database.db.wal_autocheckpoint(32)  # half of the WAL, as in the store
         room.prepare(store.database.path)
         with open(disk / "filler", "wb", buffering=0) as filler:
             while room.free():

@@ -18,7 +18,7 @@ from libaios.home import Home
 from tests.conftest import System, eventually
 
 ADD = "import sys, libaios as aios\naios.mem.add(sys.argv[1])\n"
-#: What does not get as far as the kernel, or is not what it looks like.
+#: Arguments that the SDK refuses, or changes before they are sent.
 BAD = """
 import libaios as aios
 for act in (
@@ -33,7 +33,7 @@ for act in (
     except OSError as err: print(err.errno, err.strerror.partition(":")[0])
 print(aios.mem.stats()["notes"])
 """
-#: Reads at each line, or changes what it reads to that.
+#: For each line: reads the note and the file, or changes both to the line's text.
 READ = """
 import sys, libaios as aios
 for line in sys.stdin:
@@ -63,7 +63,7 @@ def ospid(system: System) -> int:
 
 
 def kill(system: System) -> None:
-    old = eventually(lambda: ospid(system))  # 0 between a death and the next fork
+    old = eventually(lambda: ospid(system))  # it is 0 between a death and the next fork
     assert old
     os.kill(old, signal.SIGKILL)
     assert eventually(lambda: not psutil.pid_exists(old))
@@ -83,7 +83,7 @@ def test_an_agent_remembers_under_its_name(fresh_aiosd: Callable[..., System], t
 
 
 def test_acknowledged_notes_outlive_the_store(fresh_aiosd: Callable[..., System]) -> None:
-    """The store is killed again and again under open calls: each note is there, and once."""
+    """The store is killed again and again during calls: each acknowledged note exists, once."""
     system = fresh_aiosd()
     with Client(Home(str(system.home))) as client:
         written = 0
@@ -145,7 +145,7 @@ def test_bad_input_is_refused_with_a_sentence(fresh_aiosd: Callable[..., System]
 
 
 def test_inspect_shows_what_an_agent_keeps(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
-    """By a person of any agent; by an agent of itself."""
+    """A person may inspect any agent; an agent itself."""
     system = fresh_aiosd()
     (script := tmp_path / "keep.py").write_text(
         "import json, os, subprocess, sys\nimport libaios as aios\n"
@@ -163,7 +163,9 @@ def test_inspect_shows_what_an_agent_keeps(fresh_aiosd: Callable[..., System], t
     job.communicate("")
 
 
-def test_what_was_read_once_needs_no_store_until_it_changes(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
+def test_reading_a_note_again_needs_no_store_until_it_changes(
+    fresh_aiosd: Callable[..., System], tmp_path: Path
+) -> None:
     aiosd = fresh_aiosd()
     (script := tmp_path / "read.py").write_text(READ)
     agents = [aiosd.popen("aios-run", "--name", "reader", str(script)) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The words of notes follow in the background: what is found when, and what becomes of the queue."""
+"""The words of notes are indexed in the background: what is found when, and how the queue is worked on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def found(store: Store, query: str, k: int = 5, caller: Any = ME, **more: Any) -
 
 
 def places(store: Store) -> tuple[set[int], set[int], set[int]]:
-    """Notes in the queue, in the index of words, in that of texts."""
+    """Numbers of notes in the queue, in the index of words, and in that of texts."""
     tables = ("SELECT note FROM wordless", "SELECT rowid FROM note_words", "SELECT note FROM note_sums")
     queued, worded, summed = ({row[0] for row in store.database.rows(sql)} for sql in tables)
     return queued, worded, summed
@@ -62,7 +62,7 @@ def test_an_agent_finds_at_once_what_it_has_written(store: Store) -> None:
 def test_a_live_note_is_in_the_indexes_or_in_the_queue(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]]
 ) -> None:
-    """And what is no more, or was changed, is nowhere."""
+    """And removed notes and old texts are in neither."""
     store = Store(tmp_path_factory.mktemp("words"))
     model: dict[int, str] = {}
     for number, (what, which) in enumerate(steps):
@@ -95,7 +95,7 @@ def test_a_live_note_is_in_the_indexes_or_in_the_queue(
 
 
 def test_a_search_waits_for_words_and_not_for_long(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond its time it finds what has its words, and by its own text what has none, filters before the limit."""
+    """After this time it finds indexed notes by words, others by their whole text. Filters come before the limit."""
     monkeypatch.setattr(words, "SLICE", 2)
     now = [0.0]
     store.memory.words._clock = lambda: now[0]
@@ -116,14 +116,14 @@ def test_a_search_waits_for_words_and_not_for_long(store: Store, monkeypatch: py
     assert places(store)[0], "some are in the queue still"
 
 
-def test_where_nothing_may_grow_search_goes_on(tmp_path: Path) -> None:
+def test_without_room_on_the_disk_search_works(tmp_path: Path) -> None:
     room = DiskReserve(tmp_path, wal=0, ballast=0)
     store = Store(tmp_path)
     store.database.room = room
     store("add", wire.MemAdd("first tea"))
     found(store, "tea")
     store("add", wire.MemAdd("second tea"))
-    room.floor = 1 << 60  # more than there is on any disk
+    room.floor = 1 << 60  # more than any disk has
     assert found(store, "tea") == ["first tea"]
     assert found(store, "second tea") == ["second tea", "first tea"]
     with pytest.raises(OSError, match="nearly full") as caught:
@@ -135,7 +135,7 @@ def test_where_nothing_may_grow_search_goes_on(tmp_path: Path) -> None:
     store.database.close()
 
 
-def test_a_note_that_cannot_be_read_holds_up_no_other(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_that_cannot_be_read_delays_no_other(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("one tea", "two tea", "three tea"):
         store("add", wire.MemAdd(text))
     row = store.database.row
@@ -188,7 +188,7 @@ def test_a_call_without_a_savepoint_that_fails_in_the_middle_costs_no_other(tmp_
 
 
 def test_a_quota_that_is_used_up_loses_no_transaction(tmp_path: Path) -> None:
-    """So an agent that is refused again and again costs its neighbours nothing: of a new owner, too."""
+    """So an agent that is refused again and again costs others nothing, even if it is a new owner."""
     store = GroupStore(tmp_path)
     store.memory.quota = 500
     assert store.turn(add(1, "x" * 600, pid=9), add(2, "one"), add(3, "x" * 400)) == [errno.EDQUOT, 1, errno.EDQUOT]
@@ -197,7 +197,7 @@ def test_a_quota_that_is_used_up_loses_no_transaction(tmp_path: Path) -> None:
     store.close()
 
 
-def test_notes_whose_time_is_over_make_room_in_the_quota(store: Store) -> None:
+def test_expired_notes_free_their_part_of_the_quota(store: Store) -> None:
     store.memory.quota = 500
     store("add", wire.MemAdd("x" * 200, ttl_s=10))
     with pytest.raises(OSError, match="quota"):
@@ -207,7 +207,7 @@ def test_notes_whose_time_is_over_make_room_in_the_quota(store: Store) -> None:
     assert texts(store("list", wire.MemList())) == ["y" * 200]
 
 
-def test_an_older_store_gets_its_words_anew(tmp_path: Path) -> None:
+def test_words_of_an_older_store_are_indexed_again(tmp_path: Path) -> None:
     db = connect(tmp_path / FILE)
     for script in MIGRATIONS[:3]:
         db.execute(script)
@@ -226,7 +226,7 @@ def test_an_older_store_gets_its_words_anew(tmp_path: Path) -> None:
 
 
 def test_words_wait_while_calls_keep_coming(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A share of the time is theirs; with too many of them waiting, all that it takes."""
+    """Indexing has a share of the time; if too many words wait, as much as it needs."""
     now, busy = [100.0], True
     monkeypatch.setattr("aiosd.store.main.time.monotonic", lambda: now[0])
     done: list[float] = []
@@ -268,7 +268,7 @@ def test_the_file_of_an_index_has_no_copy_of_the_texts(tmp_path: Path) -> None:
 
 
 def test_words_do_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their commits are on it with the next call's, which waits as ever."""
+    """Their commits reach the disk with that of the next call, which waits as usual."""
     store = GroupStore(tmp_path)
     levels: list[Any] = []
 
@@ -294,8 +294,8 @@ def test_words_do_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
 def test_conditions_are_looked_up_in_indexes_and_words_are_looked_for_once(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A search asks for no row of a note that only may be found, and never for words in one note after the other: with
-    thousands of notes that takes seconds."""
+    """A search reads no rows of mere candidates, and does not look up words in one note after the other, which takes
+    seconds with thousands of notes."""
     for number in range(20):
         store("add", wire.MemAdd(f"tea {number}", tags=["t"], metadata={"n": number}))
     found(store, "tea")

@@ -19,7 +19,7 @@ from libaios.stream import MAX_FDS, FrameSocket, ProtocolError
 class Ends:
     def __init__(self, max_frame: int = 1 << 24) -> None:
         left, right = socket.socketpair()
-        self.raw = left.dup()  # what a hostile peer writes on
+        self.raw = left.dup()  # on which a hostile peer writes
         self.sender, self.receiver = FrameSocket(left), FrameSocket(right, max_frame)
 
     def close(self) -> None:
@@ -46,7 +46,7 @@ def send_raw(sock: socket.socket, data: bytes, fds: list[int]) -> None:
 @given(st.lists(st.tuples(st.integers(0, 300_000), st.integers(0, MAX_FDS)), max_size=12), st.integers(0, 99))
 @settings(max_examples=60)
 def test_every_descriptor_comes_with_its_frame(frames: list[tuple[int, int]], seed: int) -> None:
-    """However the frames fall together in the socket's buffer."""
+    """However the frames are joined in the socket's buffer."""
     before = count()
     ends = Ends()
     chance = random.Random(seed)
@@ -74,7 +74,7 @@ def test_every_descriptor_comes_with_its_frame(frames: list[tuple[int, int]], se
 
 
 def test_descriptors_do_not_go_to_the_frame_before(ends: Ends) -> None:
-    """Linux gives bytes without descriptors and those with some in one read."""
+    """Linux may return bytes without descriptors and bytes with some in one read."""
     ends.sender.send(b"plain")
     ends.sender.send(b"with", [0])
     ends.sender.send(b"after")
@@ -84,7 +84,7 @@ def test_descriptors_do_not_go_to_the_frame_before(ends: Ends) -> None:
 
 
 def test_all_frames_of_a_burst_are_delivered(ends: Ends) -> None:
-    """The socket does not become readable for what was read already."""
+    """The socket does not become readable again for bytes that were read already."""
     for number in range(200):
         ends.sender.send(struct.pack("<I", number))
     assert len(ends.receiver.receive()) == 200
@@ -108,7 +108,7 @@ def test_a_hang_up_comes_after_all_that_was_sent(ends: Ends) -> None:
         ends.receiver.receive()
 
 
-def test_what_the_socket_does_not_take_waits(ends: Ends) -> None:
+def test_bytes_that_the_socket_does_not_take_wait(ends: Ends) -> None:
     payload = bytes(4 << 20)
     ends.sender.send(payload, [0])
     assert ends.sender.pending
@@ -135,7 +135,7 @@ def test_close_closes_descriptors_on_their_way(ends: Ends) -> None:
     assert ends.receiver.receive() == []
     assert count() == before + 2
     ends.receiver.close()
-    assert count() == before - 1  # and the socket
+    assert count() == before - 1  # the socket is closed, too
 
 
 # ── hostile peers ─────────────────────────────────────────────────────────────────────────────────────────
@@ -148,7 +148,7 @@ def test_client_announces_a_frame_of_four_gigabytes(ends: Ends) -> None:
 
 
 def test_client_sends_good_frames_with_descriptors_before_a_bad_one(ends: Ends) -> None:
-    """The good ones are delivered, for their receiver has to close what came with them."""
+    """The good ones are delivered, because the receiver has to close their descriptors."""
     send_raw(ends.raw, struct.pack("<I", 2) + b"ok", [0])
     ends.raw.sendall(b"\xff\xff\xff\xff")
     ((payload, fds),) = ends.receiver.receive()

@@ -43,8 +43,8 @@ def agent(pid: int) -> Agent:
     return Agent(pid, 1000 + pid, spec, pid, 0.0, 0.0, "", -1, -1, ppid=1, nice=0, status=0)
 
 
-def test_what_a_dead_kernel_had_sent_counts_though_no_kernel_can_be_told_any_more() -> None:
-    """Else an exit status that it gave out is given out again by the next one."""
+def test_messages_of_a_dead_kernel_count_even_if_no_kernel_can_be_reached() -> None:
+    """Otherwise the next kernel would return an exit status again that this one has returned."""
     ours, theirs = socket.socketpair()
     supervisor = object.__new__(Supervisor)
     with select.epoll() as epoll:
@@ -63,8 +63,8 @@ def test_what_a_dead_kernel_had_sent_counts_though_no_kernel_can_be_told_any_mor
     assert [one.reaped for one in agents.records.values()] == [True, True]
 
 
-def test_a_bug_in_what_is_done_for_a_dead_child_is_not_swallowed() -> None:
-    """Whatever its type: what was to be done is not left half done without a word."""
+def test_a_bug_in_the_work_for_a_dead_child_is_not_swallowed() -> None:
+    """Whatever the exception: the work must not be left half done silently."""
     supervisor = object.__new__(Supervisor)
     supervisor.stopping = ""
 
@@ -79,7 +79,7 @@ def test_a_bug_in_what_is_done_for_a_dead_child_is_not_swallowed() -> None:
 
 
 def test_descendants_are_signalled_through_pidfds_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A number that was given to another process meanwhile is not hit."""
+    """A process that has got the pid of a descendant meanwhile gets no signal."""
     signalled: list[int] = []
     monkeypatch.setattr(signals.signal, "pidfd_send_signal", lambda pidfd, number: signalled.append(number))
     monkeypatch.setattr(signals.os, "kill", lambda *args: pytest.fail("by its number"))
@@ -87,12 +87,12 @@ def test_descendants_are_signalled_through_pidfds_and_no_others(monkeypatch: pyt
         monkeypatch.setattr(signals.procfs, "descendants", lambda root: [child.pid])
         signals.signal_descendants(os.getpid(), 15)
         assert signalled == [15]
-        signals.signal_descendants(1 << 30, 15)  # by now the number is a child of another process
+        signals.signal_descendants(1 << 30, 15)  # the pid now belongs to a child of another process
         assert signalled == [15]
         child.stdin.close()  # type: ignore[union-attr]
 
 
-def test_own_processes_are_told_to_end_in_the_order_of_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_processes_are_stopped_in_the_order_of_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
     now, done = 0.0, []
     supervisor = object.__new__(Supervisor)
     supervisor.timers = Timers(lambda: now)
@@ -119,14 +119,14 @@ def test_own_processes_are_told_to_end_in_the_order_of_their_records(monkeypatch
     assert supervisor.exit_code == 0
 
 
-def test_a_heart_beats_while_the_last_numbers_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeats_go_on_while_the_last_pids_are_written_to_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
     supervisor = object.__new__(Supervisor)
     supervisor.heartbeat = 7
     supervisor.pids = SimpleNamespace(release=lambda: done.append("released"))  # type: ignore[assignment]
 
     def begin(write: int, rounds: Rounds) -> None:
-        done.append((write, rounds.stuck(), rounds._since is not None))  # not for ever: a dead disk is a hang
+        done.append((write, rounds.stuck(), rounds._since is not None))  # not for ever: a dead disk counts as a hang
 
     monkeypatch.setattr(module, "beat_in_background", begin)
     supervisor._release_pids()

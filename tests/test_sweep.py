@@ -1,5 +1,5 @@
-"""The end of everything below a process, also where KILL ends nothing. Each in a process of its own: what it sweeps is
-its own then, and a change of `os.kill` in there affects no other test."""
+"""Ending all descendants of a process, also those that KILL does not end. Each test has a process of its own, so that
+it ends only its own descendants, and its change of `os.kill` affects no other test."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Log(logging.Handler):
 
 
 def in_a_subreaper(body: Callable[[], None]) -> None:
-    """Run `body`; its failure, or that it does not come back, is the test's."""
+    """Run `body` in a child; the test fails if it fails or does not end."""
 
     def child() -> int:
         adopt_orphans()
@@ -47,7 +47,7 @@ def in_a_subreaper(body: Callable[[], None]) -> None:
         return collected == ospid
 
     if not eventually(ended, timeout=30.0):
-        kill(ospid, signal.SIGKILL)  # and what it has forked, by the parent-death signal
+        kill(ospid, signal.SIGKILL)  # its children end by the parent-death signal
         os.waitpid(ospid, 0)
         pytest.fail("waits for a process that does not end")
     assert status == 0, "see the traceback on stderr"
@@ -59,7 +59,7 @@ def sleeper() -> int:
 
 
 def fork_spinner() -> int:
-    """A process that runs, and does already."""
+    """Fork a process that spins; returns when it does."""
     reading, writing = os.pipe()
 
     def child() -> int:
@@ -82,7 +82,7 @@ def refused(ospid: int, number: int) -> None:
 
 
 def without_effect(ospid: int, number: int) -> None:
-    """As on a process in state D."""
+    """Let a signal have no effect, as on a process in state D."""
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def without_effect(ospid: int, number: int) -> None:
     ],
     ids=["another user's", "another user's, busy", "uninterruptible"],
 )
-def test_what_cannot_be_killed_is_given_up_and_named(
+def test_a_process_that_cannot_be_killed_is_given_up_and_named(
     monkeypatch: pytest.MonkeyPatch, start: Callable[[], int], killing: Callable[[int, int], None]
 ) -> None:
     def body() -> None:
@@ -115,8 +115,8 @@ def test_what_cannot_be_killed_is_given_up_and_named(
     in_a_subreaper(body)
 
 
-def test_what_takes_its_time_to_die_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A core with a big model gives back its memory for longer than anybody's patience."""
+def test_a_process_that_dies_slowly_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example, a core with a large model needs long to free its memory."""
 
     def body() -> None:
         log = Log()
@@ -137,7 +137,7 @@ def test_what_takes_its_time_to_die_is_waited_for(monkeypatch: pytest.MonkeyPatc
     in_a_subreaper(body)
 
 
-def test_nothing_is_left_and_the_caller_gets_to_do_its_own_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_and_the_callers_own_work_is_done_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     def body() -> None:
         log = Log()
         reading, writing = os.pipe()
@@ -157,7 +157,7 @@ def test_nothing_is_left_and_the_caller_gets_to_do_its_own_meanwhile(monkeypatch
             os.read(reading, 1)
             return 0
 
-        foreign = fork(patient)  # ends when our caller lets it
+        foreign = fork(patient)  # ends when the caller permits it
 
         def fake_kill(ospid: int, number: int) -> None:
             (refused if ospid == foreign else kill)(ospid, number)

@@ -1,4 +1,4 @@
-"""Agents that are forked from templates (`aios-run --preload`) are agents like any other, and share what was loaded."""
+"""Agents that are forked from templates (`aios-run --preload`) behave like others, and share loaded modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from libaios.client import Client
 from libaios.home import Home
 from tests.conftest import System, eventually
 
-#: What an agent finds: its interpreter, its parent, whether modules were loaded before it, where it is.
+#: Prints what an agent finds: its interpreter, its parent, whether modules were loaded before it, its folder.
 LOOK = """
 import json, os, sys
 import libaios as aios
@@ -48,7 +48,7 @@ MODULES = {
 }
 
 
-#: A client that loads a part of itself when it is used.
+#: A client that loads a part of itself at its first use.
 CLIENT = """
 import json, urllib.request
 
@@ -71,7 +71,7 @@ MODULES |= {"openai": CLIENT, "lazy": "ANSWERS = []\n"}
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment that has neither aiosd nor msgspec, and a few modules of its own."""
+    """A virtual environment without aiosd and msgspec, with some modules of its own."""
     folder = tmp_path_factory.mktemp("env") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--symlinks", folder], check=True, timeout=60)
     site = next(folder.glob("lib/python*/site-packages"))
@@ -91,14 +91,14 @@ def system_of_module() -> Iterator[System]:
 
 @pytest.fixture
 def system(system_of_module: System) -> Iterator[System]:
-    """Ends without agents and without templates."""
+    """A system that has no agents and templates at the end of a test."""
     yield system_of_module
     end_templates(system_of_module)
     assert system_of_module.calm_down() == []
 
 
 def end_templates(system: System) -> None:
-    """Kill all, and see that the kernel knows of it."""
+    """Kill all templates, and wait until the kernel has recorded it."""
     with Client(Home(system.home)) as client:
 
         def status() -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_an_agent_of_another_environment(system: System, environment: Path, tmp_
     assert found["parent"] == supervisor(system)
     environ = found["environ"]
     assert environ["COLOUR"] == "green"
-    assert environ["OPENBLAS_NUM_THREADS"] == "3"  # and not the template's own
+    assert environ["OPENBLAS_NUM_THREADS"] == "3"  # not that of the template
     assert len(found["fds"]) == 7  # three, bell, channel and its mapping, the folder being listed
     (shown,) = system.status()["templates"]
     assert (shown["name"], shown["state"], shown["agents"]) == ("template:warm", "ready", 1)
@@ -195,7 +195,7 @@ def test_a_module_as_the_program_and_what_it_registers_for_its_end(system: Syste
     assert done.stdout.endswith("at exit\n")
 
 
-def test_what_is_made_in_use_is_there_before(system: System, environment: Path, tmp_path: Path) -> None:
+def test_objects_that_are_created_in_use_exist_before(system: System, environment: Path, tmp_path: Path) -> None:
     source = """
         import sys
         whole, stream = sys.modules["lazy"].ANSWERS
@@ -207,7 +207,7 @@ def test_what_is_made_in_use_is_there_before(system: System, environment: Path, 
     assert template.children() == []
 
 
-def test_a_template_knows_nothing_of_its_agents(system: System, environment: Path, tmp_path: Path) -> None:
+def test_a_template_has_no_data_of_its_agents(system: System, environment: Path, tmp_path: Path) -> None:
     path = script(tmp_path, "import sys\nprint(input(), sys.argv[1][::-1])")
     secret = "".join(reversed("eman-terces"))
     done = run(system, environment, path, f"{secret}-1", input=f"{secret}-2\n", env={"KEY": f"{secret}-3"})
@@ -240,7 +240,7 @@ CANNOT = {
 }
 
 
-def test_templates_that_cannot_be(system: System, environment: Path, tmp_path: Path) -> None:
+def test_invalid_templates(system: System, environment: Path, tmp_path: Path) -> None:
     path = script(tmp_path, "print('runs')")
     for module, (words, code) in CANNOT.items():
         done = system.run("aios-run", "--preload", f"warm,{module}", "--python", environment, path)
@@ -250,7 +250,7 @@ def test_templates_that_cannot_be(system: System, environment: Path, tmp_path: P
     assert system.status()["templates"] == []
 
 
-def test_interpreters_that_cannot_be(system: System, tmp_path: Path) -> None:
+def test_invalid_interpreters(system: System, tmp_path: Path) -> None:
     path = script(tmp_path, "print('runs')")
     old = script(tmp_path, "#!/bin/sh\nexit 3\n", "python")
     missing = system.run("aios-run", "--preload", "json", "--python", tmp_path / "nowhere", path)
@@ -272,7 +272,7 @@ def test_files_that_change_make_a_new_template(system: System, environment: Path
         assert run(system, environment, path).stdout == "1\n"
         (first,) = templates(system)
         file.write_text(was.replace("return 1", "return 22"))
-        assert eventually(lambda: run(system, environment, path).stdout == "22\n")  # looked at once a second
+        assert eventually(lambda: run(system, environment, path).stdout == "22\n")  # files are checked once a second
         (second,) = templates(system)
         assert first.pid != second.pid
     finally:
@@ -317,7 +317,7 @@ def test_a_template_that_is_killed_while_it_loads(system: System, environment: P
 
 @pytest.mark.parametrize("level", LEVELS[1:])
 def test_confined_agents(system: System, environment: Path, tmp_path: Path, level: str) -> None:
-    """One is forked from a template and confined; and none may name a template, whose modules run unconfined."""
+    """An agent that is forked from a template is confined. A confined agent may name none: its modules would not be."""
     if LEVELS.index(system.status()["sandbox"]["possible"]) < LEVELS.index(level):
         pytest.skip(f"no {level} on this machine")
     (tmp_path / "own").mkdir()
@@ -352,7 +352,7 @@ def test_random_numbers_of_numpy_differ(system: System, tmp_path: Path) -> None:
 def test_an_agent_that_starts_with_the_system(
     fresh_aiosd: Callable[..., System], environment: Path, tmp_path: Path
 ) -> None:
-    """From a template, which ends when it has been idle for a while."""
+    """It is forked from a template, which ends when it has been idle for a while."""
     script(tmp_path, "import warm\nprint(warm.use())")
     agent = f'[[agent]]\nfile = "agent.py"\npreload = "warm"\npython = "{environment}"\n'
     (tmp_path / "aiosd.toml").write_text(agent)
@@ -370,7 +370,7 @@ def test_an_agent_that_starts_with_the_system(
         {"file": ["x.py"], "preload": ["json"], "python": "nowhere"},
     ],
 )
-def test_what_cannot_be_in_the_settings(values: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_settings(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"preload goes with|there is no such interpreter"):
         autostart.read(values, str(tmp_path))
     with pytest.raises(ValueError, match="no names of modules"):

@@ -1,5 +1,5 @@
 """Linux starts no thread, or no process: agents have used up what the user or the container may have. No part of the
-system ends by that, or does without its thread from then on."""
+system ends because of that, and a part whose thread was refused starts it later."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.conftest import eventually
 
 
 class Limit:
-    """Whether Linux has room for threads and processes."""
+    """Whether Linux refuses to start threads and processes."""
 
     reached = True
 
@@ -60,7 +60,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Limit]:
     found.reached = False
 
 
-def test_it_is_an_error_of_the_world(limit: Limit) -> None:
+def test_a_refused_thread_raises_eagain(limit: Limit) -> None:
     with pytest.raises(BlockingIOError) as caught:
         threads.start(lambda: None, "x")
     assert caught.value.errno == errno.EAGAIN
@@ -124,7 +124,7 @@ def test_a_workspace_is_measured_later_and_counts_as_slow_until_then(limit: Limi
 # ── services ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_without_a_thread_there_are_no_vectors_for_now(limit: Limit, tmp_path: Path) -> None:
+def test_without_a_thread_there_are_no_vectors_yet(limit: Limit, tmp_path: Path) -> None:
     (tmp_path / "model").write_bytes(b"x")
     embedder, found = OfCore(str(tmp_path), "model", str(tmp_path / "model")), list[Any]()
     for urgent in (True, False):
@@ -137,7 +137,7 @@ def test_without_a_thread_there_are_no_vectors_for_now(limit: Limit, tmp_path: P
 
 def test_folders_of_tools_are_removed_at_the_next_start(limit: Limit, tmp_path: Path) -> None:
     (tmp_path / "agent-1").mkdir()
-    with pytest.raises(BlockingIOError):  # the server notes it, and goes on
+    with pytest.raises(BlockingIOError):  # the server logs it, and continues
         ToolboxService._remove([tmp_path / "agent-1"])
 
 
@@ -156,7 +156,7 @@ def test_a_call_that_no_worker_can_run_is_refused(limit: Limit, tmp_path: Path) 
     assert ([one.errno for one in done], over) == ([errno.EAGAIN] * 2, ["one", "two"])
 
 
-def test_a_text_that_cannot_be_prepared_is_refused_and_the_next_one_is_not(limit: Limit) -> None:
+def test_a_text_is_refused_only_while_no_process_can_start(limit: Limit) -> None:
     failed = list[OSError]()
     front = Front("model", 64, command=["cat"])
     for _ in range(2):
@@ -168,14 +168,14 @@ def test_a_text_that_cannot_be_prepared_is_refused_and_the_next_one_is_not(limit
     front.close()
 
 
-def test_a_core_without_a_timer_looks_again_by_itself(limit: Limit) -> None:
+def test_a_core_without_a_timer_thread_raises_nothing(limit: Limit) -> None:
     bell = Bell()
     bell.ring_in(1.0)
     bell.stop()
     bell.close()
 
 
-def test_a_host_that_cannot_be_looked_up_takes_no_place_for_good(limit: Limit) -> None:
+def test_a_refused_lookup_releases_its_place(limit: Limit) -> None:
     async def dial() -> bool:
         lookups = asyncio.Semaphore(1)
         with pytest.raises(Unreachable):
@@ -185,7 +185,7 @@ def test_a_host_that_cannot_be_looked_up_takes_no_place_for_good(limit: Limit) -
     assert not asyncio.run(dial())
 
 
-def test_a_connection_is_asked_about_again(limit: Limit) -> None:
+def test_a_holder_that_could_not_be_looked_up_is_looked_up_again(limit: Limit) -> None:
     ends = SocketAddress("127.0.0.1", 1), SocketAddress("127.0.0.1", 2)
 
     async def look() -> list[Any]:

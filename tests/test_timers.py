@@ -15,7 +15,7 @@ class Clock:
         return self.now
 
 
-def test_runs_in_the_order_of_deadlines_and_then_of_setting() -> None:
+def test_timers_run_in_the_order_of_deadlines_and_then_of_setting() -> None:
     clock, ran = Clock(), []
     timers = Timers(clock)
     for name, delay in (("late", 2.0), ("first", 1.0), ("second", 1.0)):

@@ -1,4 +1,4 @@
-"""Which call of a tool begins: the promises at the top of `aiosd.tools.admission`, against random crowds."""
+"""Which call of a tool begins next: the guarantees at the top of `aiosd.tools.admission`, with random calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ calls = st.lists(st.tuples(st.integers(1, 4), needs), max_size=60)
 
 
 class Crowd:
-    """Runs an admission to its end, and checks at every step what must never be broken."""
+    """Runs an admission to its end, and checks the invariants at every step."""
 
     def __init__(self, workers: int) -> None:
         self.admission: Admission[int] = Admission(workers)
@@ -92,7 +92,7 @@ def test_agents_take_turns() -> None:
     assert order == [1, 2, 3, 1, 2, 1, 2, *[1] * 7]
 
 
-def test_calls_that_came_in_a_heap_do_not_go_before_those_of_others() -> None:
+def test_many_calls_sent_at_once_do_not_pass_those_of_others() -> None:
     """Each agent sends all its calls at once, one agent after the other."""
     admission: Admission[tuple[int, int]] = Admission(workers=8)
     for agent in range(64):
@@ -107,7 +107,7 @@ def test_calls_that_came_in_a_heap_do_not_go_before_those_of_others() -> None:
 
 
 def test_an_agent_that_calls_much_else_is_not_passed_over() -> None:
-    """Agent 1 streams calls of a tool of its own; its one call of the shared tool has its turn all the same."""
+    """Agent 1 makes many calls of another tool; its one call of the shared tool still has its turn."""
     admission: Admission[Any] = Admission(workers=2)
     admission.submit("shared-0", 2, Requirements("shared"))
     admission.submit("mine", 1, Requirements("shared"))
@@ -135,8 +135,8 @@ def test_a_call_that_is_given_up_costs_no_turn() -> None:
     assert admission.begin() == ["a2"]
 
 
-def test_a_call_of_many_locks_is_overtaken_so_often_and_no_more() -> None:
-    """A stream of small calls, of which at least one always runs, cannot keep a call that needs both keys waiting."""
+def test_a_call_of_many_locks_is_overtaken_a_bounded_number_of_times() -> None:
+    """A stream of small calls, of which at least one always runs, cannot block a call that needs both keys."""
     admission: Admission[Any] = Admission(workers=4)
     small = [Requirements("s", 100, writes=frozenset(key)) for key in "ab"]
     for i in range(2):

@@ -1,4 +1,4 @@
-"""Built-in tools without a worker: arithmetic, and system calls in the name of the agent that called."""
+"""Built-in tools without a worker: arithmetic, and system calls in the name of the calling agent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.pace import cheap
 
 # ── arithmetic ────────────────────────────────────────────────────────────────────────────────────────────
 
-BOUND_S = 0.1  # of processor time, for any expression
+BOUND_S = 0.1  # processor time for any expression
 
 words = st.sampled_from((
     "9", "2", "0.5", "1e308", "9" * 40, "(", ")", "-", "+", "*", "**", "/", "//", "%", ",", " ", "^", "x", "×", "$",
@@ -51,7 +51,7 @@ words = st.sampled_from((
 @example("max(" + "2**4000," * 60 + "1)")
 @example("2**4000%" * 60 + "7")
 def test_no_expression_costs_much(expression: str) -> None:
-    """It runs in the toolbox itself, where it would hold up all others."""
+    """It is computed in the toolbox itself, where it would delay all others."""
 
     def calculate() -> None:
         with contextlib.suppress(ValueError):
@@ -64,7 +64,7 @@ def test_no_expression_costs_much(expression: str) -> None:
 
 
 class Kernel:
-    """Gets the errands, and answers."""
+    """A fake kernel, which gets the errands and answers them."""
 
     def __init__(self) -> None:
         self.got: list[link.Errand] = []
@@ -129,11 +129,11 @@ def test_a_new_kernel_gets_what_is_open_under_its_number() -> None:
     kernel = Kernel()
     kernel.begin(FUNCTIONS["remember"]("text"))
     kernel.errands.again((1, 7))
-    kernel.errands.again((1, 8))  # not ours
+    kernel.errands.again((1, 8))  # unknown to this toolbox
     first, second = kernel.got
     assert (first.again, second.again, first.number, first.args) == (False, True, second.number, second.args)
     kernel.reply(3)
-    kernel.reply(3)  # of the first kernel, read late
+    kernel.reply(3)  # a late reply of the first kernel
     assert kernel.results == ["kept as note 3"]
 
 
@@ -233,9 +233,7 @@ print(sorted(int(note.text.split()[1]) for note in aios.mem.list(limit=1000)) ==
 """
 
 
-def test_what_is_remembered_while_the_kernel_dies_is_there_once(
-    fresh_aiosd: Callable[..., System], tmp_path: Path
-) -> None:
+def test_a_note_added_while_the_kernel_dies_exists_once(fresh_aiosd: Callable[..., System], tmp_path: Path) -> None:
     system = fresh_aiosd()
     (tmp_path / "many.py").write_text(MANY)
     pid = system.run("aios-run", "-d", "--name", "many", str(tmp_path / "many.py"), check=True).stdout.strip()

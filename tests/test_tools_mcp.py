@@ -1,4 +1,4 @@
-"""Tools of an MCP server: a small one of the tests' own, which can be made to misbehave."""
+"""Tools of an MCP server: a small server of these tests, which can misbehave on request."""
 
 from __future__ import annotations
 

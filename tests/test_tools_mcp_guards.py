@@ -1,4 +1,4 @@
-"""What MCP servers do wrong, each thing by a server of the tests' own: it costs that server's call, and no other's."""
+"""Faults of MCP servers, shown by servers of these tests: each affects only the call of that server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import System, command_line, eventually
 
 pytest.importorskip("mcp")
 
-#: Speaks an old version, deaf to TERM and to the end of its input; what it does wrong is the name of the tool.
+#: A server with an old version, which ignores TERM and the end of its input. Each tool is named after its fault.
 SERVER = """
 import json, os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -90,7 +90,7 @@ for line in sys.stdin:
 time.sleep(1000)  # deaf to the end of its input, too
 """
 
-#: Speaks the newest version, in which there is no handshake.
+#: A server with the newest version, which has no handshake.
 MODERN = """
 from mcp.server import MCPServer
 server = MCPServer("modern")
@@ -102,7 +102,7 @@ server.run()
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """A server that is reached by HTTP, and asks for a header. Its tool `drops` has no answer."""
+    """A server that is reached by HTTP, and requires a header. Its tool `drops` never answers."""
 
     def do_POST(self) -> None:
         message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

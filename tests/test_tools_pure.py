@@ -1,4 +1,4 @@
-"""Tools that their callers compute: that the results are the toolbox's, and that its rules and budgets hold."""
+"""Tools that are computed by their callers: with the same results, rules and budgets as in the toolbox."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ except OSError as err: print(err)
 """
 
 
-def test_a_toolbox_that_stands_still_holds_up_no_arithmetic(fresh_aiosd: Fresh, tmp_path: Path) -> None:
-    """It has no part in it."""
+def test_a_stopped_toolbox_does_not_delay_arithmetic(fresh_aiosd: Fresh, tmp_path: Path) -> None:
+    """Because it takes no part in it."""
     (tmp_path / "a.py").write_text(SEVERAL)
     system = fresh_aiosd()
     (toolbox,) = [entry["ospid"] for entry in system.ps() if entry["name"] == "toolbox"]
@@ -71,7 +71,7 @@ def test_a_toolbox_that_stands_still_holds_up_no_arithmetic(fresh_aiosd: Fresh, 
     assert shown.splitlines() == ["42 3750", "12", "[Errno 22] division by zero"]
 
 
-def test_what_is_wrong_has_the_words_of_the_toolbox(aiosd: System, tmp_path: Path) -> None:
+def test_errors_have_the_words_of_the_toolbox(aiosd: System, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(
         "import libaios as aios\n"
         "for arguments in ({'expression': 1}, {}, {'expression': '1', 'more': 2}, {'expression': '1' * 501}):\n"
@@ -99,7 +99,7 @@ def test_the_kernel_admits_these_alone(aiosd: System, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rule", ['deny = [{ tool = "calc" }]', 'deny = [{ tool = "c*", by = "some" }]'])
 def test_a_tool_that_a_rule_is_about_goes_to_the_toolbox(fresh_aiosd: Fresh, tmp_path: Path, rule: str) -> None:
-    """Whether or not the rule is about this caller: the toolbox decides."""
+    """The toolbox decides whether the rule is about this caller."""
     (tmp_path / "a.py").write_text(ADMITTED)
     (tmp_path / "aiosd.toml").write_text(f'[[group]]\nname = "some"\n[access]\n{rule}\n')
     system = fresh_aiosd("--config", str(tmp_path / "aiosd.toml"))

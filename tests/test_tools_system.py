@@ -1,4 +1,4 @@
-"""Tools through a whole system: calls, locks, bad arguments, and everything that a tool can do wrong."""
+"""Tools through a whole system: calls, locks, wrong arguments, and faults of tools."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     (folder / "mine.py").write_text(TOOLS)
     (folder / "bad.py").write_text("import nothing_of_this_name\n")
     files = f"{folder / 'mine.py'}:{folder / 'bad.py'}"
-    system = System("--tools", files, "--threads", "1", cwd="/").start()  # where `aiosd -d` runs: no grant of it
+    system = System("--tools", files, "--threads", "1", cwd="/").start()  # as for `aiosd -d`: it grants no folder
     yield system
     assert system.destroy() == []
 
@@ -236,7 +236,7 @@ def test_an_agent_calls_tools_and_so_does_its_model(system: System, tmp_path: Pa
         ("lies", {}, ("EIO", "its worker sent what no worker sends")),
     ],
 )
-def test_what_goes_wrong_hurts_that_call_alone(
+def test_a_fault_of_a_tool_affects_that_call_only(
     system: System, client: Client, name: str, arguments: dict[str, Any], expected: tuple[str, str]
 ) -> None:
     box = toolbox(system)
@@ -247,8 +247,8 @@ def test_what_goes_wrong_hurts_that_call_alone(
     assert eventually(lambda: all("tools.worker" in line for line in map(command_line, below(system)) if line))
 
 
-def test_what_a_call_uses_is_charged_to_its_agent_however_it_ends(system: System, tmp_path: Path) -> None:
-    """It takes less time than there is between two samples."""
+def test_resources_of_a_call_are_charged_to_its_agent_however_it_ends(system: System, tmp_path: Path) -> None:
+    """The call takes less time than the interval of samples."""
     (script := tmp_path / "agent.py").write_text(
         "import libaios as aios\n"
         "def used(): return next(one.cpu_s for one in aios.proc.ps() if one.pid == aios.proc.getpid())\n"
@@ -292,19 +292,19 @@ def test_a_tool_runs_once_at_a_time_and_its_queue_survives_the_toolbox(
     assert log.read_text() == "begun begun ended begun ended "
 
 
-def test_a_call_that_is_given_up_ends_what_it_runs(system: System, client: Client, tmp_path: Path) -> None:
+def test_a_cancelled_call_ends_its_processes(system: System, client: Client, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     one = client.submit(Sys.TOOL_CALL, CallTool("hold", {"gate": str(gate)}))
     two = client.submit(Sys.TOOL_CALL, CallTool("hold", {"gate": str(tmp_path / "other")}))
     assert eventually(lambda: (tmp_path / "gate.log").exists())
     client.abandon(one)
-    assert eventually(lambda: (tmp_path / "other.log").exists())  # its turn has come
+    assert eventually(lambda: (tmp_path / "other.log").exists())  # the next call has begun
     (tmp_path / "other").touch()
     assert client.result(two, str, timeout=30) == "done"
     assert (tmp_path / "gate.log").read_text() == "begun "
 
 
-def test_a_slow_tool_does_not_hold_up_others(client: Client, tmp_path: Path) -> None:
+def test_a_slow_tool_does_not_delay_others(client: Client, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     slow = client.submit(Sys.TOOL_CALL, CallTool("hold", {"gate": str(gate)}))
     assert eventually(lambda: (tmp_path / "gate.log").exists())
@@ -315,12 +315,12 @@ def test_a_slow_tool_does_not_hold_up_others(client: Client, tmp_path: Path) -> 
 
 
 def test_a_tool_has_no_rights_of_a_person(system: System, client: Client) -> None:
-    """What a tool starts descends from no agent, and is no program of the user: the kernel refuses it."""
+    """A process of a tool descends from no agent, and is no program of the user, so the kernel refuses it."""
     done = call(client, "shell", command=f"AIOS_HOME={system.home} aios-ps")
     assert (done["exit_code"], "aios-ps: " in done["output"], "no aiosd" in done["output"]) == (1, True, False), done
 
 
-def test_the_environment_of_aiosd_is_no_tools_business(tmp_path: Path) -> None:
+def test_tools_do_not_get_the_environment_of_aiosd(tmp_path: Path) -> None:
     system = System(home=tmp_path / "home", env={"OPENAI_API_KEY": "sk-secret"})
     try:
         system.start()
@@ -350,4 +350,4 @@ def test_built_in_tools_of_a_confined_agent_are_confined_too(
         pytest.skip(done.stderr)
     assert done.stdout.splitlines() == [denied, "", "x", "", "True", "no network"], done.stderr
     used = json.loads(system.run("aios-inspect", "agent", check=True).stdout)[0]["tools"]["cpu_s"]
-    assert used >= 0.05  # to start its own worker is its, too
+    assert used >= 0.05  # the start of its own worker is charged, too

@@ -1,4 +1,4 @@
-"""A coroutine that shows whether its event loop stands still."""
+"""A coroutine that detects whether its event loop is blocked."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import contextlib
 import time
 from pathlib import Path
 
-PAUSE_S = 0.5  # longer than this no loop may stand still
-UNKNOWN_PAUSE_S = 5.0  # … where Linux does not tell how long a thread had to wait for a processor
+PAUSE_S = 0.5  # no loop may be blocked for longer
+UNKNOWN_PAUSE_S = 5.0  # the same, where Linux does not report how long a thread waited for a processor
 
 
 class Ticker:
-    """A coroutine that does something else meanwhile. `turn` waits for some of its ticks; the loop must not have
-    stood still between any two. That no processor was free for one of our threads is not the loop's fault, and does not
-    count."""
+    """A coroutine that ticks in the background. `turn` waits for some of its ticks; the loop must not have been blocked
+    between any two. Time in which one of our threads waited for a processor does not count."""
 
     def __init__(self) -> None:
         self.ticks = 0
@@ -42,9 +41,9 @@ class Ticker:
 
 
 def _waited() -> dict[str, int]:
-    """For how many nanoseconds each of our threads was ready to run, and did not. Empty where that is unknown."""
+    """How many nanoseconds each of our threads has waited for a processor. Empty if this is unknown."""
     found = {}
     for folder in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # it has ended, or Linux does not say
+        with contextlib.suppress(OSError):  # the thread has ended, or Linux does not report it
             found[folder.name] = int((folder / "schedstat").read_text().split()[1])
     return found

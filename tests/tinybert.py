@@ -1,4 +1,4 @@
-"""A BERT for tests, made in a moment from a seed: random weights, a vocabulary of letters and a few words."""
+"""A tiny BERT for tests, made from a seed: random weights, a vocabulary of letters and a few words."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make(seed: int = 0) -> Bert:
 
 
 def write_original(bert: Bert, folder: Path) -> Path:
-    """As its makers would publish it."""
+    """Write the model in the form in which such models are published."""
     from aiosd.models.bert import _EMBEDDINGS, _LAYER
 
     theirs = {ours: name for name, ours in _EMBEDDINGS.items()}

@@ -1,11 +1,11 @@
 """GGUF files for tests, made in a fraction of a second from a seed: random weights, a real tokenizer.
 
-A tiny model speaks nonsense, but deterministic nonsense: what the engine does with it (batching, parking,
-grammars, stop strings) can be checked token by token.
+The text of a tiny model is meaningless but deterministic, so the engine (batching, parking, grammars, stop strings)
+can be checked token by token.
 
 `write` makes a Llama with a ChatML vocabulary; `write_family` one with the special tokens, the kind of tokenizer and
 the chat template of a family of models; `write_like` one of another architecture (sliding window, recurrent). The
-templates are written anew after what the families' own produce; they give the same text, but are shorter.
+templates were written for these tests: they give the same text as the families' own, but are shorter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHATML = (
 )
 
 
-#: Does this processor have what our own attention needs? Where it has, a core without it is a fault.
+#: Does this processor have the instructions for our own attention? If so, a core must use it.
 OWN_ATTENTION = "avx2" in Path("/proc/cpuinfo").read_text().split()
 
 
@@ -66,8 +66,8 @@ def write_lora(
     width: int = 0,
     halves: str = "ab",
 ) -> Path:
-    """A LoRA adapter of rank 2 for a model, with random changes of some weights of its first layer, so strong that the
-    text is another one. `width`, `halves`: to make a file that fits no model."""
+    """A LoRA adapter of rank 2 for a model. It changes some weights of the first layer at random, and so strongly that
+    the text changes. `width`, `halves`: to make a file that fits no model."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type("adapter")
@@ -91,7 +91,7 @@ def write_lora(
 
 
 def spoil(path: Path, token: int, how: str) -> Path:
-    """The value of a token in the first layer becomes inf, or its embedding no number at all."""
+    """Make a token's V in the first layer infinite, or its embedding NaN."""
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "r+").tensors}
     if how == "nan":
         tensors["token_embd.weight"][token] = np.nan
@@ -342,7 +342,7 @@ FAMILIES = {
 }
 
 
-# Families whose calls are no JSON objects with a name, or whose answers have more than one part.
+# Families whose calls are not JSON objects with a name, or whose answers have several parts.
 
 _CODER = """\
 {%- for message in messages %}
@@ -500,7 +500,7 @@ def write_like(
     ranks: str = "",
 ) -> Path:
     """A random model of one of ARCHITECTURES with the vocabulary of a family. `window`: of its sliding layers. `ranks`:
-    it scores pairs of texts that are written like this."""
+    a template for pairs of texts; the model then scores such pairs."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(path.stem)
     writer.add_context_length(ctx)

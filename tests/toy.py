@@ -1,7 +1,7 @@
-"""A service of the tests alone: a struct, three rows, a function. `boot` runs a system that has it.
+"""A service for tests only: a struct, three rows, a function. `boot` runs a system that has it.
 
-Each call notes in the file `begun` that it was begun, sends a part of its answer, and goes on when the file `gate` is
-there; both lie in the folder named by its argument.
+Each call records in the file `begun` that it has begun, sends a part of its answer, and goes on when the file `gate`
+exists. Both files lie in the folder named by its argument.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A backend without a model: it writes words, one of each call in a step, and has no tokens. `boot` runs a system whose
-one core has it.
+"""A backend without a model and tokens: in each step it writes one word for every call. `boot` runs a system with one
+core that uses it.
 
-The last message decides what it writes: "count 5" gives "0 1 2 3 4 "; "count 5 die 3" ends the process when it comes
-to word 3 for the first time; "modules" gives the heavy modules that its process has loaded.
+The last message decides the text: "count 5" gives "0 1 2 3 4 "; "count 5 die 3" ends the process before word 3, once;
+"modules" gives the heavy modules that the process has loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from libaios import wire
 from libaios.home import Home
 
 HEAVY = ("llama_cpp", "numpy", "jinja2", "aiosd.llm.engine")
-PROMPT = 5  # tokens that each prompt costs, as is known at the end
+PROMPT = 5  # tokens that each prompt costs; the kernel learns this at the end
 
 
 @dataclass

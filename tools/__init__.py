@@ -1,1 +1,1 @@
-"""What builds, fetches, compares and documents; run by hand and by the Makefile."""
+"""Programs that build, fetch, compare and document; run by hand and by the Makefile."""

@@ -1,9 +1,9 @@
 """Sets up the virtual environment that the Makefile works in: `bootstrap.py .venv base|dev|nano|bench`.
 
-Runs under whatever `python3` is, so it uses nothing but the standard library and no syntax that an old Python
-cannot parse. Building llama.cpp takes minutes; meanwhile one line on the terminal says what is being done,
-how far it is and for how long it has been going on. Without a terminal there is a plain line now and then.
-The whole of pip's output is in `.venv/setup.log`, its end is shown when something fails.
+It must run with any `python3`, so it uses only the standard library and no syntax that an old Python cannot parse.
+Building llama.cpp takes minutes; meanwhile one line on the terminal shows the step, its progress and the time so far.
+Without a terminal a line is printed every half minute. pip's whole output is in `.venv/setup.log`; its end is shown
+when something fails.
 """
 
 import configparser
@@ -25,12 +25,12 @@ OLDEST = (3, 11)
 SLOW = "llama-cpp-python"  # has no binary packages: pip compiles it
 HAVE = "import importlib.metadata as m, sys; sys.exit(m.version(sys.argv[1]) != sys.argv[2])"
 
-#: No part for images and sound (it needs a third of the compiling), and none of what llama.cpp's own programs share.
+#: Leave out llama.cpp's part for images and sound (a third of the compiling), and the code that its own programs share.
 TRIMMED = os.path.join(ROOT, "tools", "llama_cpp.cmake")
 OURS = ["-DLLAVA_BUILD=OFF", shlex.quote("-DCMAKE_PROJECT_llama.cpp_INCLUDE=" + TRIMMED)]
 EXTRAS = {"base": "", "dev": "[dev]", "nano": "[nano]", "bench": "[bench]"}
 
-#: What a line of pip's output says about the phase; the first match wins, the words may use its groups.
+#: Patterns of lines of pip's output, and the phase that each shows. The first match counts; {0} is its first group.
 PHASES = [
     (re.compile(r"^\s*\[(\d+)/(\d+)\] "), "compiling llama.cpp, step {0} of {1}"),  # ninja
     (re.compile(r"^\s*\[ *(\d+)%\] "), "compiling llama.cpp, {0} %"),  # make
@@ -48,7 +48,7 @@ def main():
         stop(f"Python {have} is too old, 3.11 or later is needed: make PYTHON=/path/to/python3.11 …")
     os.makedirs(venv, exist_ok=True)
     with open(os.path.join(venv, ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # `make -j` may want two stages at once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # `make -j` may start two stages at once
         python = os.path.join(venv, "bin", "python")
         log = os.path.join(venv, "setup.log")
         open(log, "w").close()
@@ -72,11 +72,11 @@ def make_venv(venv, python, log):
 
 
 def install_llama_cpp(venv, python, stage, log):
-    """llama-cpp-python with the parts of llama.cpp that aiosd uses, from a wheel that is built once for this machine.
+    """Install llama-cpp-python, with the parts of llama.cpp that aiosd uses, from a wheel built once for this machine.
 
-    The wheel lies in the user's cache, under a name made of all that it depends on; so other checkouts, other virtual
-    environments and a `make distclean` do not compile again. What a person asks for by CMAKE_ARGS (a GPU) is remembered
-    in the virtual environment, and holds until it is asked for differently.
+    The wheel lies in the user's cache, under a name made from all that it depends on. So nothing is compiled again for
+    another checkout, another virtual environment, or after `make distclean`. Options that a person sets by CMAKE_ARGS
+    (such as a GPU) are stored in the virtual environment, and hold until CMAKE_ARGS is set differently.
     """
     remembered = os.path.join(venv, ".cmake_args")
     asked = os.environ.get("CMAKE_ARGS", read(remembered)).strip()
@@ -105,7 +105,7 @@ def build_llama_cpp(python, folder, asked, log):
     shutil.rmtree(partial, ignore_errors=True)
     pip = [python, "-m", "pip", "wheel", "-v", "--no-input", "--disable-pip-version-check", "--no-deps", "-w", partial]
     if asked:
-        pip.append("--no-cache-dir")  # pip keeps what it has built whatever the options were
+        pip.append("--no-cache-dir")  # pip's cache does not distinguish options
     environ = dict(os.environ, CMAKE_ARGS=" ".join([*OURS, asked]))
     watch([*pip, f"{SLOW}=={pinned(SLOW)}"], log, "building " + SLOW, environ=environ)
     shutil.rmtree(folder, ignore_errors=True)
@@ -113,7 +113,7 @@ def build_llama_cpp(python, folder, asked, log):
 
 
 def wheel_key(asked):
-    """Of version, options, and the machine: llama.cpp is compiled for the very processor."""
+    """A name from version, options and machine: llama.cpp is compiled for this model of processor."""
     said = [line for line in read("/proc/cpuinfo").splitlines() if line.startswith(("flags", "Features", "model name"))]
     parts = [pinned(SLOW), asked, read(TRIMMED), platform.machine(), *sorted(set(said))]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -129,7 +129,7 @@ def cache():
 
 
 def check_compiler(python):
-    """Before minutes of downloading and building, see that the build can work, if there has to be one."""
+    """Stop if llama.cpp has to be built and there is no compiler, before minutes of downloading."""
     if shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") and shutil.which("cc"):
         return
     pip = [python, "-m", "pip"]
@@ -140,8 +140,8 @@ def check_compiler(python):
 
 
 def start_packages(python, stage, log):
-    """Install all other packages of a stage while llama.cpp is compiled: most of that is waiting for the network.
-    `install` finds them there. It is also who reports what cannot be had, so a failure here means nothing."""
+    """Install all other packages of a stage while llama.cpp is compiled: most of that time is waiting for the network.
+    `install` then finds them installed. A failure here is ignored, because `install` reports missing packages."""
     command = [python, "-m", "pip", "install", "-v", "--no-input", "--disable-pip-version-check", "-c", CONSTRAINTS]
     with open(log, "wb") as out:
         return subprocess.Popen(
@@ -150,7 +150,7 @@ def start_packages(python, stage, log):
 
 
 def requirements(stage):
-    """What setup.cfg asks for in this stage, but llama-cpp-python."""
+    """The requirements of this stage in setup.cfg, without llama-cpp-python."""
     config = configparser.ConfigParser()
     config.read(os.path.join(ROOT, "setup.cfg"))
     lines = config["options"]["install_requires"].split("\n")
@@ -163,8 +163,8 @@ def requirements(stage):
 
 
 def install(python, stage, log):
-    # An editable install in its old form: a path in a .pth file instead of an import hook, which would cost
-    # every command milliseconds at its start.
+    # The old form of an editable install: a path in a .pth file. The new form is an import hook, which costs every
+    # command milliseconds at its start.
     target = ROOT + EXTRAS[stage]
     command = [python, "-m", "pip", "install", "-v", "--no-input", "--disable-pip-version-check"]
     command += ["-c", CONSTRAINTS, "-C", "editable_mode=compat", "-e", target]
@@ -172,7 +172,7 @@ def install(python, stage, log):
 
 
 def watch(command, log, what, progress=lambda: "", environ=None):
-    """Run `command` with its output in `log`, showing on the terminal that it is alive, and what `progress` tells."""
+    """Run `command` with its output in `log`. Meanwhile show its phase, and the text that `progress` returns."""
     began = time.monotonic()
     with open(log, "ab") as out, open(log, "rb") as read:
         read.seek(0, os.SEEK_END)
@@ -199,7 +199,7 @@ def watch(command, log, what, progress=lambda: "", environ=None):
 
 
 def phase_in(text, phase):
-    """The newest phase that `text`, new output of pip, tells of."""
+    """The last phase in `text`, new output of pip; `phase` if there is none."""
     for line in reversed(text.decode(errors="replace").splitlines()):
         for pattern, words in PHASES:
             found = pattern.match(line)
@@ -209,7 +209,7 @@ def phase_in(text, phase):
 
 
 class TerminalLine:
-    """One line that is written over and over."""
+    """One line of a terminal, which is written again and again."""
 
     def __init__(self, what, began):
         self.what, self.began, self.turns = what, began, 0
@@ -226,7 +226,7 @@ class TerminalLine:
 
 
 class PlainLines:
-    """A new line when half a minute has passed: for logs."""
+    """A new line every half minute, for logs."""
 
     PERIOD_S = 30.0
 

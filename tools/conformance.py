@@ -2,12 +2,12 @@
 
     llama.cpp    the tests of its own server, from the source package of llama-cpp-python, against an external server
     openai       tests/api_resources of the openai package, from its source package, in its strict mode
-    cerebrum     the tests of AIOS's SDK for llm and memory, from its repository (its package has none); another place
-                 with that commit, as git takes it: CEREBRUM_SOURCE
+    cerebrum     the tests of AIOS's SDK for llm and memory, from its repository (its package has none); the variable
+                 CEREBRUM_SOURCE may name another repository with the same commit
 
-Sources and an environment of their own lie in build/conformance. A system is started for the run. All that is changed
-of the tests is that their requests have a token of its gateway, and go there if they are meant for AIOS's usual address
-(`conformance_auth`). Each test that does not pass must have a reason in `REASONS`, which docs/conformance.md explains;
+The tests' sources and their environment lie in build/conformance. A system is started for the run. The tests are
+changed in two points only: their requests have a token of its gateway, and requests to AIOS's usual address go to the
+gateway (`conformance_auth`). Each test that fails must have a reason in `REASONS`, which docs/conformance.md explains;
 the exit code is 1 when one has none.
 """
 
@@ -30,8 +30,8 @@ PACKAGES = [
     *("aiohttp", "filelock", "inline-snapshot", "numpy", "prometheus-client", "pytest", "pytest-asyncio", "requests"),
     *("rich", "respx", "websockets", "wget", "platformdirs", "python-dotenv", "pyyaml"),
 ]
-#: Those that ask a server for what the API is about. The others start llama-server with options of its own (router,
-#: LoRA, slots on disk, speculation, sleep, proxy, MCP), or test another API (Anthropic, GCP, infill, vision).
+#: The tests of llama.cpp about OpenAI's API. The others start llama-server with options of its own (router, LoRA, slots
+#: on disk, speculation, sleep, proxy, MCP), or test another API (Anthropic, GCP, infill, vision).
 LLAMA = [
     *("basic", "chat_completion", "compat_oai_responses", "completion", "ctx_shift", "embedding", "ignore_eos"),
     *("metrics", "security", "template", "tokenize", "tool_call"),
@@ -39,7 +39,7 @@ LLAMA = [
 CEREBRUM = "https://github.com/agiresearch/Cerebrum", "534c6c4"
 OPENAI = ["chat", "responses", "test_completions.py", "test_embeddings.py", "test_models.py", "test_responses.py"]
 
-#: Why a test cannot pass: (suite, pattern in its name and its message, reason). The first that fits counts.
+#: Why a test cannot pass: (suite, pattern in its name or message, reason). The first that matches counts.
 REASONS = [
     ("llama.cpp", r"there is nothing at|assert 40[45] == |\(40[45] == |: \(404|KeyError: ('content'|0)$",
      "a path of llama-server alone (/completion, /props, /slots, /apply-template, /infill, …)"),
@@ -89,7 +89,7 @@ def main():
 
 
 def environment(venv, log):
-    """The Python of an environment with the packages."""
+    """Make an environment with the packages; returns its Python."""
     folder = os.path.join(FOLDER, "venv")
     python = os.path.join(folder, "bin", "python")
     if not works(python, "-c", "import openai, wget, pytest_asyncio, respx, aiohttp, inline_snapshot, dotenv"):
@@ -100,11 +100,11 @@ def environment(venv, log):
 
 
 def source_of(package, python, log):
-    """The folder of its unpacked source package, in the version that constraints.txt pins."""
+    """The folder of the package's unpacked sources, in the version that constraints.txt pins."""
     name = f"{package}-{pinned(package)}"
     folder = os.path.join(FOLDER, name)
     if not os.path.exists(os.path.join(folder, "tests")):
-        # Only the package itself as sources: what builds its metadata is taken as it comes.
+        # Only the package itself as sources; its build requirements may be wheels.
         pip = [python, "-m", "pip", "download", "--no-deps", "--no-binary", package, "-d", FOLDER]
         archive = f"{folder}.tar.gz"
         if not os.path.exists(archive):
@@ -117,7 +117,7 @@ def source_of(package, python, log):
 
 
 def commit_of(place, commit, log):
-    """The folder of a repository as it was at that commit."""
+    """A folder with the repository at that commit."""
     name = place.rsplit("/", 1)[1]
     folder = os.path.join(FOLDER, f"{name}-{commit}")
     place = os.environ.get(f"{name.upper()}_SOURCE", place)
@@ -146,7 +146,7 @@ class Gateway:
         self._do("-d", "--model", self._model)
         try:
             lines = self._do("token", "conformance", "--export").splitlines()
-        except BaseException:  # of any kind: nothing is left running
+        except BaseException:  # whatever happens, the system must not be left running
             self.__exit__()
             raise
         found = dict(line.removeprefix("export ").split("=", 1) for line in lines)
@@ -160,7 +160,7 @@ class Gateway:
 
 
 def run(suite, python, folder, files, gateway, log):
-    """[(name, what became of it, message)] of each test."""
+    """Run the tests; returns (name, outcome, message) of each."""
     results = os.path.join(FOLDER, f"{suite}.xml")
     env = os.environ | {
         "CONFORMANCE_TOKEN": gateway.token,
@@ -173,9 +173,9 @@ def run(suite, python, folder, files, gateway, log):
     }
     options = ["-p", "conformance_auth", "-p", "no:cacheprovider", "-q", "--tb=short", "-o", "addopts="]
     if suite == "openai":
-        options += ["-k", "strict"]  # "loose" is the same with less checking, "aiohttp" another client
+        options += ["-k", "strict"]  # "loose" tests check less, "aiohttp" tests use another client
     if suite == "cerebrum":
-        options += ["-c", os.devnull, "--rootdir", folder]  # else pytest finds our own settings above it
+        options += ["-c", os.devnull, "--rootdir", folder]  # or pytest would find aiosd's settings in a folder above
     with open(log, "ab") as out:
         command = [python, "-m", "pytest", *options, f"--junitxml={results}", *files]
         code = subprocess.run(command, cwd=folder, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL).returncode
@@ -195,13 +195,13 @@ def _outcome(case):
 
 
 def reason(suite, name, message):
-    """Why this test cannot pass; None: nothing is known."""
+    """Why this test cannot pass; None: no reason is known."""
     text = f"{name} {message}"
     return next((why for of, pattern, why in REASONS if of == suite and re.search(pattern, text)), None)
 
 
 def report(found, model):
-    """Prints the tables, and returns the exit code."""
+    """Print the tables; returns the exit code."""
     unexplained, out = [], {"model": model}
     for suite, outcomes in found.items():
         counts = Counter(outcome for _, outcome, _ in outcomes)

@@ -1,13 +1,13 @@
-"""A plugin of pytest for other people's tests (`conformance`): each of their requests has the token of this run.
+"""A plugin of pytest for other projects' tests (`conformance`): it adds the token of this run to each request.
 
-They know nothing of tokens, or test with one that is none. Requests to the usual address of AIOS go to the gateway. All
-else is as they make it.
+These tests send no token, or an invalid one. Requests to the usual address of AIOS are sent to the gateway. Nothing
+else of a request is changed.
 """
 
 import os
 
 TOKEN = os.environ["CONFORMANCE_TOKEN"]
-#: Where AIOS listens, and where it is now.
+#: The address where AIOS listens, and the gateway's, which replaces it.
 AIOS, KERNEL = "http://localhost:8000", os.environ["CEREBRUM_KERNEL_URL"]
 HEADER = {"Authorization": f"Bearer {TOKEN}"}
 

@@ -5,17 +5,17 @@
     |---|---|---|---|---|---|---|
     | openai 3.57.0 | nano | yes | yes | yes | yes | yes |
 
-Environments lie in build/frameworks, and are made by uv (which is installed there, too), because pip tries hundreds of
-versions for some of these. Models are the embedded one and, where `make models` has fetched it, SmolLM2.
+Environments lie in build/frameworks. They are made by uv (which is installed there, too), because pip tries hundreds
+of versions of some packages. Models are the embedded one and, where `make models` has fetched it, SmolLM2.
 
     started             the program ran, and has called the model
-    answered            it ended well, and has printed an answer
+    answered            it ended with status 0, and has printed an answer
     tool called         the model has called its tool (a small one does not always; MetaGPT's example has none)
-    killed              `aios-kill` while a call is open: it is gone with all that it had started, and books balance
-    parked and resumed  STOP while it works, so that nothing more is generated for it; CONT; and it answers
+    killed              after `aios-kill` while a call was open the agent is gone, and the books balance
+    parked and resumed  after STOP nothing more is generated for it; after CONT it goes on, and ends with status 0
 
-They run in copies of examples/, so that nothing that they leave lies in the tree, and in a sandbox have what any agent
-has there: that folder, and the environment of their program.
+The programs run in a copy of examples/, so that they leave nothing in the tree. In a sandbox they have the same access
+as any agent: that folder, and the environment of their program.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ if TYPE_CHECKING:
     from libaios.wire import ProcInfo
 
 FOLDER = ROOT / "build" / "frameworks"
-TIME_S = 300.0  # of one agent
-MOMENT_S = 0.5  # in which a parked agent must stand still
+TIME_S = 300.0  # the time budget of one agent
+MOMENT_S = 0.5  # how long it is checked that a parked agent gets no tokens
 COLUMNS = ("started", "answered", "tool called", "killed", "parked and resumed")
 
 
 @dataclass(frozen=True)
 class Framework:
-    """`packages[0]` is the framework; `overrides` are pins of its own that cannot be kept any more; `tool`: whether its
-    example has one."""
+    """`packages[0]` is the framework. `overrides` replace requirements of it that can no longer be met. `tool`: whether
+    its example has a tool."""
 
     packages: tuple[str, ...]
     overrides: tuple[str, ...] = ()
@@ -82,7 +82,7 @@ def python_of(name: str) -> Path:
 
 
 def install(name: str) -> bool:
-    """Make the environment, unless it is there as wanted."""
+    """Make the environment, unless one from the same requirements is there; returns whether it is there now."""
     framework = FRAMEWORKS[name]
     stamp, wanted = FOLDER / name / ".done", repr(framework)
     if stamp.exists() and stamp.read_text() == wanted:
@@ -113,7 +113,7 @@ def _uv() -> Path:
 
 
 class Program:
-    """The example of a framework, in the background."""
+    """The example of a framework, running in the background."""
 
     def __init__(self, system: Aiosd, name: str) -> None:
         limits = aios.proc.Limits(time_s=TIME_S)
@@ -125,7 +125,7 @@ class Program:
         return next((one for one in aios.proc.ps(all=True) if one.pid == self.pid and one.exit is None), None)
 
     def works(self) -> bool:
-        """Wait until a call of the model is open, or was made; False: it ended before."""
+        """Wait until the program has called the model; False: it ended before."""
         while (line := self.line()) is not None:
             if line.stat in ("Q", "R") and line.calls:
                 return True
@@ -163,7 +163,7 @@ def try_kill(system: Aiosd, name: str) -> bool:
         return False
     aios.proc.kill(program.pid, signal.SIGTERM, timeout=10.0)
     gone = program.line() is None
-    system.call("aiosd", "status", "--check")  # raises when the books do not balance
+    system.call("aiosd", "status", "--check")  # an error if the books do not balance
     return gone
 
 
@@ -186,7 +186,7 @@ def try_park(system: Aiosd, name: str) -> bool:
 
 
 def look(system: Aiosd, name: str) -> dict[str, str]:
-    """The row of one framework."""
+    """The table's row for one framework."""
     found = try_run(system, name)
     tries: dict[str, Callable[[Aiosd, str], bool]] = {"killed": try_kill, "parked and resumed": try_park}
     for column, attempt in tries.items():
@@ -214,8 +214,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="FRAMEWORK", help=f"of {', '.join(FRAMEWORKS)}; all by default")
     parser.add_argument("--model", action="append", help="nano, or one of `make models`")
-    parser.add_argument("--sandbox", choices=("none", "flat", "cage"), help="how they are confined; else as by default")
-    parser.add_argument("--install", action="store_true", help="make their environments, and no more")
+    parser.add_argument("--sandbox", choices=("none", "flat", "cage"), help="of the agents (default: aiosd's default)")
+    parser.add_argument("--install", action="store_true", help="only make the environments")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in FRAMEWORKS]
     if unknown:

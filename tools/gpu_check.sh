@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Is a GPU put to use? Builds llama.cpp for the card of this machine and measures with it, in ten minutes at most:
+# Does aiosd use a GPU? Builds llama.cpp for this machine's card and measures with it, in about ten minutes:
 #
 #     tools/gpu_check.sh [FOLDER]      results as JSON and as text in FOLDER (build/gpu)
 #
-# Needs an NVIDIA card with its driver, the CUDA toolkit (nvcc), cmake, and what `make` needs. One build serves both sides,
-# aiosd and llama-server. A step that fails or takes too long is told, and the next one goes on. No part of the tests.
+# Needs an NVIDIA card with its driver, the CUDA toolkit (nvcc), cmake, and what `make` needs. aiosd and llama-server
+# use the same build. A step that fails or takes too long is reported, and the next one starts. Not part of the tests.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,7 +20,7 @@ main() {
     nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv | tee "$OUT/card.csv"
     step install build || stop "the build failed"
     [ -e build/peers/bin/libllama.so ] || stop "llama.cpp was built without shared libraries"
-    # llama-cpp-python takes the libraries that were just built for the card instead of its own.
+    # llama-cpp-python then loads the libraries that were just built for the card instead of its own.
     export LLAMA_CPP_LIB_PATH="$PWD/build/peers/bin"
     step check uses_gpu || stop "llama.cpp does not find the card"
     local ours="--gpu-layers -1" theirs="-ngl 99" few
@@ -43,7 +43,7 @@ main() {
     return $((failed > 0))
 }
 
-# For one architecture only, this card's: all of them take an hour.
+# Builds for this card's architecture only: all of them would take an hour.
 build() {
     local arch
     arch="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d '. ')"
@@ -54,7 +54,7 @@ uses_gpu() {
     "$PYTHON" -c 'import sys, llama_cpp; sys.exit(not llama_cpp.llama_supports_gpu_offload())'
 }
 
-# How the KV cache is laid out there, how large batches are, and why: slots must share their cells.
+# Prints how the KV cache is laid out on the card and how large batches are. Fails unless slots share their cells.
 shows_layout() {
     timeout 120 "$PYTHON" - "$1" <<'END'
 import sys
@@ -69,7 +69,8 @@ sys.exit(not stats["kv_layout"].startswith("unified"))
 END
 }
 
-# step NAME COMMAND…: with its output on the terminal and in a file, within the time that is left.
+# step NAME COMMAND…: runs the command, with its output on the terminal and in a file. A program is ended when the time
+# is up; a function is not.
 step() {
     local name="$1" left=$((LIMIT_S - SECONDS)) code
     shift

@@ -3,8 +3,8 @@
 
     $ MANPATH=$PWD/build/man: man aios-ps
 
-One page for each command of `bin/`; that of aiosd has its subcommands too. Nothing is written here that is not in
-`--help`, but for the sections that every page has: the code decides, and the pages follow.
+There is one page for each command of `bin/`; that of aiosd has its subcommands, too. The text comes from `--help`;
+only the sections that all pages share are written here. So the pages cannot differ from the code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FILES = [
 
 
 def page(program: str) -> str:
-    """The page of one command, as roff."""
+    """The page of one command, in roff."""
     module = importlib.import_module(MODULES[program])
     command: click.Command = module.command
     context = click.Context(command, info_name=program, **command.context_settings)
@@ -91,7 +91,7 @@ def _text(text: str) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """As roff takes it for text: no line is a request, and a hyphen is what a shell understands."""
+    """Escape text for roff: no line becomes a request, and a hyphen stays one that can be copied into a shell."""
     escaped = text.replace("\\", r"\e").replace("-", r"\-")
     escaped = re.sub(r"[^\x00-\x7f]", lambda match: f"\\[u{ord(match[0]):04X}]", escaped)
     return r"\&" + escaped if escaped[:1] in (".", "'") else escaped

@@ -1,7 +1,7 @@
 """Installs real MCP servers for the tests: `mcpservers.py [NAME…]`, each into an environment of its own.
 
-Three come from PyPI, three from npm. They go into build/mcp-servers/NAME; what is there already stays. A server that
-cannot be installed is named, and its tests are skipped then.
+Three come from PyPI, three from npm. They are installed into build/mcp-servers/NAME, unless they are there already. The
+names of servers that cannot be installed are printed; tests with these are skipped.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER = os.path.join(ROOT, "build", "mcp-servers")
 OFFICIAL, NODE = "@modelcontextprotocol/server-{}@2026.8.31", "node_modules/.bin/mcp-server-{}"
-#: name → registry, package, the program in there
+#: Name: registry, package, path of the program in the environment.
 SERVERS = {
     "time": ("pypi", "mcp-server-time==2026.10.19", "bin/mcp-server-time"),
     "git": ("pypi", "mcp-server-git==2026.10.19", "bin/mcp-server-git"),
@@ -38,7 +38,7 @@ def main():
 
 
 def install(name):
-    """Whether it is there now."""
+    """Install a server, unless it is there; returns whether it is there now."""
     registry, package, _ = SERVERS[name]
     if os.path.exists(program(name)):
         print(f"  {name}: is there")
@@ -54,7 +54,7 @@ def install(name):
             run(sys.executable, "-m", "venv", folder)
             python = os.path.join(folder, "bin", "python")
             run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", package)
-            if name == "fetch":  # what it installs at its first use: confined it could not
+            if name == "fetch":  # installed at its first use otherwise, which its sandbox prevents
                 run(python, "-c", "import readabilipy.utils as utils; utils.run_npm_install()")
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"  {name}: {error}", file=sys.stderr)

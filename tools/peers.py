@@ -1,10 +1,10 @@
 """Builds the programs that benchmarks compare with: `peers.py VENV`, natively, into build/peers/bin.
 
-llama-server, llama-batched-bench and llama-bench come from the very sources of llama.cpp that the core runs: the
-source package of llama-cpp-python, in the version that constraints.txt pins, carries them. A ready-made wheel of
-llama-server would be a generic build, half as fast, and no fair peer.
+llama-server, llama-batched-bench and llama-bench are built from the same sources of llama.cpp as the library in the
+llm core: those in the source package of llama-cpp-python, in the version that constraints.txt pins. A ready-made wheel
+of llama-server would be a generic build, half as fast, and so no fair comparison.
 
-What is there already is not downloaded or compiled again. CMAKE_ARGS are passed on, for a GPU.
+Nothing is downloaded or compiled twice. CMAKE_ARGS are passed on, for a GPU.
 """
 
 import glob
@@ -38,7 +38,7 @@ def main():
 
 
 def missing(python):
-    """One line on everything that is not there."""
+    """Stop with one line that names all missing tools."""
     lacks = [f"{tool}: {advice}" for tool, advice in ADVICE.items() if not shutil.which(tool)]
     if not (shutil.which("ninja") or shutil.which("make")):
         lacks.append("ninja or make: apt install ninja-build (or make)")
@@ -49,7 +49,7 @@ def missing(python):
 
 
 def sources(python, log):
-    """The folder of llama.cpp in the unpacked source package."""
+    """Download and unpack the source package; returns the folder of llama.cpp in it."""
     name = f"{SLOW.replace('-', '_')}-{pinned(SLOW)}"
     tree = os.path.join(FOLDER, name)
     source = os.path.join(tree, "vendor", "llama.cpp")

@@ -50,8 +50,8 @@ def rehearse() -> None:
 
 
 def open_common() -> None:
-    """In a brooder: open what the common rules are about, once for all its spares. They are used within two seconds
-    (`spares.FRESH_S`): a file of /etc that is replaced is known to all agents that come later."""
+    """In a brooder: open the files that the common rules name, once for all its spares. Spares are used within two
+    seconds (`spares.FRESH_S`), so that agents soon have the new version of a file of /etc that was replaced."""
     global _ground, _opened
     if _ground is not None:
         _ground, _opened = plan.opened(_ground)

@@ -44,16 +44,16 @@ PROMPT_ONCE = "[y]es · [n]o · [s]kip: "  # for an ask that cannot be allowed f
     "[-f] [--allow|--always|--deny]",
     EXAMPLES,
 )
-@click.option("-f", "--follow", is_flag=True, help="Wait, and show what is asked from now on.")
+@click.option("-f", "--follow", is_flag=True, help="Wait, and show later asks, too.")
 @click.option("-y", "--allow", "verdict", flag_value="allow", help="Allow it once.")
-@click.option("--always", "verdict", flag_value="always", help="Allow it, and the like for all times.")
+@click.option("--always", "verdict", flag_value="always", help="Allow it, and always the same kind.")
 @click.option("-n", "--deny", "verdict", flag_value="deny", help="Deny it.")
-@click.option("--reason", default="", metavar="TEXT", help="With --deny: for the agent.")
-@click.option("--full", is_flag=True, help="Show long texts as a whole.")
+@click.option("--reason", default="", metavar="TEXT", help="With --deny: a reason for the agent.")
+@click.option("--full", is_flag=True, help="Show long texts completely.")
 @click.option("--rules", is_flag=True, help="Print the rules in force, in the order in which they decide.")
-@click.option("--list-always", is_flag=True, help="Print what is allowed for all times.")
-@click.option("--revoke", type=edge.Whole(0), metavar="N", help="Number N of that list is not allowed any more.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON; with -f one object in a line.")
+@click.option("--list-always", is_flag=True, help="Print what is always allowed.")
+@click.option("--revoke", type=edge.Whole(0), metavar="N", help="Remove number N of that list.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON; with -f one object per line.")
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 def command(
     follow: bool,

@@ -86,7 +86,7 @@ class Keys(click.ParamType[bytes]):
     "--tail",
     type=edge.Whole(min=0),
     metavar="N",
-    help=f"Lines shown of what it has printed before: {LINES}, or a window full of a terminal; 0: none.",
+    help=f"Lines of its earlier output: {LINES}, or as many as the terminal has; 0: none.",
 )
 @click.option("--no-signals", is_flag=True, help="Ctrl-C and Ctrl-\\ end aios-attach only, not the agent.")
 @click.option(
@@ -95,7 +95,7 @@ class Keys(click.ParamType[bytes]):
     default=detachkeys.DEFAULT,
     show_default=True,
     metavar="KEYS",
-    help="What detaches from a terminal: characters and ctrl-X, with commas between them; empty: nothing.",
+    help="Keys that detach from a terminal: characters and ctrl-X, separated by commas; empty: none.",
 )
 @click.argument("word", metavar="PID|NAME", shell_complete=agents.complete)
 def command(tail: int | None, no_signals: bool, detach_keys: bytes, word: str) -> int:

@@ -131,15 +131,14 @@ class _Commands(click.Group):
     EXAMPLES,
     invoke_without_command=True,
 )
-@click.option("-d", "--daemon", is_flag=True, help="Start in the background; returns when it serves.")
+@click.option("-d", "--daemon", is_flag=True, help="Start in the background; returns when it is ready.")
 @click.option(
     "--model",
     "names",
     multiple=True,
     metavar="[NAME=]MODEL",
     type=click.Path(),
-    help="A GGUF, a name from `aiosd models`, hf:REPO:QUANT, https://HOST/v1#NAME; again and again: several. "
-    "[AIOSD_MODEL]",
+    help="A GGUF, a name from `aiosd models`, hf:REPO:QUANT, https://HOST/v1#NAME; may be repeated. [AIOSD_MODEL]",
 )
 @click.option("--home", metavar="DIR", type=click.Path(), help="Where socket, data and logs lie. [AIOS_HOME]")
 @click.option("--config", "file", metavar="FILE", type=click.Path(), help="Settings, instead of aiosd.toml.")
@@ -271,7 +270,7 @@ def _be_daemon(settings: Settings, log: Path) -> NoReturn:
 @command.command("status", context_settings=edge.SETTINGS, short_help="Show the state of the system.")
 @click.option("-v", "--verbose", is_flag=True, help="Everything.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
-@click.option("--check", is_flag=True, help="Check the books as well; exits with 1 when they do not balance.")
+@click.option("--check", is_flag=True, help="Check the books, too; exits with 1 if they do not balance.")
 def status(verbose: bool, as_json: bool, check: bool) -> int:
     """Show the state of the system: where it lives, its policy, models, agents by STAT, and the machine's figures."""
     with edge.connect() as client:

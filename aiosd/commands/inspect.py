@@ -23,7 +23,7 @@ EXAMPLES = """
   aios-inspect planner worker   the newest agent of each name
   ls "$(aios-inspect -w agent)" what that agent has left in its workspace
   aios-inspect 7 --why ~/notes  whether agent 7 may use that file, and why
-  aios-inspect 7 --why https://example.org   … reach that host
+  aios-inspect 7 --why https://example.org   the same for a host
 """
 
 
@@ -35,9 +35,9 @@ EXAMPLES = """
     EXAMPLES,
 )
 @click.option(
-    "--why", "path", metavar="PATH|URL", help="Explain what its sandbox makes of a file, a folder or a host, in words."
+    "--why", "path", metavar="PATH|URL", help="Explain what its sandbox permits for a file, a folder or a host."
 )
-@click.option("-w", "--workspace", is_flag=True, help="Print only where it keeps its files: its home in the sandbox.")
+@click.option("-w", "--workspace", is_flag=True, help="Print only its workspace: its home in the sandbox.")
 @click.argument("words", nargs=-1, required=True, metavar="PID|NAME...", shell_complete=agents.complete)
 def command(words: tuple[str, ...], path: str | None, workspace: bool) -> int:
     from msgspec import json

@@ -25,7 +25,7 @@ EXAMPLES = """
   aios-kill -STOP planner       park all named planner, until -CONT
   aios-kill -9 -- -7            KILL to the process group 7
   aios-kill --timeout 3 7       TERM, KILL when it still lives 3 seconds later
-  aios-kill -0 7                does it live? may I?
+  aios-kill -0 7                checks that it lives, and may be signalled
   aios-kill -l                  list the signals
 """
 
@@ -97,7 +97,7 @@ def _next(rest: Any) -> list[str]:
     "word",
     default="TERM",
     metavar="SIGNAL",
-    help="By name or number; 0 only probes.",
+    help="By name or number; 0 sends none, and only checks.",
     shell_complete=_complete_signal,
 )
 @click.option("--timeout", type=edge.SecondsType(min=0), metavar="S", help="KILL after S seconds; returns when dead.")

@@ -35,7 +35,7 @@ from libaios.wire import PidArgs, Sys
 EXAMPLES = """
   aios-logs 7                   all that agent 7 wrote
   aios-logs -f --tail 10 7      its last ten lines, then new ones
-  aios-logs -f planner worker   two at once, lines bear names
+  aios-logs -f planner worker   two at once, with names before lines
   aios-logs --since 10m planner what it wrote in the last ten minutes
   aios-logs --since 2026-11-23T14:05:00Z --until 2h30m 7
 """
@@ -90,9 +90,9 @@ def parse_moment(text: str, now: float) -> float:
 )
 @click.option("-f", "--follow", is_flag=True, help="Go on until the agents, or aiosd, have ended.")
 @click.option("-n", "--tail", type=edge.Whole(min=0), metavar="N", help="Only the last N lines.")
-@click.option("--since", type=Moment(), metavar="T", help="Only what was written since T.")
-@click.option("--until", type=Moment(), metavar="T", help="Only what was written by T.")
-@click.option("--no-prefix", is_flag=True, help="No agent's name before the lines of several.")
+@click.option("--since", type=Moment(), metavar="T", help="Only output since T.")
+@click.option("--until", type=Moment(), metavar="T", help="Only output until T.")
+@click.option("--no-prefix", is_flag=True, help="With several agents: no name before each line.")
 @click.argument("words", nargs=-1, required=True, metavar="PID|NAME...", shell_complete=agents.complete)
 def command(
     follow: bool, tail: int | None, since: float | None, until: float | None, no_prefix: bool, words: tuple[str, ...]

@@ -18,7 +18,7 @@ def register(group: click.Group) -> None:
 
 
 @click.command("mcp", context_settings=edge.SETTINGS, short_help="Serve aiosd to other programs, as an MCP server.")
-@click.option("--only", metavar="NAMES", help="Offer these and no others, with commas between: ps,logs,search_notes")
+@click.option("--only", metavar="NAMES", help="Offer only these, separated by commas: ps,logs,search_notes")
 def mcp(only: str | None) -> int:
     """Serve the running aiosd as an MCP server on stdin and stdout, for programs that take one: an editor, a chat.
 
@@ -27,7 +27,7 @@ def mcp(only: str | None) -> int:
 
     \b
       {"mcpServers": {"aiosd": {"command": "aiosd", "args": ["mcp"]}}}
-      aiosd mcp --only ps,logs             what only looks
+      aiosd mcp --only ps,logs             only calls that change nothing
     """
     try:
         from aiosd.commands import mcpserver

@@ -28,7 +28,7 @@ EXAMPLES = """
   aios-ps -e --forest           everything, children below their parents
   aios-ps -f -p 7,8             agents 7 and 8, with more columns
   aios-ps -C planner -o pid=    the pids of the agents named planner
-  aios-ps -e --sort -tokens     the one that used most tokens first
+  aios-ps -e --sort -tokens     those with most tokens first
   aios-ps --dead --sort -pid    the dead as well, the last one first
   aios-ps -e --watch            live, every 2 seconds, until q or Ctrl-C
   aios-ps --json                for programs
@@ -72,7 +72,7 @@ def _complete_columns(context: click.Context, parameter: click.Parameter, incomp
     EXAMPLES,
 )
 @click.option("-e", "-A", "--all", "everything", is_flag=True, help="All agents, zombies and aiosd's own processes.")
-@click.option("--dead", is_flag=True, help="The last dead too, as many as aiosd remembers, and exit codes.")
+@click.option("--dead", is_flag=True, help="Ended agents too, as many as the history has, and exit codes.")
 @click.option("-f", "--full", is_flag=True, help="More columns.")
 @click.option(
     "-p",
@@ -89,7 +89,7 @@ def _complete_columns(context: click.Context, parameter: click.Parameter, incomp
     "names",
     multiple=True,
     metavar="NAMES",
-    help="Of these names: a,b.",
+    help="Agents with these names: a,b.",
     shell_complete=agents.complete_names,
 )
 @click.option(
@@ -111,7 +111,7 @@ def _complete_columns(context: click.Context, parameter: click.Parameter, incomp
 )
 @click.option("--no-headers", is_flag=True, help="No line of headers.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="For programs: a list of objects, of everything or with -o of that."
+    "--json", "as_json", is_flag=True, help="For programs: a list of objects, with all fields or those of -o."
 )
 @click.option("--forest", is_flag=True, help="Children below their parents.")
 @click.option(
@@ -120,7 +120,7 @@ def _complete_columns(context: click.Context, parameter: click.Parameter, incomp
     is_flag=False,
     flag_value=2.0,
     metavar="[S]",
-    help="Again every S seconds (2), in place.",
+    help="Repeat every S seconds (2), in place.",
 )
 def command(
     everything: bool,

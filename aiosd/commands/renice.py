@@ -41,7 +41,7 @@ class ReniceCommand(click.Command):
     EXAMPLES,
 )
 @click.option("-n", "--priority", "absolute", type=NICE, metavar="NICE", help="The new value.")
-@click.option("--relative", type=edge.Whole(-39, 39), metavar="STEP", help="Add STEP to the value that it has.")
+@click.option("--relative", type=edge.Whole(-39, 39), metavar="STEP", help="Add STEP to the present value.")
 @click.argument("words", nargs=-1, metavar="PID|NAME...", shell_complete=agents.complete)
 def command(absolute: int | None, relative: int | None, words: tuple[str, ...]) -> int:
     if absolute is not None and relative is not None:

@@ -139,21 +139,21 @@ def _complete_net(context: click.Context, parameter: click.Parameter, incomplete
 )
 @click.option("-d", "--detach", is_flag=True, help="Print the pid and return; output goes to the log (aios-attach).")
 @click.option("-t", "--tty", "terminal", is_flag=True, help="Give it a terminal of its own; with -d: for aios-attach.")
-@click.option("--name", metavar="NAME", help="Name in aios-ps; else that of the script.")
+@click.option("--name", metavar="NAME", help="Name in aios-ps; default: that of the script.")
 @click.option(
     "--restart",
     metavar="WHEN",
     default="no",
     help="With -d: start it again when it ends: on-failure[:N], always[:N] or no. Waits grow from 0.1 to 30 s.",
 )
-@click.option("-n", "--nice", type=edge.Whole(-20, 19), metavar="NICE", help="From -20 (goes first) to 19.")
+@click.option("-n", "--nice", type=edge.Whole(-20, 19), metavar="NICE", help="From -20 (most favoured) to 19.")
 @click.option(
     "-e",
     "--env",
     "variables",
     multiple=True,
     metavar="K=V|K",
-    help="Set a variable in its environment; K alone: pass ours on into a sandbox.",
+    help="Set a variable in its environment; K alone: pass yours on into a sandbox.",
 )
 @click.option("-g", "--group", metavar="GROUP", help="Privilege group.")
 @click.option("--no-gateway-env", "own_env", is_flag=True, help="Leave OPENAI_BASE_URL and the like as they are.")
@@ -161,16 +161,18 @@ def _complete_net(context: click.Context, parameter: click.Parameter, incomplete
 @click.option(
     "--sandbox",
     type=click.Choice(["none", "flat", "cage"]),
-    help="How it is confined; else as the settings say (cage). An agent can only choose more for what it starts.",
+    help="How it is confined; default: by the settings (cage). An agent cannot choose a lower level for a child.",
 )
 @click.option("--read", "read", multiple=True, metavar="PATH", help="A file or folder that it may read in a sandbox.")
-@click.option("--write", "write", multiple=True, metavar="PATH", help="One that it may change.")
+@click.option(
+    "--write", "write", multiple=True, metavar="PATH", help="A file or folder that it may change in a sandbox."
+)
 @click.option(
     "--net",
     "net",
     multiple=True,
     metavar="none|all|gateway|HOST,...",
-    help="Its network in a sandbox; else as the settings say. HOST: example.org, *.example.org (all below it), "
+    help="Its network in a sandbox; default: by the settings. HOST: example.org, *.example.org (all below it), "
     "example.org:8443 (else ports 80 and 443). HOST, and the gateway alone: in the cage only; there the gateway is at "
     "127.0.0.1:8000, 8080, 11434 and 1234, too. With all, these ports are the machine's: the gateway is there if aiosd "
     "was started so (--gateway 0,11434).",

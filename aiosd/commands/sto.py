@@ -160,7 +160,7 @@ def get(path: str, file: str | None, version: int | None, of: str) -> int:
 @_command("rollback", "Go back to an old version.")
 @click.argument("path")
 @click.argument("version", type=edge.Whole(1), required=False)
-@click.option("--time", "when", metavar="TIME", help="The newest not later than TIME (YYYY-MM-DD HH:MM[:SS]).")
+@click.option("--time", "when", metavar="TIME", help="The newest version at TIME (YYYY-MM-DD HH:MM[:SS]).")
 def rollback(path: str, version: int | None, when: str | None, of: str) -> int:
     """Make a new version that is as an old one: VERSION, or that of a time."""
     if (version is None) == (when is None):

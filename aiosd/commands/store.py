@@ -29,9 +29,11 @@ T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write; it names no file
 
 
-@click.command("fsck", context_settings=edge.SETTINGS, short_help="Check what agents keep; --repair saves it.")
-@click.option("--repair", is_flag=True, help="Copy what is readable into a new file. The old one is kept.")
-@click.option("--give", nargs=2, metavar="LOST NAME", help="What has lost its owner is from now on of agents named so.")
+@click.command(
+    "fsck", context_settings=edge.SETTINGS, short_help="Check notes and files of agents; --repair saves them."
+)
+@click.option("--repair", is_flag=True, help="Copy all readable data into a new file. The old one is kept.")
+@click.option("--give", nargs=2, metavar="LOST NAME", help="Give notes and files under LOST to agents named NAME.")
 def fsck(repair: bool, give: tuple[str, str] | None) -> int:
     """Check the store: each page of its database, each large content. What is damaged is named, and nothing changed;
     the exit code is 1 then. What has lost its owner by damage is listed, too. aiosd must not be running.
@@ -60,7 +62,7 @@ def fsck(repair: bool, give: tuple[str, str] | None) -> int:
     return 1 if found and not repair else 0
 
 
-@click.command("backup", context_settings=edge.SETTINGS, short_help="Copy what agents keep into one file.")
+@click.command("backup", context_settings=edge.SETTINGS, short_help="Copy notes and files of agents into one file.")
 @click.argument("file", type=click.Path(path_type=Path))
 def backup(file: Path) -> int:
     """Copy the database of the store and its large contents into FILE, a tar, while aiosd runs or not: all as it was at
@@ -76,7 +78,7 @@ def backup(file: Path) -> int:
     return 0
 
 
-@click.command("export", context_settings=edge.SETTINGS, short_help="Write what agents keep as JSON lines.")
+@click.command("export", context_settings=edge.SETTINGS, short_help="Write notes and files of agents as JSON lines.")
 @click.argument("file", type=click.Path(path_type=Path))
 def export(file: Path) -> int:
     """Write what agents keep into FILE, a tar: a file of JSON lines for each table, and the large contents. While aiosd
@@ -98,7 +100,7 @@ def export(file: Path) -> int:
 
 @click.command("import", context_settings=edge.SETTINGS, short_help="Read an export or a backup.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--replace", is_flag=True, help="Also where the store has something; that is kept beside it.")
+@click.option("--replace", is_flag=True, help="Replace the content of the store; the old one is kept beside it.")
 def load(file: Path, replace: bool) -> int:
     """Read what `aiosd export` or `aiosd backup` wrote. The store must be empty, or --replace be given: then its
     database is kept under another name. aiosd must not be running.

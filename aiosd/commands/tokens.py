@@ -30,13 +30,13 @@ def register(group: click.Group) -> None:
     group.add_command(token)
 
 
-@click.command("token", context_settings=edge.SETTINGS, short_help="Let programs from outside use the gateway.")
+@click.command("token", context_settings=edge.SETTINGS, short_help="Let programs outside of aiosd use the gateway.")
 @click.argument("name", required=False)
-@click.option("-g", "--group", metavar="G", help="Whose share of the models it gets, and whose files it may read.")
+@click.option("-g", "--group", metavar="G", help="Its group: for shares of the models, and for files.")
 @budgets.options(limits.WITHOUT_PROCESS)
 @click.option("--export", "as_export", is_flag=True, help="Print lines for a shell: OPENAI_BASE_URL and so on.")
-@click.option("--revoke", is_flag=True, help="End it: requests that run are cancelled, later ones get 401.")
-@click.option("--list", "listed", is_flag=True, help="List those that there are.")
+@click.option("--revoke", is_flag=True, help="End it: running requests are cancelled, later ones get 401.")
+@click.option("--list", "listed", is_flag=True, help="List all tokens.")
 @click.option("--json", "as_json", is_flag=True, help="The list as one JSON array.")
 def token(
     name: str | None,

@@ -43,8 +43,8 @@ def _complete(context: click.Context, parameter: click.Parameter, incomplete: st
 @click.argument("name", required=False, shell_complete=_complete)
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]…")
 @click.option("--schema", is_flag=True, help="The JSON Schema of the tool's arguments.")
-@click.option("--trust", is_flag=True, help="Offer NAME again though its MCP server describes it otherwise now.")
-@click.option("--json", "as_json", is_flag=True, help="A list of objects; of a call its result as JSON.")
+@click.option("--trust", is_flag=True, help="Offer NAME again although its MCP server has changed its description.")
+@click.option("--json", "as_json", is_flag=True, help="A list of objects; for a call its result as JSON.")
 def tools(name: str | None, arguments: tuple[str, ...], schema: bool, trust: bool, as_json: bool) -> int:
     """List the tools that agents of the running system have; with NAME, call one as an agent would.
 

@@ -45,13 +45,23 @@ EXAMPLES = """
     "[OPTIONS]",
     EXAMPLES,
 )
-@click.option("-b", "--batch", is_flag=True, help="Plain pictures on stdout, one unless -n says more.")
-@click.option("-n", "--iterations", type=edge.Whole(min=1), metavar="N", help="End after N pictures.")
-@click.option("-d", "--delay", type=edge.SecondsType(0.1, 3600), default=2.0, metavar="S", help="Between two (2).")
-@click.option("-e", "-A", "--all", "system", is_flag=True, help="aiosd's own processes too.")
-@click.option("--sort", type=click.Choice(picture.ORDER), default="rate", metavar="COL", help="By which column (rate).")
+@click.option("-b", "--batch", is_flag=True, help="Print plain text on stdout, once or -n times.")
+@click.option("-n", "--iterations", type=edge.Whole(min=1), metavar="N", help="End after N updates.")
 @click.option(
-    "-C", "--name", "names", multiple=True, metavar="NAME", help="These alone.", shell_complete=agents.complete_names
+    "-d", "--delay", type=edge.SecondsType(0.1, 3600), default=2.0, metavar="S", help="Seconds between updates (2)."
+)
+@click.option("-e", "-A", "--all", "system", is_flag=True, help="aiosd's own processes too.")
+@click.option(
+    "--sort", type=click.Choice(picture.ORDER), default="rate", metavar="COL", help="Sort by this column (rate)."
+)
+@click.option(
+    "-C",
+    "--name",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Only agents of these names.",
+    shell_complete=agents.complete_names,
 )
 def command(batch: bool, iterations: int | None, delay: float, system: bool, sort: str, names: tuple[str, ...]) -> int:
     wanted = [name for argument in names for name in argument.split(",") if name]

@@ -69,7 +69,7 @@ class Key:
 TABLE_SUFFIX = ".vectors"
 
 KEYS = (
-    Key("policy", one_of(POLICIES), "|".join(POLICIES), "Who runs next on the model (fair).", "fair"),
+    Key("policy", one_of(POLICIES), "|".join(POLICIES), "Which calls run next on a model (fair).", "fair"),
     Key("quantum", quantum, "TOKENS[,S]", "How long a call runs on while others wait (64,10).", DEFAULT_QUANTUM),
     Key("shares", shares, "GROUP=N,…", "What groups get under fair, in agents of nice 0.", {}),
     Key("ctx", whole(1), "N", "Tokens per slot (what model and memory allow).", per_model=True),
@@ -89,7 +89,7 @@ KEYS = (
         "kv_layout",
         one_of(("auto", "streams", "unified")),
         "auto|streams|unified",
-        "Has each slot its own cells, or all common ones (auto: on a GPU).",
+        "Own KV cells for each slot, or common ones for all (auto: common on a GPU).",
         "auto",
         per_model=True,
     ),
@@ -102,7 +102,7 @@ KEYS = (
         "lora",
         loras,
         "NAME=PATH[:SCALE]",
-        "An adapter that calls may ask for; again and again.",
+        "An adapter that calls may choose; may be repeated.",
         (),
         per_model=True,
         many=True,
@@ -118,7 +118,7 @@ KEYS = (
         many=True,
     ),
     Key("cpu_moe", switch, "", "Weights of experts stay in main memory.", False, per_model=True),
-    Key("n_cpu_moe", whole(0, 4096), "N", "… those of the first N layers (0).", 0, per_model=True),
+    Key("n_cpu_moe", whole(0, 4096), "N", "Weights of experts of the first N layers only (0).", 0, per_model=True),
     Key("rope_scaling", one_of(tuple(ROPE_SCALING)), "|".join(ROPE_SCALING), "For longer contexts.", per_model=True),
     Key("rope_freq_base", number(1, 1e12), "F", "RoPE's base frequency (the model's).", per_model=True),
     Key("rope_freq_scale", number(1e-6, 1e3), "F", "RoPE's scale; 0.25: for four times the context.", per_model=True),
@@ -130,19 +130,21 @@ KEYS = (
     Key("verbose", switch, "", "Show the messages of llama.cpp.", False, per_model=True),
     Key("key_file", text, "FILE", "The key to a model at a URL; keyring:NAME.", "", per_model=True),
     Key("concurrency", whole(1, 256), "N", "Requests to such a model at a time (8).", 8, per_model=True),
-    Key("rpm", whole(0), "N", "… and in a minute (no limit).", 0, per_model=True),
-    Key("tpm", whole(0), "N", "Its tokens in a minute (no limit).", 0, per_model=True),
+    Key("rpm", whole(0), "N", "Requests to such a model in a minute (no limit).", 0, per_model=True),
+    Key("tpm", whole(0), "N", "Tokens of such a model in a minute (no limit).", 0, per_model=True),
     Key("price", price.read, "IN,OUT[,CACHED]", "What a million of its tokens cost.", per_model=True),
     Key(
         "route",
         routes,
         "NAME=MODEL,…",
-        "A name for several models: the first that can answers; again and again.",
+        "A name for several models, of which the first that can answers; may be repeated.",
         (),
         many=True,
     ),
     Key("log_level", one_of(LOG_LEVELS), "|".join(LOG_LEVELS), "How much is logged (info).", "info"),
-    Key("keep_dead", whole(0, 1_000_000), "N", "How many dead agents are remembered, with their logs (1000).", 1000),
+    Key(
+        "keep_dead", whole(0, 1_000_000), "N", "How many ended agents are kept in the history, with logs (1000).", 1000
+    ),
     Key(
         "sandbox",
         one_of((*LEVELS, STRICT)),
@@ -158,7 +160,13 @@ KEYS = (
         "At this part of a budget its agent gets a message; 0: never (0).",
         0,
     ),
-    Key("orphans", one_of(ORPHANS), "|".join(ORPHANS), "What processes get that outlive their agent (kill).", "kill"),
+    Key(
+        "orphans",
+        one_of(ORPHANS),
+        "|".join(ORPHANS),
+        "How processes that outlive their agent are ended (kill).",
+        "kill",
+    ),
     Key(
         "log_size",
         size_or_none(4096),

@@ -100,7 +100,7 @@ class Attention:
         return cls(library, operations[:2], streams)
 
     def close(self) -> None:
-        """Free it. Call only after the context is closed, when nothing can compute with it any more."""
+        """Free the scratch buffers. Call only after the context is closed, when no thread can use them any more."""
         self._library.aios_attention_free(self.data)
 
     @property

@@ -1,8 +1,8 @@
-"""The embedded model: everything works with no download. See MODEL_CARD.md for what it can do."""
+"""The embedded model, with which everything works without a download. MODEL_CARD.md says what it can do."""
 
 from pathlib import Path
 
 
 def model_path() -> Path:
-    """Where the model's GGUF lies, in the checkout or installed."""
+    """The path of the model's GGUF."""
     return Path(__file__).with_name("nano.gguf")

@@ -10,7 +10,7 @@ from aiosd.nano.tokenizer import CONTROL, IM_END, PRE_TOKENIZER, SPECIAL, Tokeni
 
 
 def export(model: Nano, tokenizer: Tokenizer, path: Path) -> None:
-    """Writes matrices as f16 and norms as f32."""
+    """Write the file: matrices as f16, norms as f32."""
     s = model.s
     w = gguf.GGUFWriter(str(path), "llama")
     w.add_name("nano")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BACK, TELL, SHARP, GIVE = 5.0, 0.15, 2.5, 0.8  # how firmly copying is wired before training
+BACK, TELL, SHARP, GIVE = 5.0, 0.15, 2.5, 0.8  # scales of the weights that `_wire_copying` sets
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Block(nn.Module):
         self.ffn_down = nn.Linear(s.hidden, s.width, bias=False)
 
     def forward(self, x: Tensor, layout: "BatchLayout", wanted: Tensor | None = None) -> Tensor:
-        """x: (tokens, width), a beginning that all conversations share and then the rest of each. Of `wanted` tokens
-        alone the whole block is computed, if they are given."""
+        """x: (tokens, width), a beginning that all conversations share and then the rest of each. `wanted`: the indices
+        of the tokens whose outputs are needed; the others then serve as keys and values only."""
         s = self.s
         weight = torch.cat([self.attn_q.weight, self.attn_k.weight, self.attn_v.weight])
         y = F.linear(self.attn_norm(x), weight).view(len(x), -1, s.head)
@@ -57,8 +57,8 @@ class Block(nn.Module):
 
 
 class BatchLayout:
-    """Where the tokens of a batch stand: `shared` ones at the beginning of every conversation, kept once, and `rows`
-    conversations with `length` more. What is shared is computed once, which is a third of all work."""
+    """The positions of a batch's tokens: first `shared` tokens with which every conversation begins, then `length` more
+    for each of `rows` conversations. Computing the shared ones once for all saves a third of the work."""
 
     def __init__(self, shared: int, rows: int, length: int, frequencies: Tensor) -> None:
         self.shared, self.rows, self.length = shared, rows, length
@@ -68,7 +68,7 @@ class BatchLayout:
         self.later = torch.full((shared + length, shared + length), -1e4, dtype=torch.bfloat16).triu(1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention. q, k, v: (tokens, heads, head); what comes back: (tokens, heads * head)."""
+        """Causal attention. q, k, v: (tokens, heads, head); the result: (tokens, heads * head)."""
         p, heads = self.shared, k.shape[1]
 
         def whole(x: Tensor) -> Tensor:  # every conversation with its beginning
@@ -82,8 +82,8 @@ class BatchLayout:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, later: Tensor) -> Tensor:
-    """q: (rows, time, heads, head); k, v: (rows * their heads, longer time, head). Written out, because PyTorch's own
-    is half as fast on a CPU for short texts."""
+    """q: (rows, time, heads, head); k, v: (rows * KV heads, time with the beginning, head). It is written out because
+    PyTorch's own attention is half as fast on a CPU for short texts."""
     rows, time, heads, head = q.shape
     of_keys = len(k) // rows
     group = heads // of_keys
@@ -94,11 +94,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, later: Tensor) -> Tensor:
 
 
 class Nano(nn.Module):
-    """Module names are those of GGUF, so that export copies them.
+    """Modules are named as their tensors in GGUF, so that `export` can copy the names.
 
-    A word's first piece with a space before it has no embedding of its own: it is the piece's plus one vector that all
-    of them share. ` milk` and `milk` are then as good as the same to a copier, which reads one and writes the other.
-    `plain` says for every token which token that is (itself, if it has no space before it).
+    A token with a space before it has no embedding of its own: it has that of the token without the space, plus one
+    vector that all such tokens share. So ` milk` and `milk` are nearly the same to the model, which often reads one and
+    has to write the other. `plain`: for every token, the token without the space (itself, if it has none).
     """
 
     def __init__(self, s: Shape, plain: Tensor) -> None:
@@ -118,18 +118,21 @@ class Nano(nn.Module):
 
     @torch.no_grad()
     def _wire_copying(self) -> None:
-        """Starts with an induction circuit in place, which training would take half its time to find.
+        """Set an induction circuit, which copies. Training would need half its time to find it.
 
-        A head of block 0 looks one token back, by rotary phase alone, and tells block 1 what stood there; a head
-        of block 1 looks for places whose predecessor is the current token, and promotes what stands there. That
-        is copying. Everything stays free to change.
+        A head of block 0 attends to the previous token, by rotary phase alone, and adds a code of it to the residual
+        stream (the message). A head of block 1 attends to places whose previous token is the current token, and raises
+        the logit of the token there. Training may change all of these weights.
         """
         s, pairs = self.s, self.s.head // 2
-        near, far = pairs * 3 // 16, pairs * 7 // 16  # pairs that turn fast, and the first that hardly turns
+        # `near` rotary pairs with high frequencies tell neighbours apart; from pair `far` on positions hardly matter.
+        near, far = pairs * 3 // 16, pairs * 7 // 16
         told = 2 * (pairs - far)  # width of the message from block 0 to block 1
         embd = self.token_embd.weight
-        embd.mul_(0.08 * s.width**0.5 / embd.norm(dim=1, keepdim=True))  # else a long one draws the look to itself
-        embd[:, 0] = 3 * embd.std()  # the same for all tokens: something for the look back to hold on to
+        embd.mul_(
+            0.08 * s.width**0.5 / embd.norm(dim=1, keepdim=True)
+        )  # equal norms: a long one would attract attention
+        embd[:, 0] = 3 * embd.std()  # the same for all tokens: the head of block 0 matches by it
         embd[:, -told:] = self.space[-told:] = self.space[0] = 0  # room for the message
         look = nn.init.orthogonal_(torch.empty(told, s.width))
         look[:, 0] = look[:, -told:] = 0
@@ -142,14 +145,14 @@ class Nano(nn.Module):
         back.attn_k.weight[1 : 2 * near : 2, 0] = BACK * phase.sin()
         back.attn_v.weight[:told] = look
         back.attn_output.weight[:, : s.head] = 0
-        back.attn_output.weight[-told:] = back.ffn_down.weight[-told:] = 0  # nothing else is written there yet
+        back.attn_output.weight[-told:] = back.ffn_down.weight[-told:] = 0  # at first only the message is written there
         back.attn_output.weight[-told:, :told] = TELL * torch.eye(told)
 
         group = s.heads // s.kv_heads
         give = nn.init.orthogonal_(torch.empty(s.kv_heads * s.head, s.width))
         give[:, 0] = give[:, -told:] = 0
         match.attn_v.weight[:] = give
-        for kv in range(s.kv_heads):  # each carries its share of what stands there
+        for kv in range(s.kv_heads):  # each copies its part of the token's embedding
             key, query = kv * s.head, kv * group * s.head
             match.attn_q.weight[query : query + s.head] = match.attn_k.weight[key : key + s.head] = 0
             match.attn_q.weight[query + s.head - told : query + s.head] = SHARP * look
@@ -157,8 +160,8 @@ class Nano(nn.Module):
             match.attn_output.weight[:, query : query + s.head] = GIVE * give[key : key + s.head].T
 
     def forward(self, shared: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
-        """Logits of the token after each place where `wanted` is true. shared: (time), the beginning of all
-        conversations; ids, wanted: (batch, time), what comes then."""
+        """Logits of the next token at each place where `wanted` is true. shared: (time), the beginning of all
+        conversations; ids, wanted: (batch, time), the rest of each."""
         layout = BatchLayout(len(shared), len(ids), ids.shape[1], self._frequencies())
         embedding = self.embedding()
         x = F.embedding(torch.cat([shared, ids.flatten()]), embedding)
@@ -176,5 +179,5 @@ class Nano(nn.Module):
 
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary positions on neighbouring pairs, llama.cpp's way for the architecture `llama`."""
+    """Rotary positions on neighbouring pairs, as llama.cpp computes them for the architecture `llama`."""
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn).flatten(-2)

@@ -1,11 +1,11 @@
 """The words that nano's tasks are made of: vocabulary, facts, word problems and phrases.
 
-Phrases are templates: `[a|b]` is a choice, `{x}` a slot. One that begins with a small letter is an order and
-may be wrapped in politeness; any other stands for itself. Lists of words have a HELD twin, seen only by the tests and
-the benchmarks; of the phrases `tasks.py` keeps some back by their checksum.
-"""
+Phrases are templates: `[a|b]` is a choice, `{x}` a slot. A phrase that begins with a small letter is an order, to
+which polite words may be added; any other is used as it is. Each list of words has a HELD twin that is used only by the
+tests and the benchmarks. Of the phrases, `tasks.py` holds some back by their checksum.
 
-# a phrase is easier to read and to compare on one line
+Lines may be long: a phrase that is not broken is easier to read and to compare.
+"""
 
 COMMON = """
 able about above across after again against air all almost along already also always among and animal answer any
@@ -105,7 +105,7 @@ my|my|my|my|our|my sister's|my brother's|my mother's|my father's|my wife's|my hu
 my friend's|my neighbour's|my dad's|my mum's|his|her
 """.replace("\n", "").split("|")
 
-# What people have; the kind names how its value looks.
+# Attributes of people, each with the kind of its value.
 ATTRIBUTES = [
     ("birthday", "date"), ("dog's name", "name"), ("cat's name", "name"), ("phone number", "phone"),
     ("favourite colour", "colour"), ("favorite color", "colour"), ("favourite food", "word"), ("favourite book", "words"),
@@ -151,13 +151,13 @@ the parking fee|the toll|my allowance|the number of seats|the price of a lantern
 the piano lesson fee
 """.replace("\n", "").split("|")
 
-# Notes with a number in them, and what they are about.
+# Notes with a number in them, each with its topic.
 VALUED = [
     ("{q} costs {d} {m}", "{q}"), ("{q} costs {d}", "{q}"), ("{q} is {d} {m} [a|per] month", "{q}"), ("{q} is now {d}", "{q}"), ("{q} was {d}", "{q}"), ("{q} = {d}", "{q}"), ("{q}: {d}", "{q}"), ("{n} owes me {d} {m}", "what {n} owes me"), ("{n} is {d} years old", "{n}'s age"), ("I have {d} {w}", "{w}"), ("the {w} weighs {d} kg", "the {w}"), ("there are {d} {w}", "{w}"), ("we have {d} {w}", "{w}"), ("one {w} costs {d} {m}", "one {w}"), ("a {w} costs {d} {m}", "a {w}"), ("{n} earns {d} {m}", "what {n} earns"),
     ("{q} amounts to {d}", "{q}"), ("{n} gave me {d} {m}", "what {n} gave me"), ("the {w} measures {d} cm", "the {w}"),
 ]  # fmt: skip
 
-# Facts that are sentences: the note, then what follows "what/who/where/when (do|does|did|is)" in a question.
+# Facts that are sentences: the note, the beginning of a question about it ("What does"), the rest of the question.
 SENTENCES = [
     ("{n} likes {w}", "What does", "{n} like"), ("{n} works at {W}", "Where does", "{n} work"),
     ("{n} lives in {c}", "Where does", "{n} live"), ("I parked [the car|my car|] [on level {d}|in {W} street]", "Where did", "I park"),
@@ -266,7 +266,7 @@ CALC = [
     "I wonder what {e} is.", "state the value of {e}", "What number is {e}?", "reckon {e}", "What results from {e}?", "Any idea how much {e} is?", "obtain {e}",
 ]  # fmt: skip
 
-# Arithmetic in words, and the expression for calc. The order of numbers is the reader's: what comes first is a.
+# Arithmetic in words, each with the expression for calc. {a} is the number that is read first, then {b}, {c}.
 WORDED = [
     ("{a} decreased by {b}", "{a} - {b}"), ("{a} lowered by {b}", "{a} - {b}"), ("{a} raised by {b}", "{a} + {b}"), ("{a} enlarged by {b}", "{a} + {b}"), ("the total of {a}, {b} and {c}", "{a} + {b} + {c}"), ("{a} times {b} and then times {c}", "{a} * {b} * {c}"), ("{a} multiplied by {b} and by {c}", "{a} * {b} * {c}"), ("{a} less {b} plus {c}", "{a} - {b} + {c}"), ("{a} over {b} minus {c}", "{a} / {b} - {c}"), ("the product of {a} and {b}, plus {c}", "{a} * {b} + {c}"), ("the product of {a} and {b} minus {c}", "{a} * {b} - {c}"), ("the sum of {a} and {b}, minus {c}", "{a} + {b} - {c}"), ("a half of {a}", "{a} / 2"), ("one third of {a}", "{a} / 3"), ("one tenth of {a}", "{a} / 10"),
     ("{a} plus {b}", "{a} + {b}"), ("{a} plus {b}", "{a} + {b}"), ("{a} and {b} [added together|added up|together]", "{a} + {b}"), ("the sum of {a} and {b}", "{a} + {b}"),
@@ -294,7 +294,7 @@ ORDERS = [
     ("add up the numbers {a} and {b}", "{a} + {b}"), ("multiply {a} by {b}, then take away {c}", "{a} * {b} - {c}"), ("subtract {b} from {a} and add {c}", "{a} - {b} + {c}"), ("divide {a} by {b} and subtract {c}", "{a} / {b} - {c}"), ("multiply the numbers {a} and {b}", "{a} * {b}"), ("add the numbers {a}, {b} and {c}", "{a} + {b} + {c}"), ("take {a} and add {b} to it", "{a} + {b}"),
 ]  # fmt: skip
 
-# Word problems. a ≥ b where they are subtracted; {n} {o} names, {t} {s} things, {C} a container, {m} money.
+# Word problems. a ≥ b where b is subtracted from a; {n} {o} are names, {t} {s} things, {C} a container, {m} a currency.
 PROBLEMS = [
     ("{n} sells {a} {t} in the morning and {b} in the [evening|afternoon]. How many {t} is that [in total|]?", "{a} + {b}"), ("{n} [finds|collects|gathers] {a} {t} in the morning and {b} at night. How many is that altogether?", "{a} + {b}"), ("A shop had {a} {t} and sold {b}. How many [are left|{t} are left]?", "{a} - {b}"), ("A [baker|farmer|store] has {a} {t} and sells {b} of them. How many are left?", "{a} - {b}"), ("{n} owns {a} {C}s and every one holds {b} {t}. How many {t} is that?", "{a} * {b}"), ("{n} owns {a} {t} and buys {b} more. How many {t} does {n} own?", "{a} + {b}"), ("{a} {t} are put into {C}s of {b}. How many {C}s are needed?", "{a} / {b}"), ("{a} {t} are packed into {C}s with {b} each. How many {C}s are there?", "{a} / {b}"), ("A worker paints {b} {t} [per|a] day. How many [is that|are there] after {a} days?", "{b} * {a}"), ("{n} makes {b} {t} per day. How many are there after {a} days?", "{b} * {a}"), ("{n} buys {a} {t} for {b} {m} each and pays {c} {m} for shipping. How much is that?", "{a} * {b} + {c}"), ("{n} orders {a} {t} at {b} {m} each, and the delivery costs {c} {m}. What is the total?", "{a} * {b} + {c}"), ("{n} has {a} {t}, gets {b} more and loses {c}. How many are left?", "{a} + {b} - {c}"), ("{n} has {a} {t}. {o} gives {n} {b} more, but {n} loses {c}. How many does {n} have?", "{a} + {b} - {c}"), ("Three [people|friends] share a bill of {a} {m}. How much does each pay?", "{a} / 3"), ("Four friends share {a} {t}. How many does each get?", "{a} / 4"), ("Five people share {a} {m}. How much does each get?", "{a} / 5"), ("Two [friends|sisters|brothers] split {a} {m}. How much does each get?", "{a} / 2"), ("I have {a} {m} in my pocket and {b} {m} at home. How much is that altogether?", "{a} + {b}"), ("I have {a} {m} in cash and {b} {m} on my card. How much do I have?", "{a} + {b}"), ("A trip of {a} km takes {b} hours. How many km is that per hour?", "{a} / {b}"), ("A walk of {a} km takes {b} days. How many km is that a day?", "{a} / {b}"), ("{n} had {a} {m} and [spent|paid] {b} {m} on {t}. How much is left?", "{a} - {b}"), ("How much do {a} {t} cost if one is {b} {m}?", "{a} * {b}"),
     ("A baker makes {a} {t} [an hour|per hour|each hour] for {b} hours. How many [{t} |]is that?", "{a} * {b}"),
@@ -408,7 +408,7 @@ PROBLEMS = [
     ("{n} picks {a} {t} in the morning and {b} in the afternoon. How many {t} is that altogether?", "{a} + {b}"), ("A shop has {a} {t} and sells {b}. How many {t} are left?", "{a} - {b}"), ("{n} owns {a} {C}s and each one has {b} {t}. How many {t} are there?", "{a} * {b}"), ("{a} {t} are packed in {C}s of {b}. How many {C}s is that?", "{a} / {b}"), ("A worker makes {b} {t} per day. How many are there after {a} days?", "{b} * {a}"), ("{n} buys {a} {t} for {b} {m} each and pays {c} {m} for the delivery. How much is that in total?", "{a} * {b} + {c}"), ("{n} has {a} {t}, {o} gives {n} {b} more and {n} loses {c}. How many are left?", "{a} + {b} - {c}"), ("Five friends share a bill of {a} {m}. How much does each pay?", "{a} / 5"), ("I have {a} {m} in cash and {b} {m} at the bank. How much do I have altogether?", "{a} + {b}"), ("A trip of {a} km needs {b} days. How many km is that per day?", "{a} / {b}"), ("How much are {a} {t} if one costs {b} {m}?", "{a} * {b}"), ("{n} had {a} {m} and paid {b} {m} for {t}. How much is left?", "{a} - {b}"),
 ]  # fmt: skip
 
-# An operation on a value that has to be fetched first. {v} is how the value is called.
+# An operation on a value that a tool call has to fetch first. {v} is the value's description.
 ON_VALUE = [
     ("What would {v} minus {k} be?", "{N} - {k}"), ("How much would {v} plus {k} be?", "{N} + {k}"), ("How much would {v} times {k} be?", "{N} * {k}"), ("lower {v} by {k}", "{N} - {k}"), ("raise {v} by {k}", "{N} + {k}"), ("What does {v} times {k} give?", "{N} * {k}"), ("What does {v} minus {k} give?", "{N} - {k}"), ("How much does {v} divided by {k} give?", "{N} / {k}"), ("give me {v} plus {k}", "{N} + {k}"), ("give me {v} minus {k}", "{N} - {k}"), ("give me {v} divided by {k}", "{N} / {k}"), ("What would half of {v} be?", "{N} / 2"),
     ("{any} {v} plus {k}", "{N} + {k}"), ("{any} {v} times {k}", "{N} * {k}"), ("{any} {v} minus {k}", "{N} - {k}"), ("{any} {v} divided by {k}", "{N} / {k}"), ("What {any} {v} plus {k}?", "{N} + {k}"), ("What {any} {v} times {k}?", "{N} * {k}"), ("What {any} {v} minus {k}?", "{N} - {k}"), ("{v} times {k}", "{N} * {k}"), ("{v} plus {k}", "{N} + {k}"), ("{v} minus {k}", "{N} - {k}"), ("{v} divided by {k}", "{N} / {k}"), ("{any} {v} by adding {k}", "{N} + {k}"), ("What does {v} plus {k} make?", "{N} + {k}"), ("What is {k} less than {v}?", "{N} - {k}"), ("What is {k} more than {v}?", "{N} + {k}"), ("I need {v} times {k}.", "{N} * {k}"), ("What do I get if I add {k} to {v}?", "{N} + {k}"), ("What do I get if I multiply {v} by {k}?", "{N} * {k}"), ("If I double {v}, what do I get?", "{N} * 2"), ("deduct {k} from {v}", "{N} - {k}"),
@@ -422,7 +422,7 @@ ON_VALUE += [
     ("What would {v} plus {k} be?", "{N} + {k}"), ("What would {v} times {k} be?", "{N} * {k}"), ("take {v} and lower it by {k}", "{N} - {k}"), ("What does {v} divided by {k} give?", "{N} / {k}"), ("take {v} and raise it by {k}", "{N} + {k}"), ("give me {v} times {k}", "{N} * {k}"),
     ("add {k}% to {v}", "{N} * (100 + {k}) / 100"), ("[reduce|decrease|lower] {v} by {k}%", "{N} * (100 - {k}) / 100"), ("increase {v} by {k}%", "{N} * (100 + {k}) / 100"), ("take {k}% off {v}", "{N} * (100 - {k}) / 100"), ("subtract {k}% from {v}", "{N} * (100 - {k}) / 100"), ("take {v}, add {k}", "{N} + {k}"), ("take {v} and multiply it by {k}", "{N} * {k}"), ("take {v}[,| and] double it", "{N} * 2"), ("take {v} and divide it by {k}", "{N} / {k}"), ("take {v} and subtract {k}", "{N} - {k}"), ("What is {v} plus {k}, divided by {j}?", "({N} + {k}) / {j}"), ("multiply {v} by {k} and add {j}", "{N} * {k} + {j}"), ("add {k} to {v} and multiply [the result|] by {j}", "({N} + {k}) * {j}"), ("What is {v} times {k} plus {j}?", "{N} * {k} + {j}"), ("subtract {k} from {v} and divide by {j}", "({N} - {k}) / {j}"), ("How much do I pay if I pay {v} {k} times?", "{N} * {k}"), ("How much is {v} for {k} [months|days|weeks|people|years]?", "{N} * {k}"), ("How much is {v} [a year|per year|in a year]?", "{N} * 12"), ("How much is {v} if it [rises|goes up|grows] by {k}?", "{N} + {k}"), ("How much is left of {v} if I spend {k}?", "{N} - {k}"), ("split {v} [between|among] {k} people", "{N} / {k}"), ("[calculate|compute|find|tell me] {v} squared", "{N} ** 2"), ("[calculate|compute|find|tell me] the square root of {v}", "sqrt({N})"), ("What is the square root of {v}?", "sqrt({N})"), ("[calculate|compute|find|tell me] a third of {v}", "{N} / 3"), ("[calculate|compute|find] how much {v} times {k} is", "{N} * {k}"), ("[calculate|compute|find] what {v} plus {k} is", "{N} + {k}"),
 ]  # fmt: skip
-# Two values fetched first.
+# An operation on two values that have to be fetched first.
 ON_TWO = [
     ("How much are {v} and {w} in total?", "{N} + {M}"), ("How much is {v} and {w}?", "{N} + {M}"), ("add {v} and {w} together", "{N} + {M}"), ("give me {v} plus {w}", "{N} + {M}"), ("give me {v} minus {w}", "{N} - {M}"), ("What do you get for {v} plus {w}?", "{N} + {M}"), ("What do you get for {v} times {w}?", "{N} * {M}"), ("give me the product of {v} and {w}", "{N} * {M}"),
     ("{any} {v} and {w} together", "{N} + {M}"), ("{any} {v} plus {w}", "{N} + {M}"), ("{any} {v} times {w}", "{N} * {M}"), ("{any} {v} minus {w}", "{N} - {M}"), ("{v} plus {w}", "{N} + {M}"), ("{v} times {w}", "{N} * {M}"), ("{v} minus {w}", "{N} - {M}"), ("subtract {w} from {v}", "{N} - {M}"), ("What is the total of {v} and {w}?", "{N} + {M}"), ("total {v} and {w}", "{N} + {M}"), ("How much more is {v} than {w}?", "{N} - {M}"), ("What is left of {v} after {w}?", "{N} - {M}"), ("What do {v} and {w} make [together|in total]?", "{N} + {M}"), ("[combine|join] {v} and {w}", "{N} + {M}"), ("What is the average of {v} and {w}?", "({N} + {M}) / 2"), ("How much is {v} times {w}?", "{N} * {M}"), ("How much is {v} minus {w}?", "{N} - {M}"), ("What do I get if I add {v} and {w}?", "{N} + {M}"),
@@ -464,7 +464,7 @@ AVERAGES = [
     "give me the average of the numbers in {f}",
 ]
 
-# What to do with a result; {f} a file, {l} a label.
+# Orders to keep a result; {f} is a file, {l} a label.
 SAVE = [
     "place it in {f}", "place the answer in {f}", "keep the result in {f}", "keep it in the file {f}", "record the answer in {f}", "record it in {f}", "keep the answer in {f}", "place the number in the file {f}",
     "{any} the result [in|into|to] {f}", "{any} it [in|into|to] {f}", "{any} the answer [in|into|to] the file {f}", "[save|write|store] your [result|answer] [to|in] {f}", "[export|log|note] the [result|answer] [to|in] {f}", "the [result|answer] [should go|goes] [to|into] {f}", "[save|store] what you get in {f}", "[create|make] a file [called|named] {f} with the [result|answer]", "write the [outcome|sum|value|solution] to {f}",

@@ -1,13 +1,12 @@
-"""Tasks for nano, made from seeds: what is asked, the world it is asked in, how it is solved, what counts.
+"""Tasks for nano, made from seeds: a request, files and notes, a reference solution, and a check of an agent's work.
 
-`make(seed, split)` is one task. Its split decides what it is made of: HELD tasks are about names, words and numbers
-that TRAIN tasks never have; FRESH ones, moreover, are asked in phrases that TRAIN tasks never use, as HELD ones are if
-there is nothing to fill in. A checksum decides which phrases those are, so that no person chooses them. Pure: the
-same arguments give the same task anywhere.
+`make(seed, split)` makes one task. HELD tasks are about names, words and numbers that no TRAIN task has. FRESH tasks
+are, moreover, asked in phrases that no TRAIN task uses (as are HELD tasks whose phrase has no slot to fill). A
+checksum selects these phrases, so that no person does. The same arguments give the same task on any machine.
 
-A task is solved by a small program that calls tools. It runs against a `World`, which is the ReAct agent's own toolkit
-over a dict instead of a folder, and gives both the dialogue to learn from and what `check` compares an agent's
-work with: the answer must say certain things, and files and notes must end up the same.
+The reference solution is a small program that calls tools. It runs against a `World`, which is the ReAct agent's own
+toolkit with a dict instead of a folder. It gives the dialogue to learn from, and what `check` compares an agent's work
+with: the answer must contain certain words, and files and notes must be the same in the end.
 """
 
 import posixpath
@@ -23,7 +22,7 @@ from aiosd.nano.tokenizer import load
 from libaios.agents.react import SYSTEM, TOOLS, ChatMessage, ToolError, Toolkit
 
 TRAIN, HELD, FRESH = "train", "held", "fresh"
-KEEP_BACK = 12  # one of this many phrases is never trained on
+KEEP_BACK = 12  # one of 12 phrases is never trained on
 
 THOUGHTS = {
     "calc": "I will calculate it.",
@@ -34,7 +33,7 @@ THOUGHTS = {
 }
 
 
-#: Words that decide what is asked: never replaced.
+#: Words that decide what a request means; they are never replaced by others.
 MEANING = frozenset(
     """a add after all an and any are area as average away be both bring but by bye calculate called can cannot compute
     copy cost cut decrease delete difference divide divided do does double each equals every fetch file files find first
@@ -49,7 +48,7 @@ MEANING = frozenset(
 
 
 class World(Toolkit):
-    """The agent's tools over files in a dict."""
+    """The agent's tools, working on files in a dict."""
 
     def __init__(self, files: dict[str, str], notes: list[str]) -> None:
         self.files = dict(files)
@@ -75,11 +74,11 @@ class World(Toolkit):
 
 
 class ToolFailed(Exception):
-    """A tool said no; the solution ends with an apology."""
+    """A tool returned an error; the solution then ends with an apology."""
 
 
 Do = Callable[..., str]
-Solution = Callable[[Do], tuple[str, list[str]]]  # the answer, and what any right answer contains
+Solution = Callable[[Do], tuple[str, list[str]]]  # returns the answer, and what every right answer contains
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Task:
         return World(self.files, self.notes)
 
     def solve(self, world: World) -> tuple[list[ChatMessage], list[str]]:
-        """Solves the task in a world. The dialogue from the prompt to the answer, and what the answer must contain."""
+        """Solve the task in a world. Returns the dialogue from prompt to answer, and what the answer must contain."""
         dialogue: list[ChatMessage] = [{"role": "user", "content": self.prompt}]
 
         def do(tool: str, **arguments: str) -> str:
@@ -123,7 +122,7 @@ class Task:
 
 
 def check(task: Task, answer: str, files: dict[str, str], notes: list[str]) -> str | None:
-    """What is wrong with an agent's work on a task, or None. `files` and `notes` are how it left them."""
+    """What is wrong with an agent's work on a task, or None. `files` and `notes`: those after the work."""
     world = task.world()
     _, musts = task.solve(world)
     said = _plain(answer)
@@ -143,8 +142,8 @@ def check(task: Task, answer: str, files: dict[str, str], notes: list[str]) -> s
 
 
 def kept_back(phrases: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The phrases of a list that may be trained on, and those that may not. Of phrases that come with a formula (or any
-    other meaning in words of its own) one is kept back only if another teaches the same."""
+    """The phrases of a list that may be trained on, and those that may not. A phrase that comes with a formula (or
+    another statement of its meaning) is held back only if another phrase with the same formula is trained on."""
     known = _KEPT_BACK.get(id(phrases))
     if known is None:
         kept = [p for p in phrases if "{any" not in str(p) and zlib.crc32(f"kept back: {p}".encode()) % KEEP_BACK == 0]
@@ -154,7 +153,7 @@ def kept_back(phrases: list[Any]) -> tuple[list[Any], list[Any]]:
     return known
 
 
-_KEPT_BACK: dict[int, tuple[list[Any], list[Any]]] = {}  # by identity: the lists are constants of a module
+_KEPT_BACK: dict[int, tuple[list[Any], list[Any]]] = {}  # by id(): the lists are constants of a module
 
 
 def _plain(text: str) -> str:
@@ -162,14 +161,14 @@ def _plain(text: str) -> str:
 
 
 def make(seed: int, split: str = TRAIN, family: str | None = None) -> Task:
-    """One task. Families come up by weight unless one is named."""
+    """Make one task, of the given family or of one chosen by weight."""
     source = PhraseSource(random.Random(f"nano {split} {seed}"), split)
     name = family or source.rng.choices(list(FAMILIES), [w for _, w in FAMILIES.values()])[0]
     return FAMILIES[name][0](source)
 
 
 def conversation(seed: int, split: str = TRAIN) -> tuple[list[ChatMessage], list[dict[str, Any]] | None]:
-    """A dialogue to train on: some tasks one after the other, in one world, and the tools that are listed."""
+    """A dialogue to train on (some tasks one after the other in one world), and the tools that its prompt lists."""
     rng = random.Random(f"nano conversation {split} {seed}")
     tasks = [make(rng.getrandbits(48), split) for _ in range(rng.choices([1, 2, 3], [90, 8, 2])[0])]
     tools: list[dict[str, Any]] | None = list(TOOLS)
@@ -204,16 +203,16 @@ class PhraseSource:
     # --- choices
 
     def pick(self, train: Sequence[Any], held: Sequence[Any]) -> Any:
-        """A word of the split's own list."""
+        """An item of the list for this split."""
         return self.rng.choice(held if self.held else train)
 
     def choose(self, phrases: list[Any]) -> Any:
-        """A phrase that the split may use. One with a word that could be any other comes up more rarely."""
+        """A phrase that the split may use. Phrases with a slot for any word are chosen more rarely."""
         taught, kept = kept_back(phrases)
         among = taught
         if self.fresh:
             among = kept or taught
-        elif self.held:  # nothing but the phrase would make a task new where there is nothing to fill in
+        elif self.held:  # a phrase without slots is new only if it was held back
             among = [p for p in phrases if ("{" in str(p)) == (p in taught)] or taught
         item = self.rng.choice(among)
         return self.rng.choice(among) if "{any" in str(item) and self.chance(0.6) else item
@@ -222,11 +221,11 @@ class PhraseSource:
         return self.rng.random() < p
 
     def spell_out(self, template: str) -> str:
-        """Takes the choices `[a|b]`."""
+        """Replace each `[a|b]` by one of its choices."""
         return re.sub(r"\[([^\]]*)\]", lambda m: self.rng.choice(m[1].split("|")), template)
 
     def phrase(self, phrases: list[str]) -> str:
-        """A phrase whose choices are taken, and whose slots are for the caller to fill."""
+        """A phrase with its choices made. The caller fills its slots."""
         return self.spell_out(self.choose(phrases)).replace("{any}", self.word())
 
     def say(
@@ -239,8 +238,8 @@ class PhraseSource:
         slots: dict[str, str] | None = None,
         **more: str,
     ) -> str:
-        """Turns a phrase into a request: choices, politeness, sloppiness, strange words (not where another word might
-        mean another sum), and at last the slots."""
+        """Turn a phrase into a request: make its choices, add polite words and sloppy spelling, replace some words by
+        strange ones (not where another word could change a sum), and at last fill the slots."""
         text = self.spell_out(template)
         if polite:
             if text[0].islower():
@@ -252,12 +251,12 @@ class PhraseSource:
             text = self._sloppy(text)
         if strange and not self.held and self.chance(0.2):
             text = self._strange(text)
-        filled = {"any": self.word(), "any2": self.word()} | (slots or {}) | more  # a word that could be any other
+        filled = {"any": self.word(), "any2": self.word()} | (slots or {}) | more
         return re.sub(r"\{(\w+)\}", lambda m: filled[m[1]], text)
 
     def _strange(self, text: str) -> str:
-        """Puts other words in place of some that carry no meaning of their own, so that the model finds where a text or
-        a name begins and ends among words it has never seen there."""
+        """Replace some words that do not decide the meaning, so that the model learns to find where a text or a name
+        begins and ends between words that it has never seen there."""
         words = text.split(" ")
         for i, word in enumerate(words):
             if word.isalpha() and word.lower() not in MEANING and self.chance(0.1):
@@ -268,7 +267,7 @@ class PhraseSource:
         style = self.rng.random()
         if text[0].isalpha() and style < 0.55:
             text = text[0].upper() + text[1:]
-        elif style > 0.85:  # slots with a capital keep their meaning
+        elif style > 0.85:  # names of slots stay as they are: {X} is not {x}
             text = re.sub(r"\{\w+\}|[^{}]+", lambda m: m[0] if m[0][0] == "{" else m[0].lower(), text)
         if self.chance(0.12):
             text = text.rstrip(".?!")
@@ -283,10 +282,10 @@ class PhraseSource:
 
     def made_up(self) -> str:
         style = 1.0 if self.held else self.rng.random()
-        if style < 0.2:  # of any letters
+        if style < 0.2:  # of letters
             pairs = [self.rng.choice("bcdfghjklmnpqrstvwxyz") + self.rng.choice("aeiouy") for _ in range(4)]
             return "".join(pairs)[self.rng.randint(0, 1) : self.rng.randint(4, 8)]
-        if style < 0.7:  # of any pieces that the tokenizer knows, so that none is a stranger to copying
+        if style < 0.7:  # of tokens of the vocabulary, so that the model learns to copy each of them
             made = "".join(self.rng.choice(PIECES) for _ in range(self.rng.choice([1, 2, 2, 2, 3])))
             return made if made not in HELD_WORDS else made[:-1]
         syllables = self.pick(ph.SYLLABLES, ph.SYLLABLES_HELD)
@@ -330,9 +329,9 @@ class PhraseSource:
     # --- numbers
 
     def number(self, most: int = 9_999_999) -> str:
-        """An integer up to `most`, any number of digits as likely as another. Held-out numbers lie in ranges of
-        their own: 40-44, 80-84, 300-349, 7200-7499, 61000-61999, 500000-509999. So they look alike, or are the same
-        ones twice, and are harder to copy; some of the tasks to learn from have narrow ranges, too."""
+        """An integer up to `most`; short ones are more frequent. Held-out numbers lie in ranges of their own: 40-44,
+        80-84, 300-349, 7200-7499, 61000-61999, 500000-509999. So they look alike or are equal, and are harder to copy;
+        some of the tasks to train on have narrow ranges, too."""
         ranges = [r for r in self.ranges if r[1] <= most]
         while True:
             if ranges:
@@ -343,7 +342,7 @@ class PhraseSource:
                 return str(n)
 
     def _alike(self) -> list[tuple[int, int]]:
-        """Ranges as narrow as the held-out ones, elsewhere."""
+        """Ranges as narrow as the held-out ones, but other ones."""
         ranges = []
         for width, least in ((4, 1), (4, 10), (49, 100), (299, 1_000), (999, 10_000), (9_999, 100_000)):
             while True:
@@ -354,7 +353,7 @@ class PhraseSource:
         return ranges
 
     def amount(self) -> str:
-        """A number as it stands in an expression: often whole, sometimes with decimals."""
+        """A number in an expression: mostly whole, sometimes with decimals."""
         style = self.rng.random()
         if style < 0.9:
             return self.number()
@@ -441,7 +440,7 @@ class PhraseSource:
                 return note, topic
 
     def distractors(self, topic: str) -> list[str]:
-        """Other notes, none of which could be taken for the one about the topic."""
+        """Other notes, none of which could be mistaken for the one about the topic."""
         notes = [self.fact()[0] for _ in range(self.rng.choice([0, 0, 1, 2, 3]))]
         taken = {w for w in re.findall(r"\w+", topic.lower()) if len(w) > 2}
         return [n for n in notes if not taken & set(re.findall(r"\w+", n.lower()))]
@@ -488,14 +487,14 @@ class PhraseSource:
             text = f"{self.words(2, 5)} {joint} {self.words(1, 4)}"
         else:
             text = f"{self.name()} {r.choice(['was here', 'says hi', 'loves', 'and', 'is'])} {self.name()}"
-        if not self.held and self.chance(0.06):  # a text is a text, whatever it begins with
+        if not self.held and self.chance(0.06):  # a text to write may begin with a greeting
             text = f"{self.phrase(ph.SMALL_TALK[r.choice(list(ph.SMALL_TALK))]).rstrip('!.?')} {text}"
         if self.chance(0.25):
             text = text[0].upper() + text[1:]
         return text + r.choice(["", "", "", "", "", "", "!", "?"])
 
     def contents(self) -> str:
-        """What stands in a file: a text, sometimes of some lines."""
+        """The text of a file, sometimes of several lines."""
         lines = self.rng.choices([1, 2, 3, 4], [82, 10, 6, 2])[0]
         texts = [self.text() + self.rng.choice(["", "", "."]) for _ in range(lines)]
         return "\n".join(f"- {t}" if lines > 1 and self.chance(0.2) else t for t in texts)
@@ -512,7 +511,7 @@ class PhraseSource:
     # --- arithmetic
 
     def expression(self, short: bool = False) -> tuple[str, str, bool]:
-        """How it is said, how calc is to get it, and whether it is an order ("add 1 and 2")."""
+        """Arithmetic in signs or words, the expression for calc, and whether it is an order ("add 1 and 2")."""
         style = self.rng.random()
         numbers = {k: self.amount() for k in "abc"} | {"k": self.number(60)}
         if style < 0.5 or (short and style < 0.7):
@@ -529,7 +528,7 @@ class PhraseSource:
         return spelled, self.say(formula, polite=False, strange=False, slots=digits), order
 
     def _signs(self) -> str:
-        """An expression in signs, copied as it stands."""
+        """An expression in signs, which is copied unchanged."""
         r = self.rng
         a, b, c, d = (self.amount() for _ in range(4))
         signs = "+-*/" if self.chance(0.8) else "×÷x*"
@@ -731,7 +730,7 @@ def write(s: PhraseSource) -> Task:
 
 
 def _wrapped(s: PhraseSource, said: str) -> str:
-    """A request whose words are filled in already, made polite and sloppy around them."""
+    """A request whose slots are filled already, with polite words and sloppy spelling added."""
     if said[:1].islower():
         return s.say("x{e}", e=said).replace("x" + said, said).replace("X" + said, said[0].upper() + said[1:])
     return s.say("X{e}", e=said).replace("x" + said, said).replace("X" + said, said)
@@ -740,7 +739,7 @@ def _wrapped(s: PhraseSource, said: str) -> str:
 def talk(s: PhraseSource) -> Task:
     answer = s.rng.choices(list(ph.SMALL_TALK), [3, 2, 2, 2, 4])[0]
     said = s.choose(ph.SMALL_TALK[answer])
-    if not s.held and "I am" not in answer and s.chance(0.25):  # "hello", and words that do not matter
+    if not s.held and "I am" not in answer and s.chance(0.25):  # "hello", followed by words without meaning
         said = f"{said.rstrip('!.?')} {s.words(1, 2)}"
     prompt = s._sloppy(said)
     musts = ["help" if "help" in answer else "calculate" if "calculate" in answer else answer.split()[-1]]
@@ -755,11 +754,11 @@ def cannot(s: PhraseSource) -> Task:
     return Task("cannot", prompt, lambda do: (ph.CANNOT_ANSWER, ["cannot"]))
 
 
-# Chains. What comes first says how the value is had; what comes second what is done with the result.
+# Chains: the first clause says how to get a value, the second what to do with the result.
 
 
 def value_step(s: PhraseSource, kinds: str) -> tuple[str, str, Callable[[Do], str], dict[str, str], list[str]]:
-    """A request that ends in a number: how it is said, its kind, the program that gets it, files and notes."""
+    """A request for a number: its words, its kind, the program that gets the number, files and notes."""
     files: dict[str, str] = {}
     notes: list[str] = []
     kind = s.rng.choice(kinds.split())
@@ -860,7 +859,7 @@ def value_step(s: PhraseSource, kinds: str) -> tuple[str, str, Callable[[Do], st
 
 
 def follow_up(s: PhraseSource, kinds: str) -> tuple[str, Callable[[Do, str], str]]:
-    """What to do with a result, and the program for it, which returns what the answer says of it."""
+    """An order to keep a result, and the program for it, which returns a sentence for the answer."""
     if s.rng.choice(kinds.split()) == "save":
         path = s.file()
 
@@ -882,7 +881,7 @@ def follow_up(s: PhraseSource, kinds: str) -> tuple[str, Callable[[Do, str], str
 
 
 def _join(s: PhraseSource, parts: list[str]) -> str:
-    """Clauses in a row: "work out 3 * 4, then save it to a.txt"."""
+    """Join clauses: "work out 3 * 4, then save it to a.txt"."""
     said = parts[0]
     for part in parts[1:]:
         joint = s.joint()
@@ -900,7 +899,7 @@ def chain(name: str, kinds: str, follow: list[str]) -> Callable[[PhraseSource], 
     def family(s: PhraseSource) -> Task:
         said, _, get, files, notes = value_step(s, kinds)
         follows = [follow_up(s, f) for f in follow]
-        if s.chance(0.05):  # nothing to fetch
+        if s.chance(0.05):  # the file or note does not exist
             files, notes = {}, []
         prompt = _wrapped(s, _join(s, [said, *(f[0] for f in follows)]))
 
@@ -919,7 +918,7 @@ def keep_and_save(s: PhraseSource) -> Task:
 
 
 def move(s: PhraseSource) -> Task:
-    """Text from one place to another, unchanged: two calls."""
+    """Copy a text from one place to another, unchanged: two calls."""
     kind = s.rng.choice(["copy", "copy", "read_keep", "recall_save", "keep_save", "write_read"])
     f, g, contents = s.file(), s.file(), s.contents() if s.chance(0.3) else s.text()
     if kind == "copy":
@@ -978,7 +977,7 @@ def move(s: PhraseSource) -> Task:
 
 
 def twice(s: PhraseSource) -> Task:
-    """The same tool two times."""
+    """Call the same tool twice."""
     kind = s.rng.choice(["reads", "recalls", "calcs"])
     if kind == "reads":
         f, g, one, two = s.file(), s.file(), s.text(), s.text()

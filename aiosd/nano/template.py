@@ -1,8 +1,8 @@
 """The chat template of nano, and its rendering for training. The GGUF carries the same text.
 
-ChatML with tool calls as Hermes and Qwen2.5 write them, so a parser for that family reads nano. Two liberties
-keep prompts short: the tools are listed by name and parameters only, and arguments that are strings are
-quoted by hand, because `tojson` differs between renderers (Jinja escapes `<`, `'` and what is not ASCII).
+It is ChatML, with tool calls as Hermes and Qwen2.5 write them, so a parser for that family reads nano's calls. It
+differs in two ways. Tools are listed by name and parameters only, which keeps prompts short. Arguments that are strings
+are quoted by hand, because `tojson` differs between renderers (Jinja escapes `<`, `'` and what is not ASCII).
 """
 
 from typing import Any
@@ -77,7 +77,7 @@ _TEMPLATE = _ENVIRONMENT.from_string(CHAT_TEMPLATE)
 
 
 def render(messages: list[ChatMessage], tools: list[dict[str, Any]] | None, generate: bool = False) -> str:
-    """The text of a conversation, ready for the assistant's next turn if `generate`."""
+    """The text of a conversation. `generate`: it ends with the beginning of the assistant's next turn."""
     return _TEMPLATE.render(
         messages=messages,
         tools=tools,

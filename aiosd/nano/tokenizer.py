@@ -1,14 +1,13 @@
-"""The byte-level BPE of nano: trained here, written into the GGUF, and the same in llama.cpp.
+"""The byte-level BPE of nano: trained here, written into the GGUF, and used by llama.cpp with the same result.
 
-A tiny model copies text well only when the text looks the same everywhere. So merges never leave a word of
-ASCII letters: a digit, a mark of punctuation or a byte of UTF-8 is always a token of its own. The space before a
-word is merged last, with the first piece that the word has without it: `milk` is `mil|k` and ` milk` is ` mil|k`,
-whatever stands before. llama.cpp's pre-tokenizer `deepseek-coder` splits at least where such words end and never
-inside one, so both tokenise alike; a test compares them.
+A tiny model copies text well only if a word has the same tokens everywhere. So merges never cross the end of a word of
+ASCII letters: a digit, a punctuation mark or another byte is always a token of its own. The space before a word is
+merged last, with the first token that the word has without it: `milk` is `mil|k`, and ` milk` is ` mil|k`, whatever
+comes before. llama.cpp's pre-tokenizer `deepseek-coder` splits at the end of each such word and never inside one, so
+both give the same tokens; a test compares them.
 
-Special tokens come first and are cut out of the text before anything else, the longest first, as llama.cpp
-does it. The pieces of JSON around the arguments of a call are such tokens too: a call is half as
-long with them.
+Special tokens are cut out of the text first, the longest first, as in llama.cpp. The pieces of JSON around the
+arguments of a call are special tokens, too, which makes a call half as long.
 """
 
 import re
@@ -18,22 +17,22 @@ from itertools import pairwise
 from pathlib import Path
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-CONTROL = [END_OF_TEXT, IM_START, IM_END]  # never part of a text shown to anybody
-USER_DEFINED = [  # shown as they are
+CONTROL = [END_OF_TEXT, IM_START, IM_END]  # never part of a text that is shown
+USER_DEFINED = [  # part of the text
     "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
     '{"name": "', '", "arguments": {"', '": "', '", "', '"}}',
 ]  # fmt: skip
 SPECIAL = CONTROL + USER_DEFINED
 PRE_TOKENIZER = "deepseek-coder"
 
-RARE = 8  # occurrences
+RARE = 8  # words with fewer occurrences are left out by `learn`
 
 _PIECES = re.compile(rb" ?[A-Za-z]+|[^A-Za-z]", re.DOTALL)
 _LETTERS = [bytes([b]) for b in b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"]
 
 
 def byte_to_char() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte, which GGUF vocabularies are written in."""
+    """GPT-2's printable character for every byte, in which GGUF vocabularies are written."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {b: chr(b) for b in plain}
     rest = (b for b in range(256) if b not in table)
@@ -87,7 +86,7 @@ class Tokenizer:
         return known
 
     def split(self, word: bytes) -> list[bytes]:
-        """Applies merges, the earliest learned first."""
+        """Apply merges, those learned first before others."""
         parts = [bytes([b]) for b in word]
         while len(parts) > 1:
             ranks = [self._rank.get(p, len(self._rank)) for p in pairwise(parts)]
@@ -100,14 +99,14 @@ class Tokenizer:
 
 
 def load() -> Tokenizer:
-    """nano's own: the merges of `merges.txt`, which stay as they are, because every model depends on them."""
+    """nano's tokenizer. The merges of `merges.txt` must not change, because every trained model depends on them."""
     lines = Path(__file__).with_name("merges.txt").read_text("ascii").splitlines()
     return _with_spaces([(a.encode(), b.encode()) for a, b in (line.split() for line in lines)])
 
 
 def learn(texts: Iterable[str], size: int) -> list[tuple[bytes, bytes]]:
-    """Learns `size` merges of letters; this is how `merges.txt` was made. Ties go to the first pair in byte order.
-    Rare words are left out: most are made up, and their syllables are of no use."""
+    """Learn `size` merges of letters; `merges.txt` was made by this. Of equally frequent pairs the first in byte order
+    is taken. Rare words are left out: most of them are made up, and their syllables are of no use."""
     counts = Counter(w for text in texts for w in re.findall(rb"[A-Za-z]{2,}", text.encode()))
     words = [([bytes([b]) for b in word], n) for word, n in sorted(counts.items()) if n >= RARE]
     merges: list[tuple[bytes, bytes]] = []
@@ -130,5 +129,5 @@ def learn(texts: Iterable[str], size: int) -> list[tuple[bytes, bytes]]:
 
 
 def _with_spaces(merges: list[tuple[bytes, bytes]]) -> Tokenizer:
-    """Gives every letter and every merge a twin with a space before it."""
+    """Add, for every letter and every merge, the same with a space before it."""
     return Tokenizer(merges + [(b" ", piece) for piece in [*_LETTERS, *(a + b for a, b in merges)]])

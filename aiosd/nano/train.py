@@ -1,16 +1,17 @@
 """Trains nano from seeds and writes nano.gguf: `make nano`, or `python -m aiosd.nano.train`.
 
-Batches of pure copying come first and now and then, because an agent of this size lives by it; the rest are the
-conversations of `tasks.py`, never the same one twice, in batches of about the same length. Loss is taken on the
-assistant's turns alone. A model that has learnt most of it looks through many conversations and learns from those in
-which a token still comes as a surprise (`--pick`): looking costs a third of learning. Matrices of the blocks learn
-with Muon (momentum, made orthogonal by a few steps of Newton and Schulz; Jordan et al. 2024), embeddings and norms
-with AdamW. The rates are low on purpose: twice as much undoes the copying circuit that `model.py` wires before the
-first step, and weights that are trained already want a third.
+Batches of pure copying come first, and one in twenty later (drills), because most of what nano does is copying. The
+others are the conversations of `tasks.py`, each used once, in batches of about equal length. The loss is that of the
+assistant's turns only. With `--pick`, a model that is nearly trained computes the loss of many conversations, and
+learns from those in which some token still has a high one: a forward pass costs a third of a training step.
 
-Two processes of one thread each work on batches of their own and average their gradients: matrices of this size
-gain little from threads. Each makes the updates of its share of the matrices. The same number of processes on the
-same machine gives the same model.
+The matrices of the blocks are trained by Muon (momentum, made orthogonal by a few steps of Newton and Schulz; Jordan
+et al. 2024), embeddings and norms by AdamW. The rates are low on purpose: twice as much undoes the copying circuit
+that `model.py` sets before the first step, and weights that are trained already need a third.
+
+Two processes of one thread each work on batches of their own and average their gradients, because threads speed up
+matrices of this size only a little. Each process updates its share of the matrices. The same number of processes on
+the same machine gives the same model.
 """
 
 import argparse
@@ -37,52 +38,52 @@ from aiosd.nano.template import render
 from aiosd.nano.tokenizer import IM_END, IM_START, SPECIAL, Tokenizer, load
 
 SEED = 1
-BATCH_TOKENS = 3600  # of a process at a time
+BATCH_TOKENS = 3600  # tokens in a batch of one process, without the shared beginning
 LONGEST = 1024  # tokens of a conversation
 WORKERS = 2
-SEEDS_APART = 100_000_000  # of two processes' conversations
-PATIENCE = timedelta(hours=12)  # of one process with another that was stopped for a while
-LOOK_AT = 24  # batches that are looked through at a time for what is still hard
-SURPRISE = 0.05  # loss of a token from which on its conversation is hard
-KEEP = 0.08  # share of the others that is learnt from all the same
+SEEDS_APART = 100_000_000  # distance between the first seeds of two processes
+PATIENCE = timedelta(hours=12)  # how long a process waits for another, which may be stopped for a while
+LOOK_AT = 24  # batches whose losses `hard` computes at a time
+SURPRISE = 0.05  # a conversation is hard if a token's loss is above this
+KEEP = 0.08  # share of the other conversations that is used, too
 
-#: What all conversations of a batch begin with, the rest of each, the places there that count, and the tokens after
-#: those places.
+#: The beginning that all conversations of a batch share, the rest of each, the places there that count for the loss,
+#: and the tokens that follow these places.
 TrainBatch = tuple[Tensor, Tensor, Tensor, Tensor]
 
-#: What comes after the beginning of a conversation: its tokens, and whether the token after each is the assistant's.
+#: A conversation without its beginning: the tokens, and for each whether the next one is the assistant's.
 TrainRow = tuple[list[int], list[bool]]
 Beginning = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long, how fast, on what."""
+    """How long to train, at what rates, on what."""
 
     steps: int = 8000
-    minutes: float = 0.0  # a length in time instead, if it is not 0
+    minutes: float = 0.0  # if it is not 0: a duration, instead of `steps`
     muon: float = 0.003  # peak learning rates
     adam: float = 1e-3
     warm: int = 100  # steps to the peak
-    fall: float = 0.9  # the last part of the way, on which the rates fall to nothing
-    first_seed: int = 1_000_000_000  # of the conversations; the next ones follow
+    fall: float = 0.9  # the last part of the training, in which the rates fall to 0
+    first_seed: int = 1_000_000_000  # of the conversations; each next one has the next seed
     drills: int = 40  # batches of pure copying before the first conversation
     drill_every: int = 20
-    pick: bool = False  # learn from what is still hard
+    pick: bool = False  # learn from conversations that are still hard
 
     def rate(self, step: int, done: float) -> float:
-        """Share of the peak rates at a step, `done` of the way behind it."""
+        """Factor on the peak rates at a step, when the share `done` of the training is over."""
         return min(1.0, (step + 1) / self.warm, max(0.0, 1 - done) / self.fall)
 
 
 def plain_twins(tokenizer: Tokenizer) -> Tensor:
-    """For every token the one without the space before it."""
+    """For every token, the token without the space before it (itself, if there is none)."""
     ids = {token: i for i, token in enumerate(tokenizer.tokens)}
     return torch.tensor([ids.get(t[1:], i) if len(t) > 1 and t[:1] == b" " else i for t, i in ids.items()])
 
 
 def examples(tokenizer: Tokenizer, first_seed: int) -> Iterator[TrainRow]:
-    """Ids of conversations, and whether the token after each is the assistant's."""
+    """Conversations from consecutive seeds: tokens, and for each whether the next one is the assistant's."""
     start, end = tokenizer.special[IM_START], tokenizer.special[IM_END]
     assistant = tokenizer.encode("assistant\n")
     seed = first_seed
@@ -100,20 +101,20 @@ def examples(tokenizer: Tokenizer, first_seed: int) -> Iterator[TrainRow]:
 
 
 def groups(tokenizer: Tokenizer, first_seed: int) -> Iterator[tuple[Beginning, list[TrainRow]]]:
-    """Conversations of the same beginning and about the same length, as many as a batch takes."""
+    """Conversations with the same beginning and about the same length, as many as fit into a batch."""
     source = examples(tokenizer, first_seed)
     start = tokenizer.special[IM_START]
     order = torch.Generator().manual_seed(first_seed)
     while True:
         alike: dict[Beginning, list[TrainRow]] = {}
         for ids, flags in islice(source, 800):
-            shared = ids.index(start, 1)  # the system's turn
+            shared = ids.index(start, 1)  # the beginning is the system's turn
             alike.setdefault(tuple(ids[:shared]), []).append((ids[shared:], flags[shared:]))
         yield from cut(alike, order)
 
 
 def cut(alike: dict[Beginning, list[TrainRow]], order: torch.Generator) -> list[tuple[Beginning, list[TrainRow]]]:
-    """Rows of the same beginning in groups of about the same length, each as large as a batch may be."""
+    """Groups of rows with the same beginning and about the same length, each as large as a batch may be."""
     groups: list[tuple[Beginning, list[TrainRow]]] = []
     for beginning, rows in alike.items():
         group: list[TrainRow] = []
@@ -139,8 +140,8 @@ def batch(beginning: Beginning, rows: list[TrainRow]) -> TrainBatch:
 def hard(
     model: Nano, found: Iterator[tuple[Beginning, list[TrainRow]]], order: torch.Generator
 ) -> Iterator[TrainBatch]:
-    """Batches of those rows in which a token is still a surprise, and of a few others. All processes look at the same
-    time and then learn from equally many batches, so that none waits for another."""
+    """Batches of the rows in which some token still has a high loss, and of a few others. All processes compute losses
+    at the same time, and then learn from the same number of batches, so that none waits for another."""
     left: list[tuple[Beginning, list[TrainRow]]] = []
     while True:
         pool: dict[Beginning, list[TrainRow]] = {}
@@ -160,7 +161,7 @@ def hard(
 
 @torch.no_grad()
 def surprise(model: Nano, taught: TrainBatch) -> Tensor:
-    """The greatest loss of a token in each row."""
+    """The highest loss of a token in each row."""
     shared, ids, wanted, targets = taught
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(shared, ids, wanted)
@@ -169,8 +170,9 @@ def surprise(model: Nano, taught: TrainBatch) -> Tensor:
 
 
 def drills(vocab: int, seed: int) -> Iterator[TrainBatch]:
-    """Pure copying: noise, a mark, random tokens, the mark's end, noise, the mark again, and the same tokens to be
-    said. Some rows use few kinds of tokens, so that more than one token back must be looked at, as in numbers."""
+    """Pure copying: noise, a start mark, random tokens, an end mark, noise, the start mark again, and then the same
+    tokens and end mark, which the model has to generate. Some rows use few different tokens, as numbers do: to copy
+    them, the model must look at more than the previous token."""
     order = torch.Generator().manual_seed(seed)
 
     def number(low: int, high: int) -> int:
@@ -194,7 +196,7 @@ def drills(vocab: int, seed: int) -> Iterator[TrainBatch]:
 
 
 def lessons(model: Nano, tokenizer: Tokenizer, recipe: Recipe, rank: int, first: int) -> Iterator[TrainBatch]:
-    """What one of the processes teaches in turn: copying, then conversations with a drill now and then."""
+    """The batches of one process: first drills, then conversations with a drill every `drill_every` steps."""
     drill = drills(len(tokenizer.tokens), SEED + rank + first)
     found = groups(tokenizer, recipe.first_seed + rank * SEEDS_APART + first * 1000)
     order = torch.Generator().manual_seed(first + rank)
@@ -204,7 +206,7 @@ def lessons(model: Nano, tokenizer: Tokenizer, recipe: Recipe, rank: int, first:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal: every direction of a matrix moves equally far."""
+    """Momentum whose update is made orthogonal, so that a matrix changes equally in all directions."""
 
     def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.01) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
@@ -227,7 +229,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(g: Tensor) -> Tensor:
-    """The nearest matrices with singular values of about one. g: (n, rows, columns)."""
+    """Matrices near to the given ones, but with singular values of about 1. g: (n, rows, columns)."""
     x = g.mT if g.shape[1] > g.shape[2] else g
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(5):
@@ -247,7 +249,7 @@ def _back(whole: Tensor, tensors: list[Tensor]) -> None:
 
 @torch.no_grad()
 def average(model: Nano) -> None:
-    """Makes the gradients of all processes their mean."""
+    """Replace the gradients in all processes by their mean."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     whole = _one(grads)
     dist.all_reduce(whole)
@@ -256,14 +258,14 @@ def average(model: Nano) -> None:
 
 @torch.no_grad()
 def exchange(matrices: list[Tensor], rank: int, size: int) -> None:
-    """Gives every process the matrices that the others have made a step with."""
+    """Give every process the matrices that the others have updated."""
     whole = _one([m if i % size == rank else torch.zeros_like(m) for i, m in enumerate(matrices)])
     dist.all_reduce(whole)
     _back(whole, matrices)
 
 
 def progress(recipe: Recipe, step: int, begin: float) -> float:
-    """The share of the way that is done; the same in all processes."""
+    """The share of the training that is done; the same number in all processes."""
     if not recipe.minutes:
         return step / recipe.steps
     done = torch.tensor((time.time() - begin) / (60 * recipe.minutes))
@@ -273,8 +275,8 @@ def progress(recipe: Recipe, step: int, begin: float) -> float:
 
 @torch.no_grad()
 def take_up(model: Nano, path: Path) -> None:
-    """Takes the weights out of a GGUF that `export` wrote. If it has fewer blocks, those that are new stand among them,
-    as evenly as can be, and say nothing at first."""
+    """Load the weights of a GGUF that `export` wrote. If it has fewer blocks, new ones are inserted between them, as
+    evenly as possible; their outputs are 0 at first."""
     weights = {t.name: torch.from_numpy(t.data.astype("float32")) for t in GGUFReader(path).tensors}
     have, want = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blk.")), model.s.layers
     places = [i * (want - 1) // (have - 1) for i in range(have)]
@@ -295,7 +297,7 @@ def take_up(model: Nano, path: Path) -> None:
 def learn(
     recipe: Recipe, model: Nano, tokenizer: Tokenizer, out: Path, state: Path | None, begin_with: Path | None
 ) -> None:
-    """Trains; the first process tells and writes, also every 100 steps, so that a look at the model can be had."""
+    """Train. The first process prints progress, and writes the model at the end and every 100 steps, for a trial."""
     rank, size = dist.get_rank(), dist.get_world_size()
     matrices: list[Tensor] = [p for p in model.blk.parameters() if p.dim() == 2]
     others = [p for name, p in model.named_parameters() if p.dim() == 1 or name.startswith("token_embd")]
@@ -330,7 +332,7 @@ def learn(
         model.zero_grad(set_to_none=True)
         exchange(matrices, rank, size)
         seen += (ids.numel() + len(shared) * len(ids)) * size
-        if len(shared):  # no drill
+        if len(shared):  # not a drill
             losses.append(loss.item())
         if rank == 0 and step % 25 == 24:
             mean = sum(losses[-25:]) / 25
@@ -353,7 +355,7 @@ def learn(
 def worker(
     rank: int, size: int, meet: str, recipe: Recipe, out: Path, state: Path | None, begin_with: Path | None
 ) -> None:
-    """One of the processes; they meet at the file `meet`."""
+    """One of the processes; they find each other by the file `meet`."""
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size, timeout=PATIENCE)
@@ -371,10 +373,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--minutes", type=float, default=0, help="how long to train, instead of a number of steps")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes of one thread each")
-    parser.add_argument("--state", type=Path, help="keep what is needed to go on in files of this name, and go on")
+    parser.add_argument("--state", type=Path, help="save the state in files of this name, and continue from them")
     parser.add_argument("--begin-with", type=Path, metavar="GGUF", help="begin with the weights of such a file")
     parser.add_argument("--first-seed", type=int, default=Recipe.first_seed, help="of the conversations")
-    parser.add_argument("--pick", action="store_true", help="learn from what is still hard")
+    parser.add_argument("--pick", action="store_true", help="learn from conversations that are still hard")
     parser.add_argument("--rates", type=float, default=1.0, help="a factor on the learning rates")
     options = parser.parse_args()
     recipe = Recipe(

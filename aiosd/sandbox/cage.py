@@ -1,7 +1,7 @@
 """The cage of a system: namespaces that are made once at the start, and that its agents enter (see `native/cage.c`).
 
-A child makes them, sends their descriptors here and ends; the descriptors keep them alive. Every forked process
-inherits these and may enter the namespaces. An agent closes them before its program runs.
+A child makes the namespaces, sends their descriptors and ends; the descriptors keep the namespaces alive. Every forked
+process inherits them and may enter the namespaces. An agent closes them before its program runs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def descriptors() -> tuple[int, ...]:
 
 
 def look(system: Iterable[str], needed: Iterable[str]) -> Machine:
-    """The part of the machine that belongs into a cage: folders of the system, and files that are `needed` wherever
-    they lie (/etc/resolv.conf leads to /run on many machines)."""
+    """The part of the machine that a cage shows: folders of the system, and files that are `needed` wherever they lie
+    (on many machines /etc/resolv.conf is a link to a file in /run)."""
     system = tuple(system)
     real = [os.path.realpath(path) for path in (*system, *places.DEVICES) if os.path.exists(path)]
     kept = places.outermost(real)
@@ -74,7 +74,7 @@ def links_to(path: str) -> Iterator[tuple[str, str]]:
 
 
 def build(native: Native, machine: Machine, fork: Callable[[Callable[[], int]], int]) -> Cage:
-    """Build the cage. `fork`: runs a function in a child, and returns its Linux pid. Raises OSError with a sentence."""
+    """Build the cage. `fork` runs a function in a child, and returns its Linux pid. Raises OSError if it fails."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def child() -> int:

@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import os
 
+#: For each `step` of `native/cage.h`, in the same order.
 _STEPS = (
     "",
     "the plan is wrong",
@@ -27,7 +28,7 @@ _STEPS = (
 
 
 class Native:
-    """The functions. Each raises OSError when a step failed; then the process is confined in part, and can only end."""
+    """The functions. Each raises OSError when a step fails; the process is then confined in part, and must end."""
 
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path, use_errno=True)

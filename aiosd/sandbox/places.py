@@ -23,7 +23,7 @@ ATTACH, MEMORY, TERMINALS, FOLDER, LINK, SEAL = range(6)
 READ_ONLY, NO_SUID, NO_DEVICES = 1, 2, 4
 
 _RECORD = struct.Struct("=6I")
-_SHARED = "size=64m,mode=1777"  # of /tmp and of /dev/shm; for more there is TMPDIR, which is on the disk
+_SHARED = "size=64m,mode=1777"  # for /tmp and /dev/shm; larger files go to TMPDIR, which is on the disk
 _COVER = "size=1m,mode=755"
 _TERMINALS = "mode=600,ptmxmode=666"
 
@@ -61,7 +61,7 @@ class Machine:
 
     system: tuple[str, ...]  # folders and files, resolved, none of them inside of another
     folders: tuple[str, ...] = ()  # directly below the root, without links
-    links: dict[str, str] = field(default_factory=dict)  # … and the links there
+    links: dict[str, str] = field(default_factory=dict)  # links directly below the root, with their targets
     ways: dict[str, str] = field(default_factory=dict)  # links further down that lead programs to `system`
 
 
@@ -100,8 +100,8 @@ def of_agent(
     terminal: str = "",
     ways: Mapping[str, str] | None = None,
 ) -> list[Place]:
-    """The steps of one agent after it has entered the cage. `protected`: see `sandbox.protected`; `terminal`: its own,
-    "": it has none; `ways`: links in the paths that it got, see `needed`."""
+    """The steps of one agent after it has entered the cage. `protected`: see `sandbox.protected`. `terminal`: the path
+    of its own terminal, or "". `ways`: links in the paths that it got, see `needed`."""
     granted = dict.fromkeys(_below_root(machine, read), False)
     granted |= dict.fromkeys(_below_root(machine, write), True)
     granted[workspace] = True
@@ -140,8 +140,8 @@ def of_agent(
 
 
 def needed(machine: Machine, links: Iterable[Iterable[str]], granted: Sequence[str]) -> dict[str, str]:
-    """The links in the paths that an agent got (its program, its arguments) that lead to visible paths and do not exist
-    in the cage anyway."""
+    """The links in the paths that an agent got (its program, its arguments) that lead to visible paths, except those
+    that every cage has."""
     seen = (*machine.system, *granted)
     return {
         link: source

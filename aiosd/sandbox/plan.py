@@ -1,4 +1,4 @@
-"""From an agent's box to the plan that `native/confine.c` carries out: bytes, made in the agent's own process.
+"""Make the plan that `native/confine.c` carries out from an agent's box: bytes, made in the agent's own process.
 
 Most of a plan is the same for all agents (`Ground`): the parts of the system that they may read, the seccomp programs,
 the cage. This part is made once in the supervisor, before any agent is forked. The rest are the agent's own paths.
@@ -36,14 +36,14 @@ _ETC = (
     "gitconfig", "inputrc", "terminfo",
     "profile", "bash.bashrc", "fonts", "magic", "login.defs", "shells", "java",
 )  # fmt: skip
-#: All of /proc, because a rule on /proc/self would hold for one process only; Landlock itself guards memory, files and
-#: environment of other processes.
+#: All of /proc, because a rule on /proc/self would hold for one process only. Landlock itself protects the memory,
+#: files and environment of other processes.
 _KERNEL = ("/proc", "/sys/devices/system/cpu", "/sys/fs/cgroup")
 #: File systems of a cage's own.
 _PRIVATE = {"/tmp": landlock.WRITE, "/dev/shm": landlock.WRITE, "/dev/pts": landlock.DEVICE | landlock.READ_DIR}
 _PRIVATE |= {"/dev": landlock.READ_DIR}
 _OUTPUT = landlock.WRITE_FILE | landlock.TRUNCATE
-_KEEP_NETWORK, _OWN_NETWORK = -1, -2  # in `native/cage.h`
+_KEEP_NETWORK, _OWN_NETWORK = -1, -2  # as in `native/cage.h`
 _NO_CAGE = (-1, -1, -1, -1, _KEEP_NETWORK, 0)
 
 
@@ -70,9 +70,10 @@ def ground(python_path: Iterable[str], built: Cage | None = None) -> Ground:
 
 
 def opened(ground: Ground) -> tuple[Ground, tuple[int, ...]]:
-    """The same with everything opened that the common rules are about, for processes that are forked from this one and
-    confine themselves soon: each has the descriptors, which are closed when it does so, and opens nothing. What lies
-    inside of a folder with the same rights needs no rule. In the cage the rules hold, too: there are the same files."""
+    """The same ground with a descriptor in each common rule instead of a path. It is for processes that are forked from
+    this one and confine themselves soon: they inherit the descriptors, need not open the paths, and close the
+    descriptors when they are confined. A path inside of a folder with the same rights gets no rule. The rules hold in
+    the cage, too, because it has the same files."""
     found: dict[str, tuple[int, int]] = {}  # by real path: rights, descriptor
     rules: list[bytes] = []
     for path, rights in ground.common:
@@ -80,7 +81,7 @@ def opened(ground: Ground) -> tuple[Ground, tuple[int, ...]]:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
-        except OSError:  # no descriptor is left, for example: each of those processes tries it itself
+        except OSError:  # for example, no descriptor is left: each of those processes opens the path itself
             rules.append(_rule(path, rights))
             continue
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
@@ -124,8 +125,8 @@ def granted(python_path: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _modules(python_path: Iterable[str]) -> Iterator[str]:
-    """Folders of modules. If one is the root, the user's home or a folder above it, which happens by chance (an empty
-    word in PYTHONPATH stands for the folder in which aiosd was started), only aiosd itself is taken."""
+    """Folders of modules. If one is the root, the user's home or a folder above it, only aiosd itself is taken. Such a
+    folder comes there by chance: an empty word in PYTHONPATH stands for the folder in which aiosd was started."""
     homes = [os.path.realpath(os.path.expanduser("~"))]
     with contextlib.suppress(KeyError):  # a user without an entry
         homes.append(os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir))
@@ -152,11 +153,10 @@ def plan(
     terminal: str = "",
     names: Iterable[str] = (),
 ) -> bytes:
-    """The whole plan for one agent. `doors`: its Unix sockets are requested from a listener (see `doors`).
-    `network_fd`: of the network to enter instead of a new one, if the box names single hosts. `outputs`: descriptors
-    that were handed over open for writing, wherever their files lie: scripts open them again by names such as
-    /dev/stderr. `terminal`: the path of its own, "": it has none. `names`: paths as the agent got them, perhaps over
-    links."""
+    """The whole plan for one agent. `doors`: a listener decides about its Unix sockets (see `doors`). `network_fd`: the
+    network to enter instead of a new one, if the box names single hosts. `outputs`: descriptors that the agent gets
+    open for writing; their files may be opened again, because scripts do so by names such as /dev/stderr.
+    `terminal`: the path of its own terminal, or "". `names`: paths as the agent got them, which may contain links."""
     ruleset, network = ground.ruleset, box.net != hosts.NONE
     entry, mounts = _cage(ground, box, network_fd, terminal, names) if box.level == "cage" else (_NO_CAGE, b"")
     own = [_rule(path, landlock.READ, strict=True) for path in box.read]
@@ -204,8 +204,8 @@ def _cage(
 
 
 def _is_file(fd: int) -> bool:
-    """Whether there can be a rule about the descriptor's file that grants no more than handing it over has granted.
-    (For a pipe there can be none, and none is needed.)"""
+    """Whether a rule about the descriptor's file is possible that grants no more than the descriptor does. (For a pipe
+    no rule is possible, and none is needed.)"""
     mode = os.fstat(fd).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
         return False
@@ -213,9 +213,9 @@ def _is_file(fd: int) -> bool:
 
 
 def _rule(path: str, rights: int, strict: bool = False, must: bool = False, fd: int = -1) -> bytes:
-    """A rule; `fd`: of what lies there, if it was opened already. A missing path grants nothing, or is an error if it
-    `must` exist. `strict`: a path that leads through a symbolic link grants nothing either: there was none when it was
-    named, so another process has changed it since."""
+    """A rule for a path, or for `fd`, if the path was opened already. A missing path grants nothing, or is an error if
+    it `must` exist. `strict`: a path through a symbolic link grants nothing either. It had no link when it was named,
+    so another process has changed it since."""
     encoded = os_bytes(path) + b"\0"
     encoded += bytes(-len(encoded) % 8)
     return _RULE.pack(rights & ~landlock.MAKE_DEVICES, must, strict, len(encoded), fd) + encoded

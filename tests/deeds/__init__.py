@@ -1,7 +1,7 @@
-"""Deeds that a sandbox must stop, one file for each family.
+"""Deeds that a sandbox must prevent, one file for each family.
 
-A deed is a function that does one forbidden thing. It returns when it has done it, and raises OSError when it was
-stopped. `stage.py` makes what the deeds are done to; `run.py` does them, each in a process of its own, and prints
-what became of each. The tests and `benchmarks/escapes.py` run it outside of a sandbox first: a deed that cannot be done
-there proves nothing.
+A deed is a function that does one forbidden thing. It returns when it has succeeded, and raises OSError when it was
+prevented. `stage.py` makes the files and processes that deeds attack. `run.py` runs the deeds, each in a process of its
+own, and prints their outcomes. The tests and `benchmarks/escapes.py` run it outside of a sandbox first: a deed that
+fails there proves nothing.
 """

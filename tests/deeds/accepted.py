@@ -1,4 +1,4 @@
-"""What a level leaves open, and why. Everything else must be stopped."""
+"""Deeds that a level of the sandbox permits, and why. It must prevent all others."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ ACCEPTED: dict[str, dict[str, str]] = {
         **({"fork_bomb": ROOT} if os.getuid() == 0 else {}),
     },
 }
-#: With `--net all`, besides.
+#: In addition with `--net all`.
 WITH_NETWORK = dict.fromkeys(("tcp_local", "tcp_fast_open", "tcp_listen", "tcp_listen_unbound", "udp", "udp_six"), NET)
 WITH_NETWORK |= dict.fromkeys(("routes", "socket_of_32_bits"), NET)
-#: With `--net HOST`, besides.
+#: In addition with `--net HOST`.
 WITH_HOSTS = dict.fromkeys(("tcp_listen", "tcp_listen_unbound", "udp", "udp_six", "routes", "socket_of_32_bits"), ALONE)

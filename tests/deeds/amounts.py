@@ -1,4 +1,4 @@
-"""Too much of something, and for too long: processes, descriptors, memory, disk, time."""
+"""Use of too many resources, or for too long: processes, descriptors, memory, disk, time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SET_SIGNAL = 10  # F_SETSIG
 
 @deed
 def fork_bomb(stage: Stage) -> object:
-    """Threads, which Linux counts as it counts processes, and which end with this one."""
+    """Start threads, which Linux counts as processes, and which end with this process."""
     threading.stack_size(64 << 10)
     end = threading.Event()
     try:
@@ -72,7 +72,7 @@ def memory_without_map(stage: Stage) -> object:
 
 @deed
 def signal_by_file(stage: Stage) -> object:
-    """A pipe's owner gets a signal when something comes: one that stops it."""
+    """Become able to stop another process: make it the owner of a pipe, which gets a signal when data arrive."""
     reading, writing = os.pipe()
     fcntl.fcntl(reading, fcntl.F_SETOWN, stage["victim"])
     fcntl.fcntl(reading, _SET_SIGNAL, int(signal.SIGSTOP))
@@ -82,14 +82,14 @@ def signal_by_file(stage: Stage) -> object:
         with open(f"/proc/{stage['victim']}/stat") as file:
             if file.read().rpartition(")")[2].split()[0] in "Tt":
                 return None
-        time.sleep(0.01)  # the signal may take a moment
+        time.sleep(0.01)  # the signal may arrive later
     raise PermissionError(1, "the signal does not arrive")
 
 
 @deed
 def survive_end(stage: Stage) -> object:
-    """A process that is nobody's child, in a session of its own, and ignores what it can: done if it lives when all
-    else has ended (see `Stage.survivor`)."""
+    """Start a process in a session of its own, whose parent ends and which ignores signals. The deed has succeeded if
+    it lives when all others have ended (see `Stage.survivor`)."""
     reading, writing = os.pipe()
     if os.fork():
         os.close(writing)

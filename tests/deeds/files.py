@@ -1,4 +1,4 @@
-"""Files: what is hidden is read, what is not one's own is changed."""
+"""Read hidden files, and change files of others."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def read_through_proc_root(stage: Stage) -> object:
 
 @deed
 def read_inherited_descriptor(stage: Stage) -> object:
-    """One that the process which started the agent had open."""
+    """Read a descriptor that the process that started the agent had open."""
     return os.pread(stage["inherited"], 10, 0)
 
 
@@ -214,7 +214,7 @@ def run_hidden_program(stage: Stage) -> object:
     return os.execv(stage["program"], ["program"])
 
 
-# ── what flat leaves open: names, and what belongs to a file without being its content ────────────────────
+# ── what flat permits: names and attributes of files, not their content ───────────────────────────────────
 
 
 @deed

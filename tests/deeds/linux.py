@@ -1,4 +1,4 @@
-"""Interfaces of Linux: namespaces, mounts, modules, what is shared by name, what escapes a filter."""
+"""Interfaces of Linux: namespaces, mounts, modules, objects shared by name, calls that might pass the filter."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def become_another_group(stage: Stage) -> object:
 
 @deed
 def gain_by_program(stage: Stage) -> object:
-    """Whether a program that is executed has capabilities."""
+    """Execute a program that gets capabilities."""
     text = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True, check=True).stdout
     found = int(next(line for line in text.splitlines() if line.startswith("CapEff")).split()[1], 16)
     if not found:
@@ -85,7 +85,7 @@ def gain_by_program(stage: Stage) -> object:
 
 @deed
 def new_privileges(stage: Stage) -> object:
-    """Whether a set-uid program would have effect."""
+    """Check that a set-uid program would get its rights."""
     if prctl(39):
         raise PermissionError(1, "no_new_privs")
     return 0
@@ -142,14 +142,14 @@ def load_module(stage: Stage) -> object:
     try:
         return call(313, -1, b"", 0)
     except OSError as err:
-        if err.errno != 9:  # EBADF: it would have been loaded
+        if err.errno != 9:  # EBADF: the call was permitted
             raise
         return None
 
 
 @deed
 def reboot_keys(stage: Stage) -> object:
-    """Switch Ctrl-Alt-Del off: the mildest that `reboot` can do."""
+    """Disable Ctrl-Alt-Del, the least harmful command of `reboot`."""
     try:
         return call(169, 0xFEE1DEAD, 672274793, 0, 0)
     except OSError as err:
@@ -234,7 +234,7 @@ def handle_of_file(stage: Stage) -> object:
 
 @deed
 def future_call(stage: Stage) -> object:
-    """Outside Linux says ENOSYS as well: this one shows that the filter lets none through."""
+    """Make a call that no Linux has. It gives ENOSYS outside, too; the filter must reject it in the same way."""
     if not stage["inside"]:
         return None
     return call(500)
@@ -249,7 +249,7 @@ def call_of_another_abi(stage: Stage) -> object:
 
 @deed
 def call_of_32_bits(stage: Stage) -> object:
-    """`int 0x80` with the number of socketcall's kin, getpid: other numbers, which no filter of 64 bits knows."""
+    """Call getpid by `int 0x80`, whose numbers differ from those of 64 bits that the filter compares."""
     code = bytes.fromhex("b814000000cd80c3")  # mov eax, 20; int 0x80; ret
     memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     memory.write(code)
@@ -259,5 +259,5 @@ def call_of_32_bits(stage: Stage) -> object:
 
 @deed
 def allow_tracing_by_all(stage: Stage) -> object:
-    """A process that is being debugged by another would act for it: outside it may be."""
+    """Permit any process to trace this one, which would let it act with this one's rights."""
     return call(101, 0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Other processes of the same user: looked into, signalled, slowed down."""
+"""Inspect, signal or slow down other processes of the same user."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def slow_it_down(stage: Stage) -> object:
 
 @deed
 def slow_all_of_the_user(stage: Stage) -> object:
-    """Number 0 with PRIO_USER: all processes of the caller's own user."""
+    """PRIO_USER with 0 means all processes of the caller's user."""
     return os.setpriority(os.PRIO_USER, 0, os.getpriority(os.PRIO_USER, 0))
 
 
@@ -158,7 +158,7 @@ def real_time(stage: Stage) -> object:
     return os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
 
-# ── what flat leaves open ─────────────────────────────────────────────────────────────────────────────────
+# ── what flat permits ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @deed

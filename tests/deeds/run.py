@@ -1,4 +1,4 @@
-"""Does deeds, each in a process of its own: run.py STAGE.json [NAME…]. Prints {name: "done" or why not} as JSON."""
+"""Runs deeds, each in a process of its own: run.py STAGE.json [NAME…]. Prints {name: "done" or the error} as JSON."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(path: str, *names: str) -> None:
         stage = json.load(file)
     stage["inside"] = "AIOS_PID" in os.environ
     if stage["inside"]:
-        os.chdir(os.path.expanduser("~"))  # where it can do most
+        os.chdir(os.path.expanduser("~"))  # where it has most rights
         stage["beside"] = os.path.expanduser("~/beside")
     found = {name: outcome(name, stage) for name in names or DEEDS}
     print(json.dumps(found | ({"workspace": os.getcwd()} if stage["inside"] else {})))

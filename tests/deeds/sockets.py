@@ -1,4 +1,4 @@
-"""Sockets: other programs of the user, this machine, the network."""
+"""Sockets to other programs of the user, to this machine, and to the network."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def unix_datagram(stage: Stage) -> object:
 
 @deed
 def unix_datagram_by_pair(stage: Stage) -> object:
-    """Of a pair, one end can send to any address."""
+    """Make a datagram pair, of which an end can send to any address."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b"x", stage["unix_datagram"])
 
 
 @deed
 def unix_by_pair(stage: Stage) -> object:
-    """Made outside as a plain socket, because a pair is connected already."""
+    """Send by one end of a pair. (Outside a plain socket is used, because a pair is connected already.)"""
     kind = socket.SOCK_STREAM
     sock = socket.socketpair(socket.AF_UNIX, kind)[0] if stage["inside"] else socket.socket(socket.AF_UNIX, kind)
     return sock.connect(stage["unix"])
@@ -125,7 +125,7 @@ def machines(stage: Stage) -> object:
 
 @deed
 def socket_of_32_bits(stage: Stage) -> object:
-    """Linux ignores the upper half of an int, so a filter must, too."""
+    """Set the upper half of an int argument, which Linux ignores, so that the filter must ignore it, too."""
     return os.close(call(41, (1 << 32) | socket.AF_INET, socket.SOCK_STREAM, 0))
 
 
@@ -136,7 +136,7 @@ def type_into_terminal(stage: Stage) -> object:
 
 @deed
 def door_as_person(stage: Stage) -> object:
-    """Over aiosd's own socket: more than an agent may."""
+    """Use more rights over aiosd's control socket than an agent has."""
     from libaios import wire  # after the fork: it belongs to the process that connects
     from libaios.client import Client
 

@@ -1,4 +1,4 @@
-"""What deeds are done to: hidden files, a process of the user with a secret, servers. All of it goes with the stage."""
+"""The targets of deeds: hidden files, a process of the user with a secret, servers. All end with the stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stage:
 
     def __init__(self, folder: Path, data: Path, supervisor: int) -> None:
         self.folder = folder
-        self.path = folder / "stage" / "stage.json"  # beside what the agent may read
+        self.path = folder / "stage" / "stage.json"  # outside of what the agent may read
         self._sockets: list[socket.socket] = []
         self._fds: list[int] = []
         self._victim: subprocess.Popen[bytes] | None = None
@@ -48,7 +48,7 @@ class Stage:
 
     @staticmethod
     def survivor(found: dict[str, str], folder: Path, patience_s: float = 5.0) -> dict[str, str]:
-        """What became of `survive_end`, now that the process that had started it has ended; `folder` was its own."""
+        """The outcome of `survive_end`, after the process that started it has ended. `folder` was its folder."""
         path = folder / "survivor"
         if not path.exists():
             return found
@@ -65,7 +65,7 @@ class Stage:
         return found | {"survive_end": "done"}
 
     def reset(self) -> None:
-        """As it was, for the next run of all deeds."""
+        """Restore the stage for the next run of all deeds."""
         if self._victim is not None:
             self._victim.send_signal(signal.SIGCONT)
         hidden = self.folder / "hidden"
@@ -128,11 +128,11 @@ class Stage:
         self._places["victim"] = self._victim.pid
 
     def write(self, **more: Any) -> None:
-        """The file that `run.py` reads."""
+        """Write the file that `run.py` reads."""
         self.path.write_text(json.dumps({**self._places, **more}))
 
     def outside(self) -> dict[str, str]:
-        """What becomes of each deed without a sandbox."""
+        """Run the deeds without a sandbox; returns the outcome of each."""
         self.reset()
         scratch = self.folder / "scratch"
         scratch.mkdir(exist_ok=True)
@@ -151,7 +151,7 @@ class Stage:
 
     @contextlib.contextmanager
     def for_inside(self) -> Iterator[int]:
-        """The stage as an agent finds it; a descriptor that the process which starts the agent is to have open."""
+        """Write the stage for an agent; returns a descriptor that the process that starts it must have open."""
         self.reset()
         secret = os.open(self.folder / "hidden" / "secret.txt", os.O_RDONLY)
         try:

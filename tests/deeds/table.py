@@ -1,4 +1,4 @@
-"""The table of deeds, and what they share. Runs in a sandbox, so it imports nothing but the standard library."""
+"""The table of deeds, and common code. It runs in a sandbox, so it imports only the standard library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-Stage = dict[str, Any]  # made by stage.py, as JSON
+Stage = dict[str, Any]  # from stage.py, as JSON
 Deed = Callable[[Stage], object]
 
 DEEDS: dict[str, Deed] = {}
@@ -21,7 +21,7 @@ def deed(function: Deed) -> Deed:
 
 
 def call(number: int, *args: object) -> int:
-    """A system call; raises OSError."""
+    """Make a system call; raises OSError."""
     result = _libc.syscall(number, *[ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args])
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

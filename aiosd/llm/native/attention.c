@@ -2,16 +2,16 @@
  *
  * llama.cpp keeps each sequence in its own stream of the KV cache, and a decode step reads every stream as far as the
  * longest of them reaches, in steps of 256 cells. Sequences that begin with the same tokens each have a copy of them.
- * Here each row reads only the cells that it may see. State that many sequences share may lie outside of the cache,
- * once (a `base`): it is read once for all of them, and its part of the softmax is joined with that of the sequence's
- * own cells.
+ * Here each row reads only the cells that it may see. K and V that many sequences share may be kept once, outside of
+ * the cache (a `base`). They are read once for all these sequences, and the partial softmax over them is merged with
+ * that over each sequence's own cells.
  *
- * How it gets into the graph: llama.cpp calls `aios_attention_rewrite` for each node of a graph before it is computed
- * (as `cb_eval`; the reply is always "the data is not needed"). A flash attention node is turned into a custom
- * operation that calls `compute` below, in llama.cpp's own threads. Nodes that this file cannot compute stay as they
- * are.
+ * How it gets into the graph: llama.cpp calls `aios_attention_rewrite` (as `cb_eval`) for each node of a graph before
+ * it is computed. A flash attention node is turned into a custom operation that calls `compute` below, in llama.cpp's
+ * own threads. Nodes that this file cannot compute stay as they are. While `judging` is set, the callback also asks for
+ * a call after each attention node, and compares its result with exact arithmetic.
  *
- * Plain C. The only allocation is a scratch buffer per thread, which lives as long as the context.
+ * Plain C. Memory is allocated for a scratch buffer per thread, which lives as long as the context, and by `judge`.
  */
 
 #include "attention.h"
@@ -40,27 +40,28 @@ struct tensor {
 };
 
 enum { F32 = 0, F16 = 1 };
-enum { HEAD = 256 };         /* most values of a head */
-enum { MOST_THREADS = 512 }; /* as ggml's */
+enum { HEAD = 256 };         /* the largest head, in values */
+enum { MOST_THREADS = 512 }; /* ggml's GGML_MAX_N_THREADS */
 
 struct scratch;
 
-/* Set by the owner of a context, which may change it between two decodes. */
+/* One for each context of llama.cpp. attention.py has the same layout, and may change it between two decodes. */
 struct attention {
     int32_t op_flash, op_custom; /* numbers of these operations in this ggml */
     int32_t enabled;             /* 0: nodes are restored to the original */
     int32_t threads;
     int32_t streams, layers;
-    const int64_t *key_at, *value_at; /* per layer: bytes per token in a run that come before its K, its V */
+    const int64_t *key_at, *value_at; /* per layer: where its K, its V begin in a run, in bytes per token */
     const run *runs;
-    const int32_t *base_run;    /* per stream: the first run of its base … */
-    const int32_t *base_length; /* … and how many of its tokens are used; 0: no base */
+    const int32_t *base_run;    /* per stream: the first run of its base */
+    const int32_t *base_length; /* per stream: how many tokens of the base are used; 0: no base */
     int64_t rewritten;          /* nodes rewritten so far */
-    int64_t refused;
-    const char *why; /* why the last refused node was refused */
-    /* Before it is used, see `judge`: 1, every node is compared with exact arithmetic; 2, also without its first `skip`
-     * cells, which lie in the base. The largest errors, as a part of the largest value of their node: of llama.cpp's
-     * attention, of ours, of ours with the base. */
+    int64_t refused;            /* nodes that could not be rewritten */
+    const char *why;            /* the reason for the last of them */
+    /* Used for the trial when a model is loaded, see `judge`. judging: 1, compare every node with exact arithmetic; 2,
+     * also compute it with the first `skip` cells read from the base instead of the cache. theirs, ours, based: the
+     * largest errors, relative to the largest value of their node, of llama.cpp's attention, of ours, and of ours with
+     * a base. */
     int32_t judging, skip;
     double theirs, ours, based;
     struct scratch *scratch[MOST_THREADS];
@@ -68,7 +69,8 @@ struct attention {
 
 typedef void (*operation)(struct tensor *, int, int, void *);
 
-/* op_params of a rewritten node: those that ggml reads, the original operation, and the layer. */
+/* op_params of a rewritten node: the three fields that ggml reads of a custom operation, then the op_params of the
+ * original operation, and the layer. */
 struct params {
     operation function;
     int32_t tasks;
@@ -82,6 +84,8 @@ _Static_assert(sizeof(struct params) <= 64, "op_params hold 64 bytes");
 /* ── instruction sets ─────────────────────────────────────────────────────────────────────────────────────────── */
 
 #define HALF(x) half_to_float(x)
+/* The bits of a half are placed where a float has them; the multiplication corrects the exponent's bias, and normalises
+ * subnormal numbers. */
 static inline float half_to_float(uint16_t half)
 {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
@@ -195,7 +199,8 @@ static const kernel *best_kernel(void)
 
 static const kernel *use;
 
-/* Call once, before anything else. 0: no kernel for this processor. `width`: most floats of a vector (0: any). */
+/* Call once, before anything else. `width`: use vectors of at most this many floats (0: no limit). Returns the width
+ * that is used, or 0 if there is no kernel for this processor. */
 int aios_attention_start(int width)
 {
     use = best_kernel();
@@ -208,27 +213,27 @@ int aios_attention_start(int width)
 
 /* ── one node ─────────────────────────────────────────────────────────────────────────────────────────────────── */
 
-/* Some tokens of one stream, for one thread. */
+/* A unit of work: some consecutive tokens of one stream. */
 struct item {
     int stream, token, tokens;
-    int from, cells; /* all cells that any of them sees; with a sliding window `from` is above 0 */
-    int open;        /* up to here all of them see every cell, with no mask value */
-    int64_t cost;
+    int from, cells; /* no token sees a cell outside of [from, cells); with a sliding window `from` is above 0 */
+    int open;        /* all tokens see all cells of [from, open), and the mask values of these are 0 */
+    int64_t cost;    /* estimated, to give threads equal shares */
 };
 
 struct scratch {
     work w;
-    void *all;     /* the memory of all of these */
-    float *packed; /* queries of a few rows, one after the other */
+    void *all;     /* the allocation that holds `packed` and the arrays of `w` */
+    float *packed; /* queries of few rows, [row][head_dim], scaled */
     struct item *items;
     int capacity;
 };
 
-/* The scratch of the i-th thread of this context: it belongs to the context, because threads come and go. */
+/* The scratch buffer of a thread, by its index. It belongs to the context: llama.cpp may replace its threads. */
 static struct scratch *scratch(struct attention *a, int thread, int items)
 {
     if (thread >= MOST_THREADS)
-        abort(); /* as llama.cpp does: from inside a graph no error can be returned */
+        abort(); /* no error can be returned from inside a graph; llama.cpp aborts, too */
     struct scratch *mine = a->scratch[thread];
     if (!mine) {
         const size_t floats = HEAD * ROWS + 2 * CELLS * HEAD + CELLS * ROWS + 2 * ROWS + ROWS * HEAD + 8 * HEAD;
@@ -257,7 +262,7 @@ static struct scratch *scratch(struct attention *a, int thread, int items)
     return mine;
 }
 
-/* Call when nothing can compute with it any more. */
+/* Call after the context is closed, when no thread can use the buffers any more. */
 void aios_attention_free(struct attention *a)
 {
     for (int i = 0; i < MOST_THREADS; i++) {
@@ -280,7 +285,7 @@ struct node {
     float scale;
 };
 
-/* Where in the cache the first stream of a batch lies. */
+/* Which stream of the cache is the first of this batch: `k` is a view of the cache that begins there. */
 static int first_stream(const struct tensor *k)
 {
     return k->view_src && k->nb[3] ? (int)((k->data - k->view_src->data) / k->nb[3]) : 0;
@@ -314,7 +319,7 @@ static bool same_base(const struct node *n, int a, int b)
     return base_length(n, a) == base_length(n, b) && base_of(n, a) == base_of(n, b);
 }
 
-/* Put items of the same base next to each other. Simple: there are few bases, and the order is mostly right. */
+/* Put items of the same base next to each other. Insertion sort: there are few bases, and the order is mostly right. */
 static void sort_by_base(const struct node *n, struct item *items, int count)
 {
     for (int i = 1; i < count; i++) {
@@ -327,7 +332,7 @@ static void sort_by_base(const struct node *n, struct item *items, int count)
     }
 }
 
-/* Each thread computes the same division of the work into items, so they need not communicate. */
+/* Divide the work into items; returns how many. All threads compute the same division, so they need not communicate. */
 static int cut(const struct node *n, struct scratch *s, int per_item)
 {
     int count = 0;
@@ -357,7 +362,8 @@ static int cut(const struct node *n, struct scratch *s, int per_item)
     return count;
 }
 
-/* The part [*from, *to) of the items of a KV head for one thread: shares of equal cost, one head after another. */
+/* The items [*from, *to) of one KV head that this thread computes. The items of all heads, one head after another, are
+ * divided into one share of about equal cost for each thread. */
 static void share_of(const struct node *n, const struct item *items, int count, int kv_head, int thread, int threads,
                      int *from, int *to)
 {
@@ -398,7 +404,7 @@ static void pack_queries(const struct node *n, struct scratch *s, const struct i
     }
 }
 
-/* `few`: the rows are few, and their queries in `packed`. */
+/* Read the base of a stream for all rows in `w`. `few`: with the kernel for few rows, whose queries lie in `packed`. */
 static void read_base(const struct node *n, const struct scratch *s, int stream, int kv_head, bool few)
 {
     const work *w = &s->w;
@@ -455,7 +461,7 @@ static void reset(work *w, int columns)
     memset(w->out, 0, (size_t)columns * w->value_dim * sizeof(float));
 }
 
-/* Items [from, to) of one KV head, which read a base together. */
+/* Compute items [from, to) of one KV head, which read the same base in one pass. */
 static void together(const struct node *n, struct scratch *s, int from, int to, int kv_head)
 {
     work *w = &s->w;
@@ -493,7 +499,7 @@ static void together(const struct node *n, struct scratch *s, int from, int to, 
     }
 }
 
-/* How many items from `at` on can share one pass: all with the same base and of the same kind. */
+/* The end of the items from `at` on that can share one pass: they have the same base, and all or none have few rows. */
 static int group(const struct node *n, const struct item *items, int at, int to)
 {
     const bool narrow = items[at].tokens * n->share < use->width / 2;
@@ -520,7 +526,7 @@ static void shape(struct node *n)
 
 static void compute_node(const struct node *n, int thread, int threads)
 {
-    /* tokens per item: few enough to give every thread an item, enough to fill a vector with rows */
+    /* Tokens per item: few enough to give every thread an item, enough to fill a vector with rows. */
     const int most = ROWS / n->share, least = (use->width + n->share - 1) / n->share;
     const int even = (n->tokens * n->streams * n->kv_heads + threads - 1) / threads;
     const int per_item = even > most ? most : even > least ? even : least < most ? least : most;
@@ -550,7 +556,7 @@ static void compute(struct tensor *dst, int thread, int threads, void *data)
     compute_node(&n, thread, threads);
 }
 
-/* ── the test ─────────────────────────────────────────────────────────────────────────────────────────────────── */
+/* ── comparison with exact arithmetic ──────────────────────────────────────────────────────────────────────────── */
 
 static double score(const struct node *n, int stream, int token, int head, int cell)
 {
@@ -564,7 +570,7 @@ static double score(const struct node *n, int stream, int token, int head, int c
     return sum * n->scale + mask;
 }
 
-/* The result of a row, by the definition of attention. */
+/* The output of one row, by the definition of attention, in double precision. */
 static void exact(const struct node *n, int stream, int token, int head, double *out)
 {
     double max = -INFINITY, total = 0;
@@ -587,7 +593,7 @@ static void exact(const struct node *n, int stream, int token, int head, double 
         out[d] /= total;
 }
 
-/* The error of `out`, as a part of the largest value; infinite where it is no number. */
+/* The largest error of `out`, relative to the largest value; infinite if a value is NaN or infinite. */
 static double distance(const struct node *n, const float *out)
 {
     double row[HEAD], largest = 1e-30, error = 0;
@@ -606,7 +612,7 @@ static double distance(const struct node *n, const float *out)
     return error / largest;
 }
 
-/* The same node, computed with its first cells in the base and not in the cache. */
+/* The error of the same node when our attention computes it without its first `skip` cells, which the base holds. */
 static double distance_with_base(const struct node *n, int skip)
 {
     struct tensor k = *n->k, v = *n->v, mask = *n->mask;
@@ -631,9 +637,9 @@ static void worst(double *of, double error)
         *of = error;
 }
 
-/* A node has been computed, by llama.cpp or by us: is the result right for its inputs? Logits would not show it: after
- * each node a quantised model rounds activations to 8 bits, and any two orders of summation are some percent apart at
- * the end. */
+/* Compare the result of a node that was computed, by llama.cpp or by us, with exact arithmetic on the same inputs.
+ * Logits cannot be compared instead: a quantised model rounds activations to 8 bits after each node, so that the logits
+ * of any two orders of summation differ by some percent. */
 static void judge(struct tensor *t, struct attention *a, bool rewritten, int layer)
 {
     struct node n = {.a = a, .q = t->src[0], .k = t->src[1], .v = t->src[2], .mask = t->src[3], .layer = layer};
@@ -685,11 +691,12 @@ static int layer_of(const struct tensor *t)
     static const char prefix[] = "cache_k_l";
     const struct tensor *cache = t->src[1]->view_src;
     if (!cache || strncmp(cache->name, prefix, sizeof prefix - 1))
-        return INT32_MAX; /* this is no cache of llama.cpp, so there is no base */
+        return INT32_MAX; /* K is not in llama.cpp's cache, so there can be no base */
     return atoi(cache->name + sizeof prefix - 1);
 }
 
-/* Fewer rows of KV heads than threads: llama.cpp splits the cells among threads, which `compute` does not. */
+/* Are there fewer units of work (tokens × KV heads) than threads? Then llama.cpp is faster, because it also divides the
+ * cells among threads. But only `compute` can read a base. */
 static bool too_few(const struct tensor *t, const struct attention *a)
 {
     const struct tensor *q = t->src[0], *k = t->src[1];
@@ -702,7 +709,8 @@ static bool too_few(const struct tensor *t, const struct attention *a)
     return true;
 }
 
-/* llama.cpp's cb_eval, see the top of the file. It is called before every use of a graph, also of a reused one. */
+/* llama.cpp's cb_eval (see the top of the file), called at every use of a graph, also of a reused one. `ask`: the node
+ * is not yet computed; true asks for a second call when it is. In that call true means that the graph goes on. */
 bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
 {
     struct params p;
@@ -738,8 +746,8 @@ bool aios_attention_rewrite(struct tensor *t, bool ask, struct attention *a)
     return a->judging && !why;
 }
 
-/* Do tensors have the layout of `struct tensor`? `t`: 3 × 5 floats named "probe"; `view`: a view of two of them, from
- * the third on; `scaled`: t times 2, by the operation number `scale`. */
+/* Do ggml's tensors have the layout of `struct tensor`? `t`: 3 × 5 floats, named "probe"; `view`: a view of two of
+ * them, from the third on; `scaled`: t times 2, by the operation with the number `scale`. */
 int aios_attention_knows(const struct tensor *t, const struct tensor *view, const struct tensor *scaled, int scale)
 {
     float factor;

@@ -1,17 +1,18 @@
-/* The inner loops, for one instruction set: included by attention.c once for each, with
+/* The inner loops. attention.c includes this file once for each instruction set, with these macros:
  *
  *   TARGET      the attribute that lets the compiler use the instructions
- *   NAME(x)     x with a suffix of its own, so that names differ
- *   VEC, WIDTH  a vector of floats, and how many it has
- *   V_*         its operations
- *   TILE_CELLS  cells whose scores are summed up in registers at once, for two vectors of rows
- *   TILE_ROWS   rows whose outputs are, for four vectors of values
+ *   NAME(x)     x with a suffix for the instruction set, so that names differ
+ *   VEC, WIDTH  the type of a vector, and how many floats it has
+ *   V_*         operations on vectors
+ *   TILE_CELLS  how many cells `scores` computes at once in registers, each for two vectors of rows
+ *   TILE_ROWS   how many rows `collect` computes at once in registers, each with four vectors of values
  */
 
 TARGET static inline VEC NAME(exponential)(VEC x)
 {
-    /* 2^n · e^r with |r| ≤ ln 2 / 2; a polynomial of degree 6 is good to 2 units in the last place. What is below the
-     * smallest float is 0, what is no number stays none (V_MAX gives the second of its operands then). */
+    /* e^x = 2^n · e^r with |r| ≤ ln 2 / 2; a polynomial of degree 7 gives e^r to 2 units in the last place. For x ≤ -87
+     * (e^x nears the smallest normal float) the result is 0; for NaN it is NaN, because V_MAX then returns its second
+     * operand. */
     const VEC magic = V_SET(12582912.0f), asked = x;
     x = V_MAX(V_SET(-87.0f), x);
     VEC n = V_FMA(x, V_SET(1.44269504f), magic);
@@ -34,7 +35,7 @@ TARGET static inline void NAME(floats)(float *to, const char *from, int count)
         V_STORE(to + i, V_HALVES(from + 2 * i));
 }
 
-/* scores[cell][row] for all cells in w->keys (padded to TILE_CELLS), columns [first, last) */
+/* scores[cell][row] = keys[cell] · queries[row], for rows [first, last); `count`: a multiple of TILE_CELLS. */
 TARGET static void NAME(scores)(const work *w, int count, int first, int last)
 {
     const int dim = w->head_dim, padded = w->padded;
@@ -72,7 +73,7 @@ TARGET static void NAME(scores)(const work *w, int count, int first, int last)
     }
 }
 
-/* Turn scores into weights; the maximum, the sum and the output so far are adjusted to the new maximum. */
+/* Replace scores by weights, relative to the new maximum of each row; scale the sum and the output so far to it. */
 TARGET static void NAME(weigh)(const work *w, int count, int first, int last)
 {
     const int padded = w->padded;
@@ -81,7 +82,7 @@ TARGET static void NAME(weigh)(const work *w, int count, int first, int last)
         VEC before = V_LOAD(w->max + row), max = before;
         for (int cell = 0; cell < count; cell++)
             max = V_MAX(max, V_LOAD(scores + (size_t)cell * padded));
-        VEC base = V_MAX(max, V_SET(-3e38f)); /* the maximum of a row that sees nothing yet is -inf */
+        VEC base = V_MAX(max, V_SET(-3e38f)); /* a row that has seen no cell yet has the maximum -inf */
         VEC shrink = NAME(exponential)(V_SUB(V_MAX(before, V_SET(-3e38f)), base)), sum = V_SET(0.0f);
         for (int cell = 0; cell < count; cell++) {
             VEC weight = NAME(exponential)(V_SUB(V_LOAD(scores + (size_t)cell * padded), base));
@@ -101,7 +102,7 @@ TARGET static void NAME(weigh)(const work *w, int count, int first, int last)
     }
 }
 
-/* out[row] += Σ weight[cell][row] · value[cell], columns [first, last) */
+/* out[row] += Σ weight[cell][row] · value[cell], for rows [first, last) */
 TARGET static void NAME(collect)(const work *w, int count, int first, int last)
 {
     const int dim = w->value_dim, padded = w->padded;
@@ -144,7 +145,7 @@ TARGET static void NAME(collect)(const work *w, int count, int first, int last)
     }
 }
 
-/* The same for values that are inf or no numbers: a value of weight 0 is skipped, because 0 · inf is no number. */
+/* `collect` for values that may be infinite or NaN: those of weight 0 are skipped, because 0 · inf is NaN. */
 TARGET static void NAME(collect_seen)(const work *w, int count, int first, int last)
 {
     const int dim = w->value_dim, padded = w->padded;
@@ -159,7 +160,7 @@ TARGET static void NAME(collect_seen)(const work *w, int count, int first, int l
         }
 }
 
-/* Are all `count` f16 numbers, and finite? */
+/* Are all `count` f16 finite? (NaN is not.) */
 TARGET static inline int NAME(finite)(const char *from, int count)
 {
     const uint16_t *half = (const uint16_t *)from;
@@ -179,7 +180,7 @@ TARGET static void NAME(add_masks)(const work *w, int first_cell, int count, int
         for (int cell = 0; cell < count; cell++) {
             float *score = w->scores + (size_t)cell * w->padded + row;
             if (mask[cell] == HIDDEN)
-                *score = -INFINITY; /* even if its key is inf or no number */
+                *score = -INFINITY; /* even if its key is infinite or NaN */
             else if (mask[cell])
                 *score += HALF(mask[cell]);
         }
@@ -212,7 +213,7 @@ TARGET static void NAME(wide)(const work *w, const cells *c, int count, int firs
     }
 }
 
-/* `collect_seen` for the rows of `narrow`. */
+/* `collect_seen` for `narrow`, whose scores lie as [row][ROWS] and whose values are still f16. */
 TARGET static void NAME(gather_seen)(const work *w, const cells *c, int at, int count, int first, int last)
 {
     for (int row = first; row < last; row++)
@@ -225,7 +226,8 @@ TARGET static void NAME(gather_seen)(const work *w, const cells *c, int at, int 
         }
 }
 
-/* Two rows at most at a time: their queries stay in registers when heads have 64 values. */
+/* Cells are converted again for each row, which is faster for few rows. Scores are computed for one row at a time (its
+ * query stays in registers when heads have 64 values), outputs for two rows at a time. */
 TARGET static void NAME(narrow)(const work *w, const cells *c, int count, int first, int last, const float *queries,
                                 const uint16_t *const *masks)
 {

@@ -1,6 +1,7 @@
-/* Draws one token from each row of logits. sampling.py defines the result, and this gives the same bits: both do the
- * same operations on doubles in the same order. So there is no fused multiply-add (-ffp-contract=off), sums are added
- * one number after the other, and the exponential is our own. A "word" is a token of the vocabulary with its logit.
+/* Draws one token from each row of logits. sampling.py defines the result, and this file gives the same bits: both do
+ * the same operations on doubles in the same order. So there is no fused multiply-add (-ffp-contract=off), sums are
+ * added one number after the other, and the exponential is our own. A "word" is a token of the vocabulary with its
+ * logit.
  *
  * A row is read once. With top-k, a heap keeps the k largest words so far, and a vectorised comparison skips whole
  * blocks in which no word is larger than the smallest of these. The later steps work only on the words that are left.
@@ -13,10 +14,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#define BLOCK 64     /* how many words are compared at once; the vocabulary need not be a multiple of it */
+#define BLOCK 64      /* how many words are compared at once; the vocabulary need not be a multiple of it */
 #define MOST_HEAP 512 /* for a larger k all words are sorted, without a heap */
-#define CHUNK 256    /* how many weights are computed at once */
-#define SMALL 48     /* up to this many words are sorted by insertion */
+#define CHUNK 256     /* how many weights are computed at once */
+#define SMALL 48      /* up to this many words are sorted by insertion, more by radix sort */
 
 /* The same layout as the array DRAW in sampling.py. */
 typedef struct {
@@ -64,7 +65,8 @@ BODY int any_above_body(const float *block, float limit)
     return any;
 }
 
-/* Where the first block from `i` on with a word above the limit begins, or the rest that is less than a block. */
+/* Where the first block from `i` on that has a word above the limit begins. If there is none: where the rest that is
+ * shorter than a block begins. */
 BODY int64_t next_block_body(const float *row, int64_t i, int64_t n, float limit)
 {
     while (i + BLOCK <= n && !any_above_body(row + i, limit))
@@ -155,7 +157,7 @@ static inline int before(word a, word b) { return a.logit > b.logit || (a.logit 
 /* +inf becomes the largest number, because differences to it would not be numbers; -0 becomes 0. */
 static inline float tamed(float logit) { return logit > 3.4028235e38f ? 3.4028235e38f : logit + 0.0f; }
 
-/* Restores the heap below `at`. The root is the worst word: the first to be replaced by a better one. */
+/* Restores the heap below `at`. The root is the worst word, which a better one replaces first. */
 static void sift(word *heap, int64_t size, int64_t at)
 {
     const word moved = heap[at];
@@ -174,7 +176,7 @@ static void sift(word *heap, int64_t size, int64_t at)
 }
 
 /* The k best words of a row, sorted; returns how many there are. Words are read in ascending order of their ids, so
- * that of equal ones the lower ids stay. */
+ * that of words with equal logits those with the lower ids stay. */
 static int64_t first_k(const float *row, int64_t n, int64_t k, word *heap)
 {
     int64_t size = 0, i = 0;
@@ -192,7 +194,7 @@ static int64_t first_k(const float *row, int64_t n, int64_t k, word *heap)
                 sift(heap, size, 0);
             }
     }
-    for (int64_t left = size - 1; left > 0; left--) { /* the root is the worst of the rest: it goes to its end */
+    for (int64_t left = size - 1; left > 0; left--) { /* the root is the worst word of the rest, and goes to the end of it */
         const word last = heap[0];
         heap[0] = heap[left];
         heap[left] = last;
@@ -208,8 +210,8 @@ static inline uint32_t sort_key(float logit)
     return bits & 0x80000000u ? bits : ~(bits | 0x80000000u); /* ascending keys: descending logits */
 }
 
-/* `words` are in ascending order of ids, and the sort is stable. `other`: room for as many. Returns which of both holds
- * the result. */
+/* `words` are in ascending order of ids, and the sort is stable. `other`: room for as many words. Returns which of the
+ * two arrays holds the result. */
 static word *sorted(word *words, word *other, int64_t n)
 {
     if (n <= SMALL) {
@@ -246,7 +248,8 @@ typedef struct {
     double total; /* of the weights after top-k */
 } survivors;
 
-/* All words of the row, except those that are less likely than `least` times the likeliest. The total counts all. */
+/* All words of the row, except those that are less likely than `least` times the likeliest. The total is that of the
+ * weights of all words. */
 static void above(const float *row, int64_t n, float most, double least, survivors *s)
 {
     double x[CHUNK], weights[CHUNK];
@@ -324,7 +327,8 @@ static void top_p(survivors *s, double p)
     }
 }
 
-/* XTC, "exclude top choices": leaves out all words that are likely enough, except the last of them. */
+/* XTC, "exclude top choices": with the given probability, leaves out all words that have at least the threshold's
+ * share of the weight, except the least likely of them. */
 static void exclude(survivors *s, const params *p)
 {
     if (p->xtc_probability <= 0 || p->xtc_threshold > 0.5 || s->count < 2 ||
@@ -383,7 +387,7 @@ static int32_t draw(const float *row, int64_t n, const params *p, survivors s)
 /* How many bytes of scratch memory rows of n words need. */
 int64_t aios_sampling_scratch(int64_t n) { return n * (int64_t)(2 * sizeof(word) + sizeof(double)); }
 
-/* Writes tokens[i] for p[i], drawn from row p[i].row; -1 where that has no word that can be drawn. */
+/* Writes tokens[i] for p[i], drawn from row p[i].row; -1 where no word of that row can be drawn. */
 void aios_sample(const float *logits, int64_t n, const params *p, int64_t count, int32_t *tokens, char *scratch)
 {
     for (int64_t i = 0; i < count; i++) {

@@ -1,16 +1,17 @@
-/* Builds the cage once, when the system starts, and enters it in every agent that lives there.
+/* Builds the cage once, when the system starts, and enters it in every agent that is confined to it.
  *
  * There are two namespaces of mounts, which belong to one namespace of users:
  *
- *     machine    all mounts of the machine, as they are (new ones appear there, too)
- *     cage       a new root in memory, read-only: programs and libraries, /etc, /proc, devices; else empty folders
+ *     machine    all mounts of the machine, as they are (later mounts appear there, too)
+ *     cage       a new root in memory, read-only: programs and libraries, /etc, /proc, devices; the rest is empty
  *
- * A process enters `machine`, takes copies of the mounts that it is given (its workspace, files that were granted), goes
- * on to `cage`, makes namespaces of users and mounts of its own there, and puts the copies into their places. So nobody
- * holds rights for others, and a process copies the few mounts of the cage, not the hundreds that a machine may have.
+ * A process enters `machine`, takes copies of the mounts that it is given (its workspace, files that were granted),
+ * goes on to `cage`, makes namespaces of users and mounts of its own there, and attaches the copies at their places. So
+ * no process holds capabilities to do this for others, and a process copies the few mounts of the cage, not the
+ * hundreds that a machine may have.
  *
- * A process that is to reach single hosts gets a network of its own besides, without a way out: what listens on its
- * loopback is handed out of it before its program runs (see `aiosd/net`).
+ * A process that may reach single hosts also gets a network namespace of its own, which has no way out. Sockets that
+ * listen on its loopback are passed to processes outside before its program runs (see `aiosd/net`).
  *
  * No path is followed through a symbolic link, neither of a source nor of a target. */
 
@@ -68,7 +69,7 @@ static int open_beneath(int root, const char *path, uint64_t flags) {
     return (int)syscall(SYS_OPENAT2, root, *path ? path : ".", &how, sizeof how);
 }
 
-/* A copy of the mounts below a path, attached nowhere; its attributes are added to those that it has. */
+/* A copy of the mounts below a path, attached nowhere. The record's attributes are added to those of the mounts. */
 static int copy_of(int root, const record *one) {
     struct mount_attr attributes = {.attr_set = one->it->attributes};
     int found = open_beneath(root, one->source, O_PATH);
@@ -103,7 +104,7 @@ static int copy_all(int *copies, uint32_t count, const char *at, const char *end
     return 0;
 }
 
-/* Makes the folders above a path; what is there stays as it is. */
+/* Makes the missing folders above a path. An error shows when the path itself is made. */
 static void make_parents(int root, const char *path) {
     char part[4096];
     for (const char *slash = strchr(path, '/'); slash; slash = strchr(slash + 1, '/')) {
@@ -115,7 +116,7 @@ static void make_parents(int root, const char *path) {
     }
 }
 
-/* The place at a path, which is made if it is not there. */
+/* Opens a path, which is made if it does not exist: an empty folder or an empty file. */
 static int target_of(int root, const char *path, int folder) {
     int found = open_beneath(root, path, O_PATH);
     if (found >= 0 || errno != ENOENT)
@@ -220,11 +221,11 @@ static int write_text(int folder, const char *name, const char *text) {
     return failed ? -1 : 0;
 }
 
-/* New namespaces, with one of users, in which this user and group have their numbers and all others have none.
- * `self`: /proc/self, because in the cage /proc is read-only. */
+/* Makes new namespaces. In that of users only this user and group are mapped, each to its own number. `self`:
+ * /proc/self, opened outside of the cage, because /proc is read-only in it. */
 static int unshare_as_same_user(int self, int namespaces) {
     char line[64];
-    uid_t user = geteuid(); /* before: afterwards they have none until they are mapped */
+    uid_t user = geteuid(); /* read before unshare, after which both are unmapped */
     gid_t group = getegid();
 
     if (unshare(CLONE_NEWUSER | namespaces))
@@ -238,7 +239,7 @@ static int unshare_as_same_user(int self, int namespaces) {
     return write_text(self, "gid_map", line) ? -MAPPING : 0;
 }
 
-/* The loopback of a new network is down until someone raises it. */
+/* The loopback interface of a new network namespace is down. */
 static int raise_loopback(void) {
     struct ifreq request = {.ifr_name = "lo"};
     int sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
@@ -303,8 +304,8 @@ static int build_root(const int *copies, uint32_t count, const char *at, const c
     return close(root);
 }
 
-/* In a process made for this: builds the cage of `count` places, and stores descriptors of its namespaces in `made`
- * (user, machine, cage, ipc, net). Returns 0, or -step with errno set. The process can only end then. */
+/* Builds the cage of `count` places, and stores descriptors of its namespaces in `made` (user, machine, cage, ipc,
+ * net). Returns 0, or -step with errno set. Call it in a process forked for this, which must end afterwards. */
 int aios_build_cage(const char *places, uint64_t size, uint32_t count, int32_t made[5]) {
     int copies[MOST_PLACES];
     const char *end = places + size;

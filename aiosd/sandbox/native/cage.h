@@ -1,11 +1,12 @@
-/* The cage: namespaces in which a process sees of the machine what it was given, and nothing else. */
+/* The cage: namespaces in which a process sees only those parts of the machine that it was given. */
 
 #ifndef AIOS_CAGE_H
 #define AIOS_CAGE_H
 
 #include <stdint.h>
 
-/* Steps that can fail; the function that failed returns the negative number, with errno set. */
+/* Steps that can fail. A function returns the number of the failed step, negative, with errno set. confine.py has a
+ * text for each, in this order. */
 enum step {
     OK,
     PLAN,
@@ -24,31 +25,31 @@ enum step {
     NETWORK,
 };
 
-/* In place of the descriptor of a network. */
+/* Values of cage_entry.net that are no descriptors. */
 #define KEEP_NETWORK -1
-#define OWN_NETWORK -2 /* a new one, in which there is nothing but its own loopback */
+#define OWN_NETWORK -2 /* a new one, in which there is only a loopback */
 
-/* Descriptors of namespaces: that of users, all mounts of the machine, those of the cage, IPC, network. */
+/* Descriptors of namespaces: users, the mounts of the machine, the mounts of the cage, IPC, network. */
 typedef struct {
     int32_t user, machine, cage, ipc, net;
-    uint32_t places; /* records of `place`; 0: there is no cage to enter */
+    uint32_t places; /* how many records of `place` follow; 0: there is no cage to enter */
 } cage_entry;
 
 enum kind { ATTACH, MEMORY, TERMINALS, FOLDER, LINK, SEAL };
 
-/* One place in the cage; behind the record are source and target, without a slash at their beginning, each with a NUL,
- * together `length` bytes (a multiple of 8). */
+/* One place in the cage. After the record come source and target, as paths without the slash at their beginning, each
+ * with a NUL, together `length` bytes (a multiple of 8). places.py packs them. */
 typedef struct {
     uint32_t kind;
-    uint32_t attributes; /* MOUNT_ATTR_… of a mount */
-    uint32_t must;       /* it is an error when the source is not there */
-    uint32_t target_at;  /* where the target begins behind the record */
+    uint32_t attributes; /* of a mount: flags MOUNT_ATTR_* */
+    uint32_t must;       /* 1: a source that does not exist is an error */
+    uint32_t target_at;  /* offset of the target from the end of the record */
     uint32_t length;
     uint32_t reserved;
 } place;
 
-/* Enter the cage with the places from `at` on, of which none ends behind `end`. Where the last one ended is stored in
- * `*next`. Returns 0 or -step. */
+/* Enters the cage with the records of places from `at` on. A record that reaches beyond `end` is an error. The end of
+ * the last one is stored in `*next`. Returns 0 or -step. */
 int cage_enter(const cage_entry *cage, const char *at, const char *end, const char **next);
 
 #endif

@@ -1,13 +1,13 @@
-/* Confines the calling process, as a plan says (plan.py makes it). One call does all of it, because it runs in every new
- * agent: the same steps through ctypes would cost each of them 400 kB of memory and a millisecond.
+/* Confines the calling process by a plan, which plan.py makes. One call does all of it, because it runs in every new
+ * agent: the same steps through ctypes would cost each agent 400 kB of memory and a millisecond.
  *
- * The order matters. The cage is first, because it needs capabilities; these go while their system calls are still
- * allowed. no_new_privs comes before Landlock and seccomp, which demand it. Landlock's rules are about files, so the mounts
- * must be there; seccomp is last, because it forbids what the others need.
+ * The order matters. The cage comes first, because it needs capabilities, which are dropped next. no_new_privs comes
+ * before Landlock and seccomp, which demand it. Landlock comes after the mounts, because its rules are about files in
+ * them. seccomp is last, because it forbids system calls that the other steps need.
  *
- * A plan is: a `head`, `filter_len` instructions of the seccomp program, records of `place` if there is a cage, then
- * `rules` records of `rule`, each with its paths.
- * No step is skipped when it fails: the caller gets the number of that step, and ends the process.
+ * A plan is: a `head`, `filter_len` instructions of the seccomp program, `cage.places` records of `place`, then `rules`
+ * records of `rule`. Each record is followed by its paths.
+ * When a step fails no further one is taken: the caller gets the number of that step, and ends the process.
  */
 
 #define _GNU_SOURCE
@@ -32,17 +32,17 @@
 #define NO_SYMLINKS 4 /* RESOLVE_NO_SYMLINKS */
 #define SET_MODE_FILTER 1
 #define NEW_LISTENER 8
-#define ALL_SECUREBITS 0x2f /* no capabilities for uid 0, none kept, locked */
+#define ALL_SECUREBITS 0x2f /* NOROOT and NO_SETUID_FIXUP set, KEEP_CAPS not; all three locked */
 #define LAST_CAPABILITY 63
 
-/* What a rule may grant on a file that is no folder: execute, write, read, truncate, ioctl of a device. */
+/* The rights that a rule may grant on a file that is no folder: execute, write, read, truncate, ioctl of a device. */
 #define ON_FILES ((1u << 0) | (1u << 1) | (1u << 2) | (1u << 14) | (1u << 15))
 
 typedef struct {
     uint32_t rules, filter_len;
     uint32_t ruleset_size; /* bytes of `ruleset` that this kernel knows */
-    uint32_t drop;         /* capabilities, all of them */
-    uint32_t listen;       /* the filter asks a listener: give back its descriptor */
+    uint32_t drop;         /* 1: drop all capabilities */
+    uint32_t listen;       /* 1: the filter notifies a listener, whose descriptor is returned */
     uint32_t reserved;
     struct {
         uint64_t files, net, scoped;
@@ -52,10 +52,10 @@ typedef struct {
 
 typedef struct {
     uint64_t rights;
-    uint32_t must;   /* it is an error when it is not there */
-    uint32_t strict; /* a symbolic link on the way is an error */
-    uint32_t length; /* of the path behind this record, with its NUL; a multiple of 8 */
-    int32_t opened;  /* a descriptor of what lies there, which is closed; the rights fit what it is. -1: there is none */
+    uint32_t must;   /* 1: a path that cannot be opened is an error; 0: it grants nothing */
+    uint32_t strict; /* 1: a path through a symbolic link cannot be opened */
+    uint32_t length; /* of the path that follows, with its NUL and padding; a multiple of 8 */
+    int32_t opened;  /* a descriptor to use (and close) instead of the path, with rights that fit its type; -1: none */
 } rule;
 
 static int drop_capabilities(void) {
@@ -66,7 +66,7 @@ static int drop_capabilities(void) {
     if (prctl(PR_CAPBSET_READ, 0, 0, 0, 0) >= 0)
         for (int capability = 0; capability <= LAST_CAPABILITY; capability++)
             if (prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) && errno == EINVAL)
-                break; /* this Linux has no more; EPERM without CAP_SETPCAP: then there is none to lose */
+                break; /* beyond the last of this Linux; EPERM (no CAP_SETPCAP) does no harm: no_new_privs follows */
     prctl(PR_SET_SECUREBITS, ALL_SECUREBITS, 0, 0, 0);
     return syscall(SYS_capset, &header, none) ? -1 : 0;
 }
@@ -115,8 +115,8 @@ static int add_rules(int ruleset, const char *at, const char *end, uint32_t coun
     return 0;
 }
 
-/* Returns 0, or the descriptor of the filter's listener, or -step with errno set. Then the process is confined by the
- * steps before, and can only end. */
+/* Returns 0, or the descriptor of the filter's listener, or -step with errno set. In the last case the earlier steps
+ * have confined the process in part, and it must end. */
 int aios_confine(const void *plan, uint64_t size) {
     const head *all = plan;
     const char *end = (const char *)plan + size;
