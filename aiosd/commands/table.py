@@ -127,8 +127,8 @@ def line_width() -> int | None:
 
 
 def terminal_size(fd: int) -> os.terminal_size:
-    """The size of a terminal. One that does not know its own (a serial line, a pty that nobody has given a size) is
-    taken for one of 80 × 24."""
+    """The size of a terminal, in lines and columns. 80 × 24 where Linux has none: on a serial line, or a pty whose size
+    was never set."""
     size = os.get_terminal_size(fd)
     return os.terminal_size((size.columns or 80, size.lines or 24))
 

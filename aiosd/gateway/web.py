@@ -391,7 +391,7 @@ class App:
         raise Problem(405, f"{request.method} is not allowed here; {' and '.join(methods)} is")
 
     def _error_form_near(self, path: str) -> Callable[[Problem], dict[str, Any]]:
-        """That of the API which the path belongs to by its first part: whoever asks there knows no other."""
+        """The error form of the API that has the first part of the path: clients of that API can read no other form."""
         first = path.strip("/").partition("/")[0]
         near = (one for one in self._routes if one.name.strip("/").partition("/")[0] == first)
         return next((one.error_form for one in near), openai_error)

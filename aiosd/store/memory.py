@@ -497,8 +497,8 @@ class NoteStore:
         return note.expires is not None and note.expires <= self._clock()
 
     def _changed(self, ask: link.Ask, reply: Any, kept: Sequence[tuple[str, Note]], which: int | str | None) -> Any:
-        """Give the reply, and update the copies in memory after the commit. `which`: the name by which the caller is
-        likely to read the note next; None: its id."""
+        """Give the reply, and update the copies in memory after the commit. `kept`: the changed note with its owner, if
+        any. `which`: the name by which the caller is likely to read the note next; None: its id."""
         for name, note in kept:
             self._keep(name, note)
             if ask.ahead and len(note.text) <= link.LARGEST_COPY:
