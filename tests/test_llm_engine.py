@@ -23,6 +23,8 @@ from aiosd.llm import engine as engine_module
 from aiosd.llm import llama, loading, schedule
 from aiosd.llm.dialects import call_id
 from aiosd.llm.engine import Engine
+from aiosd.llm.lookahead import Lookahead
+from aiosd.llm.passes import PassCost
 from aiosd.llm.sampling import Drawer
 from aiosd.llm.sequence import Phase
 from aiosd.llm.spec import ModelSpec
@@ -429,6 +431,79 @@ def test_batch_in_pieces_is_made_whole(bench: Bench) -> None:
     bench.run()
     assert bench.end(last)
     assert bench.end(again).usage.cached_tokens == 2
+
+
+def test_a_gap_is_filled_by_what_leaves_no_trace(bench: Bench) -> None:
+    """Slot 1 holds a finished conversation, slot 2 a prompt that takes many steps."""
+    options = {"max_tokens": 40}
+    expected = [bench.alone(prompt, **options) for prompt in ([5, 6, 7], [1, 2, 3, 4])]
+    slow = bench.alone([7] * 300, max_tokens=3)
+    bench.loaded.context.clear()
+    bench.forget()
+    engine = bench.engine
+    engine.guesser.set(Lookahead(0, "", cost=PassCost(another=1.0, row=0.1)))
+    keys = [bench.submit([5, 6, 7], **options)]
+    short = [bench.submit(prompt, max_tokens=3) for prompt in ([8, 9], [10, 11])]
+    keys.append(bench.submit([1, 2, 3, 4], **options))
+    bench.run(3)
+    long = bench.submit([7] * 300, max_tokens=3)
+    decoded, decode = [], bench.loaded.context.decode
+
+    def record(batch: llama.BatchBuffer) -> int:
+        decoded.append(batch.sequences[: batch.size].tolist())
+        return decode(batch)
+
+    bench.loaded.context.decode = record  # type: ignore[method-assign]
+    try:
+        for _ in range(engine_module.PATIENCE - 2):
+            engine.meter._prefill_rate = 16 / schedule.PREFILL_SLICE
+            engine.step()
+    finally:
+        del bench.loaded.context.decode  # type: ignore[method-assign]
+    assert 0 < engine._calls[long].length < 300
+    assert [0, 1, 2, 3] in decoded, "one pass"
+    assert engine.filled > 0
+    last = bench.loaded.context.last_position
+    assert last(engine._calls[long].slot) == engine._calls[long].length - 1
+    bench.run()
+    assert [bench.whole(key)[0] for key in keys] == expected
+    assert bench.whole(long)[0] == slow
+    assert all(bench.end(key) for key in short)
+
+
+def test_a_call_changes_places_with_one_whose_prompt_is_computed(bench: Bench) -> None:
+    options = {"max_tokens": 40}
+    expected, slow = bench.alone([1, 2, 3, 4], **options), bench.alone([7] * 300, max_tokens=3)
+    bench.loaded.context.clear()
+    bench.forget()
+    engine = bench.engine
+    engine.guesser.set(Lookahead(0, "", cost=PassCost(another=1.0, row=2.0)))
+    first, short = bench.submit([5, 6, 7], **options), bench.submit([8, 9], max_tokens=2)
+    third, last = bench.submit([10, 11], **options), bench.submit([1, 2, 3, 4], **options)
+    bench.run(2)
+    assert bench.end(short)
+    long = bench.submit([7] * 300, max_tokens=3)
+    for _ in range(engine_module.PATIENCE + 1):
+        engine.meter._prefill_rate = 16 / schedule.PREFILL_SLICE
+        engine.step()
+    assert engine._calls[long].phase is Phase.PREFILL
+    assert [engine._calls[key].slot for key in (first, third, last, long)] == [0, 2, 1, 3]
+    assert engine.exchanges == 1
+    bench.run()
+    assert bench.whole(last)[0] == expected
+    assert bench.whole(long)[0] == slow
+
+
+def test_slots_stay_where_an_exchange_takes_longer_than_it_saves(bench: Bench) -> None:
+    engine = bench.engine
+    engine.guesser.set(Lookahead(0, "", cost=PassCost(another=0.001, row=0.002)))
+    engine._exchange_s = 1.0
+    first = bench.submit([5, 6, 7], max_tokens=40)
+    short = [bench.submit(prompt, max_tokens=3) for prompt in ([8, 9], [10, 11])]
+    last = bench.submit([1, 2, 3, 4], max_tokens=40)
+    bench.run()
+    assert engine.exchanges == engine.filled == 0
+    assert all(bench.end(key) for key in (first, *short, last))
 
 
 # ── prefixes ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from aiosd.errors import UsageError
-from aiosd.llm import llama, loading, policy
+from aiosd.llm import engine as engine_module
+from aiosd.llm import llama, loading, policy, schedule
 from aiosd.llm.blob import StateLayout
 from aiosd.llm.engine import Engine
+from aiosd.llm.lookahead import Lookahead
+from aiosd.llm.passes import PassCost
 from aiosd.llm.policy.contract import Quantum
 from tests.test_llm_engine import Bench, load
 from tests.tinymodels import write_like
@@ -85,6 +88,31 @@ def test_a_crowd_gets_the_texts_that_each_gets_alone(bench: Bench) -> None:
     bench.run()
     assert [bench.whole(key)[0] for key in keys] == expected
     assert sum(bench.end(key).usage.preemptions for key in keys) > 12
+
+
+@pytest.mark.parametrize("cost", [PassCost(another=1.0, row=0.0), PassCost(another=1.0, row=2.0)])
+def test_calls_in_scattered_slots_get_the_texts_that_each_gets_alone(
+    bench: Bench, cost: PassCost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a gap is always filled, and where none is, but slots change places. (Neither with a recurrent state, of
+    which no part can be taken back: there slots only change places.)"""
+    monkeypatch.setattr(engine_module, "PATIENCE", 1)
+    recurrent = bench.loaded.model.recurrent
+    prompts = [words(i, 20 + 13 * i) for i in range(12)]
+    counts = [40 if i % 3 else 6 for i in range(12)]
+    expected = [alone(bench, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+    bench.engine.guesser.set(Lookahead(0, "", cost=None if recurrent else cost))
+    bench.engine.meter._prefill_rate = 32 / schedule.PREFILL_SLICE  # prompts that take several steps
+    keys = [
+        bench.submit(prompt, peer=i + 1, max_tokens=count)
+        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
+    ]
+    bench.run()
+    assert [bench.whole(key)[0] for key in keys] == expected
+    passes = bench.engine.stats()["passes"]
+    assert isinstance(passes, dict)
+    assert (passes["filled"] > 0) == (cost.row == 0 and not recurrent)
+    assert passes["exchanges"] > 0 or cost.row == 0
 
 
 def test_a_conversation_goes_on_in_its_slot(bench: Bench) -> None:

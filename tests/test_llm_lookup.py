@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiosd.llm import llama, lookahead, lookup
-from aiosd.llm.lookahead import Guesser, Lookahead, passes
+from aiosd.llm.lookahead import Guesser, Lookahead
 from aiosd.llm.lookup import GRAM, LONGEST, PLACES, Lookup
 
 # ── where the last tokens stood before ────────────────────────────────────────────────────────────────────
@@ -299,18 +299,3 @@ def test_calls_that_are_over_are_forgotten() -> None:
     assert len(guesser._records) == lookahead.REMEMBERED
     guesser.forget(FakeGuessedCall(49, 0, PLAIN))
     assert 49 not in guesser._records
-
-
-@pytest.mark.parametrize(
-    ("slots", "rows", "found"),
-    [
-        ([0], [8], [8]),
-        ([0, 1], [4, 4], [8]),
-        ([0, 1], [8, 1], [2, 7]),
-        ([0, 1, 2], [8, 1, 4], [3, 7, 3]),
-        ([0, 2], [4, 4], [4, 4]),
-        ([3, 4, 9], [2, 3, 1], [4, 1, 1]),
-    ],
-)
-def test_how_a_batch_is_divided(slots: list[int], rows: list[int], found: list[int]) -> None:
-    assert passes(slots, rows) == found

@@ -78,18 +78,11 @@ def test_scattered_rows_come_together_in_the_fewest_moves(taken: set[int], block
     for slot in blocked - taken:
         slots.take(slot, Row((2, slot)))  # type: ignore[arg-type]
     n = len(rows)
-    windows = [set(range(start, start + n)) for start in range(16 - n + 1)]
-    fewest = min((len(window - taken) for window in windows if not window & (blocked - taken)), default=None)
-    moves = 0
-    while True:
-        rows.sort(key=lambda row: row.slot)
-        move = slots.closing_move(rows)  # type: ignore[arg-type]
-        if move is None:
-            break
-        slots.swap(*move)
+    fewest = min(len(set(range(start, start + n)) - taken) for start in range(16 - n + 1))
+    moves = slots.closing_moves(rows)  # type: ignore[arg-type]
+    for a, b in moves:
+        slots.exchange(a, b)
         slots.check()
-        moves += 1
-    together = rows[-1].slot - rows[0].slot == n - 1
-    assert together == (fewest is not None) or moves == 0
-    if fewest is not None:
-        assert moves == fewest
+    places = sorted(row.slot for row in rows)
+    assert places == list(range(places[0], places[0] + n))
+    assert len(moves) == fewest

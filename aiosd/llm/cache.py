@@ -298,13 +298,6 @@ class Cache:
         """How many tokens a slot holds, its base included."""
         return max(self._context.last_position(slot) + 1, self.bases.length(slot))
 
-    def state_bytes(self, *slots: int) -> int:
-        """Bytes of the states in these slots, without their bases."""
-        if self.store is None:
-            return 0
-        tokens = sum(self.tokens_in(slot) - self.bases.length(slot) for slot in slots)
-        return tokens * self.store.layout.bytes_per_token
-
     @property
     def move_s(self) -> float:
         """Seconds for moving the state of one token out of a slot and that of another into it."""
@@ -314,12 +307,12 @@ class Cache:
         rate = copied / self.copy_s if copied >= MEASURED and self.copy_s else COPIED_PER_S
         return 2 * self.store.layout.bytes_per_token / rate
 
-    def exchange(self, sequence: Sequence, slot: int) -> None:
-        """Exchange the sequence with the content of a free slot."""
+    def exchange(self, a: int, b: int) -> None:
+        """Two slots exchange their owners and contents."""
         with self._buffers_given_back():
-            self._context.exchange(sequence.slot, slot)
-        self.bases.exchange(sequence.slot, slot)
-        self.slots.swap(sequence, slot)
+            self._context.exchange(a, b)
+        self.bases.exchange(a, b)
+        self.slots.exchange(a, b)
 
     def _resume(self, sequence: Sequence) -> bool:
         """Restore the state that `unseat` saved. False: it is gone."""

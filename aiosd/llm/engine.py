@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 
@@ -44,6 +44,7 @@ from aiosd.ipc.link import CallKey, Delta, Failed, GenerationDone, Started, Step
 from aiosd.llm import adapters, llama
 from aiosd.llm.cache import Cache
 from aiosd.llm.lookahead import ROWS, Guesser, Lookahead
+from aiosd.llm.passes import fillers, waste
 from aiosd.llm.picking import Picker, Rows
 from aiosd.llm.policy import Fifo, Quantum, SchedulingPolicy
 from aiosd.llm.purse import Purses
@@ -72,11 +73,14 @@ LONG_BATCH, LOOK_EVERY = 0.02, 0.002
 #: Without that, where memory has no room for states, it could lose its slot again each time before it is back there.
 LEAST_GAIN = 16
 
-#: After this many steps in which the slots of the batch were not consecutive, calls are moved (see `_close_gap`).
-#: After more where states are large: each piece more reads the weights again, an exchange copies two states twice.
-PATIENCE = 4
+#: After this many steps in which the slots of the batch were not consecutive, calls are moved (see `_close_gaps`), if
+#: that saves more than it takes within the next WHILE steps.
+PATIENCE, WHILE = 4, 16
 
-#: The part of the time that moving states may take while calls take turns.
+#: How much a new exchange counts in the average of what they take.
+EASE = 0.2
+
+#: The part of the time that moving states may take, while calls take turns and while their slots are brought together.
 MOVING = 1 / 8
 
 
@@ -145,8 +149,11 @@ class Engine:
         self._chosen: list[Sequence] = self._rows  # the calls of `_ready` that the policy has chosen
         self._dummies: list[tuple[int, int]] = []  # (slot, position) to remove after the step
         self._stale = False  # the rows must be made again: calls came, left or changed
-        self._num_pieces = 0  # runs of consecutive slots in it
-        self._pieces_for = 0  # steps for which there has been more than one
+        self._scattered = False  # are its calls in slots that are not consecutive?
+        self._scattered_for = 0  # steps
+        self._moving_s = 0.0  # how long states may be moved; below 0: until that is paid back
+        self._exchange_s = 0.0  # what an exchange of slots takes, smoothed
+        self.exchanges = self.filled = 0  # since the start: exchanges of slots, rows that filled gaps
         self._streams: dict[CallKey, Sequence] = {}  # calls that report in every step
         self._started: list[Started] = []
         self._preempted: list[CallKey] = []
@@ -443,7 +450,7 @@ class Engine:
         if not went:
             return
         if lone:
-            self._context.cut(self._dummies.pop()[0], batch.positions[1])
+            self._forget_dummies()
         now = self.clock()
         self.meter.prefilled(total, now - began)
         logits = self._context.logits(before + len(last))[before:] if last else None
@@ -515,15 +522,15 @@ class Engine:
         self._rows = rows
         self._stale = False
         slots = [sequence.slot for sequence in rows]
-        self._num_pieces = 1 if self.mixed else sum(b != a + 1 for a, b in pairwise(slots)) + 1
-        if self._num_pieces == 1:
-            self._pieces_for = 0
+        self._scattered = not self.mixed and len(slots) > 1 and slots[-1] - slots[0] >= len(slots)
+        if not self._scattered:
+            self._scattered_for = 0
         self._drawn = Rows(rows)
         batch = self._batch
         entries = [(s.slot, s.upcoming, s.length, 1) for s in rows]
-        self._dummies = self._lone_neighbours(slots) if self.exact else []
+        self._dummies = self._lone_neighbours(slots) if self.exact else self._fillers(slots)
         if self._dummies:
-            alone = int(len(rows) == 1)  # then the logits of its dummy, which come behind its own, are computed, too
+            alone = int(self.exact and len(rows) == 1)  # then its dummy's logits, behind its own, are computed, too
             entries = sorted([*entries, *((slot, 0, position, alone) for slot, position in self._dummies)])
         batch.size = n = len(entries)
         if n:
@@ -538,6 +545,15 @@ class Engine:
                 taken.add(slot + 1)
                 dummies.append((slot + 1, self._context.last_position(slot + 1) + 1))
         return dummies
+
+    def _fillers(self, slots: list[int]) -> list[tuple[int, int]]:
+        """(slot, position) of a token of no use in each slot of the gaps that are filled (see `passes.py`)."""
+        if not self._scattered:
+            return []
+        last = self._context.last_position
+        found = fillers(slots, self.guesser.ahead.cost, lambda slot: last(slot) + 1 < self._ctx)
+        self.filled += len(found)
+        return [(slot, last(slot) + 1) for slot in found]
 
     def _decode(self) -> int:
         """Returns how many tokens it has brought."""
@@ -572,10 +588,8 @@ class Engine:
                     continue
             if len(out) >= sequence.limit:
                 self._finish(sequence, sequence.limit_reason)
-        if self._dummies:
-            self._forget_dummies()
-        if self._num_pieces > 1:
-            self._close_gap()
+        self._forget_dummies()
+        self._close_gaps()
         if not self._stale:
             batch.positions[:n] += 1
         return n
@@ -611,8 +625,7 @@ class Engine:
             brought += self._verify(sequence, guess, logits[at : at + len(guess) + 1])
             at += len(guess) + 1
         self.guesser.verified(len(rows), n - len(rows), brought)
-        if self._num_pieces > 1:
-            self._close_gap()
+        self._close_gaps()
         return brought
 
     def _verify(self, sequence: Sequence, guess: list[int], logits: llama.Floats) -> int:
@@ -667,28 +680,37 @@ class Engine:
             self._finish(sequence, reason)
 
     def _forget_dummies(self) -> None:
-        for slot, position in self._dummies:
-            self._context.cut(slot, position)
-        self._dummies = []
-        self._stale = True
+        if self._dummies:
+            for slot, position in self._dummies:
+                self._context.take_back(slot, position)
+            self._dummies = []
+            self._stale = True
 
-    def _close_gap(self) -> None:
-        """llama.cpp computes a batch whose slots are not consecutive in several pieces, and reads all weights for each
-        of them. If that lasts for PATIENCE steps, a call changes places with a free slot between the others, one call
-        in each step. What the free slot holds is exchanged, not dropped: it is often the prompt of an agent whose next
-        call comes soon."""
-        self._pieces_for += 1
-        if self._pieces_for < PATIENCE:
+    def _close_gaps(self) -> None:
+        """llama.cpp computes a batch whose slots are not consecutive in several passes (`passes.py`). If that lasts for
+        PATIENCE steps, calls change places with what is in the slots between the others: a call whose prompt is being
+        computed, or what a free slot holds, often the prompt of an agent whose next call comes soon."""
+        if not self._scattered:
+            return
+        self._scattered_for += 1
+        self._moving_s = min(self._moving_s + MOVING * self.meter.step_s, self._exchange_s)
+        if self._scattered_for < PATIENCE or self._moving_s < 0:
             return
         rows = [sequence for sequence in self._rows if sequence.phase is Phase.DECODE]
-        move = self.slots.closing_move(rows) if rows else None
-        if move is None:
+        moves = self.slots.closing_moves(rows) if rows else []
+        cost = self.guesser.ahead.cost
+        if cost is not None and WHILE * waste([row.slot for row in rows], cost) < len(moves) * self._exchange_s:
             return
-        sequence, hole = move
-        if self._pieces_for < PATIENCE + 2 * self.cache.state_bytes(sequence.slot, hole) // self.model.size:
-            return
-        self.cache.exchange(sequence, hole)
-        self._stale = True
+        for a, b in moves:
+            began = self.clock()
+            self.cache.exchange(a, b)
+            took = self.clock() - began
+            self._exchange_s += (took - self._exchange_s) * (EASE if self._exchange_s else 1.0)
+            self._moving_s -= took
+            self.exchanges += 1
+            self._stale = True
+            if self._moving_s < 0:
+                break
 
     # ── llama_decode and its results ──────────────────────────────────────────────────────────────────────
 
@@ -707,7 +729,7 @@ class Engine:
         if result == llama.OK:
             return True
         self._stale = True
-        self._dummies = []
+        self._forget_dummies()
         if result == llama.NO_ROOM and self.cache.has_fewer_cells(batch.size):
             return False
         if result == llama.ABORTED:  # what was computed before that stays in the cache
@@ -892,6 +914,7 @@ class Engine:
             "waiting": len(self.waiting),
             "policy": self.policy.name,
             "lookahead": self.guesser.stats(),
+            "passes": {**self.guesser.costs(), "filled": self.filled, "exchanges": self.exchanges},
             **self.cache.stats(),
             **self.meter.stats(),
         }

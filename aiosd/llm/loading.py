@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +304,7 @@ def _context(
                 kv_type=spec.kv_type,
                 attention=attention,
                 rope=spec.rope,
-                outputs=0 if _no_guesses(spec, model) else lookahead.ROWS,
+                outputs=0 if _not_measured(spec, model) else lookahead.ROWS,
             )
         except WorldError as error:
             raise UsageError(f"{spec.path}: {slots} slots of {ctx} tokens: {error}") from error
@@ -351,18 +351,18 @@ def _threads(spec: ModelSpec, context: llama.LlamaContext, slots: int, report: R
 
 
 def _ahead(spec: ModelSpec, model: llama.Model, context: llama.LlamaContext, slot: int) -> Lookahead:
-    """How many guesses are computed in a step. `slot` must be empty."""
-    why = _no_guesses(spec, model)
+    """How many guesses are computed in a step, and what its passes cost. `slot` must be empty."""
+    why = _not_measured(spec, model)
     cost = time.perf_counter if spec.gpu_layers and llama.supports_gpu() else time.process_time
     found = Lookahead(0, why) if why else lookahead.measure(context, slot, spec.lookahead, cost=cost)
+    if spec.lookahead == 0:
+        found = replace(found, why="--lookahead off")
     logger.info("%s", found.described)
     return found
 
 
-def _no_guesses(spec: ModelSpec, model: llama.Model) -> str:
-    """Why no guesses are computed whatever they cost, '' if they may be."""
-    if spec.lookahead == 0:
-        return "--lookahead off"
+def _not_measured(spec: ModelSpec, model: llama.Model) -> str:
+    """Why a step has one row for each call, whatever more would cost; '' if it may have more."""
     if spec.exact:
         return "--exact: several tokens of a call at once round in another way"
     return "the model keeps a recurrent state, of which no part can be taken back" if model.recurrent else ""

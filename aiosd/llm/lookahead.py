@@ -27,6 +27,7 @@ import numpy.typing as npt
 from aiosd.errors import WorldError
 from aiosd.llm import llama
 from aiosd.llm.lookup import Lookup
+from aiosd.llm.passes import PassCost, passes, saved_by_filling
 
 #: Guesses are made while at most CALLS calls decode, and a step has at most ROWS rows.
 CALLS, ROWS = 4, 16
@@ -63,12 +64,14 @@ REMEMBERED = 2 * CALLS
 
 @dataclass(frozen=True, slots=True)
 class Lookahead:
-    """`most`: guesses for one call in a step, 0: none. `seconds`: of a step with as many rows as the index says."""
+    """`most`: guesses for one call in a step, 0: none. `seconds`: of a step with as many rows as the index says.
+    `cost`: of passes and rows, None: not measured."""
 
     most: int
     why: str  # for people
     seconds: tuple[float, ...] = ()
     again: bool = False  # there was no time to measure all: it is to be measured again on a quiet machine
+    cost: PassCost | None = None
 
     @property
     def described(self) -> str:
@@ -94,12 +97,13 @@ def measure(
     costs, again = _costs(found), clock() - began > WALL_S and len(found) < len(MEASURED)
     gains = {rows: rows * costs[1] / costs[rows] for rows in found}
     best = max(gains, key=lambda rows: gains[rows])
-    why = _ratio(costs, best)
+    why, cost_of_passes = _ratio(costs, best), PassCost.of(found)
+    most = best - 1
     if asked is not None:
-        return Lookahead(min(asked, len(costs) - 2), f"asked for; {why}", costs, again)
-    if gains[best] < WORTH:
-        return Lookahead(0, f"{why}, so that right guesses would bring {gains[best]:.2f} at most", again=again)
-    return Lookahead(best - 1, why, costs, again)
+        most, why = min(asked, len(costs) - 2), f"asked for; {why}"
+    elif gains[best] < WORTH:
+        most, why = 0, f"{why}, so that right guesses would bring {gains[best]:.2f} at most"
+    return Lookahead(most, why, costs, again, cost_of_passes)
 
 
 def _ratio(costs: tuple[float, ...], rows: int) -> str:
@@ -231,6 +235,11 @@ class Guesser:
     def stats(self) -> dict[str, object]:
         return {"why": self.ahead.described, "guessed": self.guessed, "right": self.right}
 
+    def costs(self) -> dict[str, float | None]:
+        """What is known of the cost of steps, in seconds."""
+        cost = self.ahead.cost
+        return {"another_s": cost.another if cost else None, "row_s": cost.row if cost else None}
+
     def _pay(self, records: Sequence[_Record], seconds: float) -> None:
         for record in records:
             record.purse = min(record.purse + seconds, self._most_purse)
@@ -257,7 +266,7 @@ class Guesser:
         hopes.sort(reverse=True, key=lambda hope: hope[0][-1])
         slots = [call.slot for call in calls]
         room = [call.limit - len(call.out) - 1 for call in calls]
-        plain, alone = self._seconds(slots, [1] * len(calls)), self.ahead.seconds[1] * len(calls)
+        plain, alone = self._plain(slots), self.ahead.seconds[1] * len(calls)
         best, rate = None, GAIN * len(calls) / plain
         for number in range(1, len(hopes) + 1):
             for size in self._sizes:
@@ -276,25 +285,12 @@ class Guesser:
                     best, rate = _Plan(sizes, seconds, plain, payers), sum(brings) / seconds
         return best
 
+    def _plain(self, slots: list[int]) -> float:
+        """Seconds of a step without guesses, in which gaps between the slots may be filled."""
+        seconds = self._seconds(slots, [1] * len(slots))
+        return seconds if self._mixed else seconds - saved_by_filling(slots, self.ahead.cost)
+
     def _seconds(self, slots: list[int], rows: list[int]) -> float:
         if self._mixed:
             return self.ahead.seconds[sum(rows)]
         return sum(self.ahead.seconds[one] for one in passes(slots, rows))
-
-
-def passes(slots: Sequence[int], rows: Sequence[int]) -> list[int]:
-    """How llama.cpp divides a batch: the number of rows of each pass. `rows`: the batch's rows for each of these slots
-    (ascending). A pass has consecutive slots, and the same number of rows for each of them."""
-    left, found = dict(zip(slots, rows, strict=True)), []
-    while left:
-        run = [next(iter(left))]
-        for slot in left:
-            if slot == run[-1] + 1:
-                run.append(slot)
-        depth = min(left[slot] for slot in run)
-        found.append(len(run) * depth)
-        for slot in run:
-            left[slot] -= depth
-            if not left[slot]:
-                del left[slot]
-    return found

@@ -126,36 +126,25 @@ class Slots:
         """Does this free slot hold anything that could be reused?"""
         return len(self._held[slot].tokens) > 0
 
-    def swap(self, sequence: Sequence, slot: int) -> None:
-        """Exchange: the sequence moves into a free slot, and what that slot held into the sequence's old one."""
-        old = sequence.slot
-        if self._owner[slot] is not None or self._owner[old] is not sequence:
-            raise Bug(f"cannot move {sequence.key} from {old} to {slot}")
-        self._owner[old], self._owner[slot] = None, sequence
-        self._held[old] = replace(self._held[slot], slot=old)
-        self._held[slot] = SlotContent(slot)
-        sequence.slot = slot
+    def exchange(self, a: int, b: int) -> None:
+        """Two slots exchange their owners and what they hold."""
+        owners, held = self._owner, self._held
+        owners[a], owners[b] = owners[b], owners[a]
+        held[a], held[b] = replace(held[b], slot=a), replace(held[a], slot=b)
+        for slot in (a, b):
+            owner = owners[slot]
+            if owner is not None:
+                owner.slot = slot
 
-    def closing_move(self, rows: list[Sequence]) -> tuple[Sequence, int] | None:
-        """`rows` (ascending) should lie in consecutive slots, with as few exchanges as possible: the next of these, as
-        (sequence, free slot). None when they already do, or when occupied slots make it impossible."""
+    def closing_moves(self, rows: list[Sequence]) -> list[tuple[int, int]]:
+        """The fewest exchanges of slots, each (from, to), after which `rows` lie in consecutive slots."""
         n, slots = len(rows), {sequence.slot for sequence in rows}
-        if rows[-1].slot - rows[0].slot == n - 1:
-            return None
-        blocked = [owner is not None and slot not in slots for slot, owner in enumerate(self._owner)]
-        rows_before = [0, *accumulate(slot in slots for slot in range(self.total))]
-        blocked_before = [0, *accumulate(blocked)]
-        windows = (
-            (rows_before[start + n] - rows_before[start], -start)
-            for start in range(self.total - n + 1)
-            if blocked_before[start + n] == blocked_before[start]
-        )
-        best = max(windows, default=None)  # with most of the rows inside; of several the lowest
-        if best is None:
-            return None
-        window = range(-best[1], -best[1] + n)
-        outside = next(sequence for sequence in reversed(rows) if sequence.slot not in window)
-        return outside, next(slot for slot in window if slot not in slots)
+        before = [0, *accumulate(slot in slots for slot in range(self.total))]  # rows in the slots below
+        windows = ((before[start + n] - before[start], -start) for start in range(self.total - n + 1))
+        start = -max(windows)[1]  # with most of the rows inside; of several the lowest
+        window = range(start, start + n)
+        outside = (slot for slot in sorted(slots, reverse=True) if slot not in window)
+        return list(zip(outside, (slot for slot in window if slot not in slots), strict=True))
 
     def forget(self, slot: int) -> None:
         """The content of a free slot must not be used any more."""
