@@ -18,6 +18,7 @@ from aiosd.ipc.link import GenerationDone, PurseShare, Step, Submit
 from aiosd.llm import llama, loading
 from aiosd.llm.engine import Engine
 from aiosd.llm.lookahead import CALLS, ROWS, Lookahead
+from aiosd.llm.passes import PassCost
 from aiosd.llm.policy import Quantum, make
 from libaios.wire import Generate, Logprobs, Sampling
 from tests import tinymodels
@@ -49,7 +50,9 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 class Teacher:
-    """Guesses up to `most` tokens of each call; about one in seven is wrong."""
+    """Guesses up to `most` tokens of each call; about one in seven is wrong. Gaps between slots are filled, too."""
+
+    ahead = Lookahead(7, "taught", cost=PassCost(another=1.0, row=0.1))
 
     def __init__(self, known: dict[Any, list[int]], seed: int = 1, most: int = 7) -> None:
         self._known, self._random, self._most = known, random.Random(seed), most
