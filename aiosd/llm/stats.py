@@ -27,12 +27,15 @@ class EngineMeter:
         self.calls = 0  # finished
         self.preemptions = 0
         self.step_s = 0.0  # smoothed
+        self.decode_s = 0.0  # what was not for prompts in the last step that generated
+        self._prompts_s = 0.0  # for prompts in this step
         self.longest_step_s = 0.0
         self._prefill_rate = 0.0  # tokens per second, smoothed
         self._marks: deque[tuple[float, int]] = deque([(clock(), 0)])
 
     def begin(self) -> None:
         self.busy_since = self._clock()
+        self._prompts_s = 0.0
 
     def end(self, generated: int) -> None:
         now = self._clock()
@@ -41,6 +44,8 @@ class EngineMeter:
         self.steps += 1
         self.generated += generated
         self.step_s += _SMOOTH * (took - self.step_s)
+        if generated:
+            self.decode_s = took - self._prompts_s
         if took > self.longest_step_s:
             self.longest_step_s = took
         if now - self._marks[-1][0] >= 1.0:
@@ -50,6 +55,7 @@ class EngineMeter:
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         self.computed += tokens
+        self._prompts_s += seconds
         if seconds > 0 and tokens >= 16:  # the rate of a few tokens does not predict that of many
             rate = tokens / seconds
             self._prefill_rate += (0.3 if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
