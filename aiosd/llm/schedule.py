@@ -23,8 +23,8 @@ from aiosd.llm.sequence import Phase, Sequence
 from aiosd.llm.slots import Slots
 from aiosd.llm.stats import EngineMeter
 
-#: How many seconds of a step prompts may use: at least, while other calls decode; and at most, because a cancel or a new
-#: call waits for the end of the step.
+#: How many seconds of a step prompts may use: at least, while other calls decode; and at most, because a cancel or a
+#: new call waits for the end of the step.
 PREFILL_SLICE, PREFILL_ALONE = 0.25, 1.0
 
 #: A step computes at least twice this many tokens of prompts, however short its time is, or all that are left.
@@ -97,9 +97,9 @@ def schedule(desk: Desk) -> Iterator[Batch]:
             break
         waiting = [call for call in waiting if call not in admitted]  # a slot is still free for one of these
 
-    # Prompts, under a budget of tokens. If at least as many calls decode as have prompts to compute, prompts get as much
-    # of the step as these calls do, and at least a short part of it. If fewer do, they get more: calls that came together
-    # then decode together, and a step for a part of a crowd costs nearly as much as a step for all of it.
+    # Prompts, under a budget of tokens. If at least as many calls decode as have prompts to compute, prompts get as
+    # much of the step as these calls do, and at least a short part of it. If fewer do, they get more: calls that came
+    # together then decode together, and a step for a part of a crowd costs nearly as much as a step for all of it.
     pending = [call for call in slots.owners() if call.phase is Phase.PREFILL and not call.parked]
     if pending:
         decoding = min(max(PREFILL_SLICE, desk.meter.decode_s), PREFILL_ALONE)
