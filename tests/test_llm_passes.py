@@ -30,6 +30,7 @@ def test_cost_is_the_line_through_the_largest_steps() -> None:
     assert PassCost.of({1: 9.0, 8: 10.0, 16: 14.0}) == PassCost(another=6.0, row=0.5)
     assert PassCost.of({1: 2.0, 8: 9.0}) == PassCost(another=1.0, row=1.0)
     assert PassCost.of({1: 2.0}) is None
+    assert str(PassCost(another=0.0146, row=0.0061)) == "one more costs 14.6 ms, one more row 6.1 ms"
 
 
 def test_cost_is_never_negative() -> None:

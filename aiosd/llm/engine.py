@@ -77,6 +77,9 @@ LEAST_GAIN = 16
 #: that saves more than it takes within the next WHILE steps.
 PATIENCE, WHILE = 4, 16
 
+#: In place of what a pass costs, if that is not measured.
+NOT_FILLED = "gaps between slots are not filled"
+
 #: How much a new exchange counts in the average of what they take.
 EASE = 0.2
 
@@ -914,7 +917,11 @@ class Engine:
             "waiting": len(self.waiting),
             "policy": self.policy.name,
             "lookahead": self.guesser.stats(),
-            "passes": {**self.guesser.costs(), "filled": self.filled, "exchanges": self.exchanges},
+            "passes": {
+                "why": str(self.guesser.ahead.cost or NOT_FILLED),
+                "filled": self.filled,
+                "moved": self.exchanges,
+            },
             **self.cache.stats(),
             **self.meter.stats(),
         }

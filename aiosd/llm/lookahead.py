@@ -235,11 +235,6 @@ class Guesser:
     def stats(self) -> dict[str, object]:
         return {"why": self.ahead.described, "guessed": self.guessed, "right": self.right}
 
-    def costs(self) -> dict[str, float | None]:
-        """What is known of the cost of steps, in seconds."""
-        cost = self.ahead.cost
-        return {"another_s": cost.another if cost else None, "row_s": cost.row if cost else None}
-
     def _pay(self, records: Sequence[_Record], seconds: float) -> None:
         for record in records:
             record.purse = min(record.purse + seconds, self._most_purse)

@@ -25,6 +25,9 @@ class PassCost:
     another: float
     row: float
 
+    def __str__(self) -> str:
+        return f"one more costs {1e3 * self.another:.1f} ms, one more row {1e3 * self.row:.1f} ms"
+
     @classmethod
     def of(cls, steps: Mapping[int, float]) -> PassCost | None:
         """From the seconds that steps of at least two numbers of rows took: the line through the largest two. None:
