@@ -87,7 +87,14 @@ class Side:
 
     def forget(self, slots: int) -> None:
         for slot in range(slots):
-            self.context.cut(slot, self.prefix)
+            self.context.take_back(slot, self.prefix)
+
+    def can_stand_on_a_base(self) -> bool:
+        """Not in a model with sliding windows, whose layers do not all keep the same tokens."""
+        from aiosd.llm.blob import StateLayout
+
+        layout = StateLayout.of(self.context.read(0))
+        return layout is not None and layout.in_one and len(layout.sizes) == 2 * self.context.n_layer
 
     def decode(self) -> float:
         times = [self.run(self.n, self.prefix + step, 1) for step in range(STEPS)]
@@ -106,8 +113,11 @@ def cell(name: str, n: int, prefix: int, options: argparse.Namespace) -> list[di
 
     llama.start()
     model = llama.Model(str(harness.model_path(name)), 0, lambda fraction: None)
-    sides = [Side(model, kind, n, prefix, options.threads) for kind in KINDS]
-    times: dict[str, dict[str, list[float]]] = {what: {k: [] for k in KINDS} for what in ("decode", "prompts")}
+    sides = [Side(model, kind, n, prefix, options.threads) for kind in KINDS[:-1]]
+    if sides[-1].can_stand_on_a_base():
+        sides.append(Side(model, KINDS[-1], n, prefix, options.threads))
+    kinds = [side.kind for side in sides]
+    times: dict[str, dict[str, list[float]]] = {what: {k: [] for k in kinds} for what in ("decode", "prompts")}
     for round_ in range(options.rounds + 1):
         for side in sides if round_ % 2 else sides[::-1]:
             for what, measure in (("decode", side.decode), ("prompts", side.prompts)):
