@@ -503,7 +503,24 @@ def test_slots_stay_where_an_exchange_takes_longer_than_it_saves(bench: Bench) -
     last = bench.submit([1, 2, 3, 4], max_tokens=40)
     bench.run()
     assert engine.exchanges == engine.filled == 0
+    assert 0.5 < engine._exchange_s < 1.0, "it is tried again some time"
     assert all(bench.end(key) for key in (first, *short, last))
+
+
+def test_what_was_not_computed_to_fill_a_gap_is_not_taken_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with guesses fills none. The slot that would have been filled has a prompt in the next step."""
+    engine = bench.engine
+    engine.guesser.set(Lookahead(7, "", (0.0, *[1.0] * 16), cost=PassCost(another=1.0, row=0.1)))
+    copied = [*range(10, 40)] * 2
+    keys = [bench.submit(prompt, max_tokens=most) for prompt, most in ((copied, 40), ([8, 9], 2), ([5, 6], 40))]
+    bench.run(3)
+    assert bench.end(keys[1])
+    assert engine._scattered
+    engine._arrange(engine._ready)
+    assert engine._dummies
+    monkeypatch.setattr(engine.guesser, "verified", lambda calls, guessed, tokens: None)
+    engine._decode_guesses([[1], []])
+    assert engine._dummies == []
 
 
 # ── prefixes ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -80,8 +80,9 @@ PATIENCE, WHILE = 4, 16
 #: In place of what a pass costs, if that is not measured.
 NOT_FILLED = "gaps between slots are not filled"
 
-#: How much a new exchange counts in the average of what they take.
-EASE = 0.2
+#: How much a new exchange counts in the average of what they take; and by how much that becomes less in each step in
+#: which an exchange would take too long.
+EASE, FADE = 0.2, 0.01
 
 #: The part of the time that moving states may take, while calls take turns and while their slots are brought together.
 MOVING = 1 / 8
@@ -555,7 +556,6 @@ class Engine:
             return []
         last = self._context.last_position
         found = fillers(slots, self.guesser.ahead.cost, lambda slot: last(slot) + 1 < self._ctx)
-        self.filled += len(found)
         return [(slot, last(slot) + 1) for slot in found]
 
     def _decode(self) -> int:
@@ -591,6 +591,7 @@ class Engine:
                     continue
             if len(out) >= sequence.limit:
                 self._finish(sequence, sequence.limit_reason)
+        self.filled += len(self._dummies)
         self._forget_dummies()
         self._close_gaps()
         if not self._stale:
@@ -608,6 +609,7 @@ class Engine:
     def _decode_guesses(self, guesses: list[list[int]]) -> int:
         """The next token of each call and the guesses after it. Returns how many tokens that has brought."""
         rows, batch = self._rows, self._guess_batch
+        self._dummies = []  # this batch has none
         entries = [
             (sequence.slot, token, sequence.length + i)
             for sequence, guess in zip(rows, guesses, strict=True)
@@ -703,6 +705,7 @@ class Engine:
         moves = self.slots.closing_moves(rows) if rows else []
         cost = self.guesser.ahead.cost
         if cost is not None and WHILE * waste([row.slot for row in rows], cost) < len(moves) * self._exchange_s:
+            self._exchange_s *= 1 - FADE  # the last ones may have been slow because the machine was busy
             return
         for a, b in moves:
             began = self.clock()
