@@ -37,5 +37,9 @@ def submit(executor: Executor, work: Callable[[], T]) -> Future[T]:
         raise none_left() from None
 
 
-def none_left() -> OSError:
-    return OSError(errno.EAGAIN, f"Linux starts no thread: {os.strerror(errno.EAGAIN)}")
+class NoneLeft(BlockingIOError):
+    """Linux starts no thread now. (EAGAIN has other reasons elsewhere.)"""
+
+
+def none_left() -> NoneLeft:
+    return NoneLeft(errno.EAGAIN, f"Linux starts no thread: {os.strerror(errno.EAGAIN)}")

@@ -161,6 +161,30 @@ def test_background_reports_why_the_start_failed(fresh_aiosd: Fresh, tmp_path: P
     assert "nowhere.gguf" in one_line(done.stderr)
 
 
+BROKEN_TOOLS = {
+    "syntax.py": ("def a() -> None: pass\n\ndef b(:\n", ": line 3: SyntaxError: invalid syntax"),
+    "raises.py": ("import json\njson.loads('{')\n", ": line 2: JSONDecodeError: Expecting property name"),
+    "taken.py": ("from libaios.tool import define\n@define\ndef calc(x: int) -> int: return x\n", ": calc: there is a"),
+}
+
+
+@pytest.mark.parametrize("how", ["-d", "foreground"])
+def test_broken_files_of_tools_are_told_at_the_start(fresh_aiosd: Fresh, tmp_path: Path, how: str) -> None:
+    files = [tmp_path / name for name in BROKEN_TOOLS]
+    for file in files:
+        file.write_text(BROKEN_TOOLS[file.name][0])
+    options = ("--tools", ":".join(map(str, files)))
+    system = fresh_aiosd(*options, start=how == "foreground")
+    try:
+        told = system.log() if how == "foreground" else system.run("aiosd", "-d", *options).stderr
+        assert system.status()["state"] == "ready"  # with its other tools
+    finally:
+        assert system.run("aiosd", "stop").returncode == 0
+    for file in files:
+        [line] = [line for line in told.splitlines() if str(file) in line]  # once
+        assert line.startswith(f"aiosd: tools: {file}{BROKEN_TOOLS[file.name][1]}")
+
+
 def test_background_second_one_is_refused(aiosd: System) -> None:
     done = aiosd.run("aiosd", "-d")
     assert done.returncode == 1

@@ -396,6 +396,8 @@ def test_home_as_an_option(aiosd: System) -> None:
         ["--shares", "web=none"],
         ["set", "slots", "3"],
         ["set", "policy"],
+        ["set", "policy", "lottery"],
+        ["set", "log-level", "loud"],
         ["nosuch"],
         ["status", "x"],
     ],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
+import subprocess
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +173,39 @@ def test_keys_that_a_program_may_have_missed_are_named(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == f"aios-run: {words}\n"
     unseen.note_variables(spawn, wire.Spawned(7, sandbox="none"))
     assert capsys.readouterr().err == ""
+
+
+def on_terminal(system: System, *words: str, cwd: Path) -> tuple[int, str]:
+    """Exit code and stderr of `aios-run`, whose stderr alone is a terminal."""
+    ours, theirs = pty.openpty()
+    try:
+        done = system.popen(
+            "aios-run", *words, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs
+        )
+        code = done.wait(60)
+    finally:
+        os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: all has been read
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    return code, said.decode().replace("\r\n", "\n")
+
+
+def test_a_program_that_may_not_write_in_its_folder_and_fails_is_told_what_allows_that(
+    system: System, project: Path
+) -> None:
+    touch, hint = ("--", "touch", "new.txt"), f"may not write in {project} (if it failed because of that: --write . "
+    code, said = on_terminal(system, *touch, cwd=project)
+    assert (code, said.count(hint)) == (1, 1), said
+    code, said = on_terminal(system, "--write", ".", *touch, cwd=project)
+    assert (code, said) == (0, "")
+    assert (project / "new.txt").exists()
+    fails = ("--", "sh", "-c", "exit 3")
+    assert on_terminal(system, "--write", ".", *fails, cwd=project) == (3, ""), "it may write there"
+    assert on_terminal(system, *fails, cwd=Path("/usr/lib") if os.getuid() else Path("/")) == (3, ""), "no grant helps"
+    assert system.run("aios-run", *fails, cwd=project).stderr == "", "no person reads it"
 
 
 def test_a_line_reports_that_files_beside_a_script_in_tmp_do_not_stay(capsys: pytest.CaptureFixture[str]) -> None:

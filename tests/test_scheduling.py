@@ -142,8 +142,8 @@ def test_who_may_not_and_what_cannot_be_changed(aiosd: System) -> None:
     done = aiosd.run("aios-run", "--", "aiosd", "set", "policy", "fifo")
     assert (done.returncode, done.stderr) == (1, "aiosd: an agent may not change settings\n")
     done = aiosd.run("aiosd", "set", "policy", "lottery")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "aiosd: policy: 'lottery' is none of fifo, rr, priority, mlfq, fair\n"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "aiosd: policy: 'lottery' is none of fifo, rr, priority, mlfq, fair (see aiosd set --help)\n"
     assert aiosd.status()["policy"] == "fair"
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from aiosd import threads
+from aiosd.gateway import submitted
 from aiosd.gateway.holders import Holders
 from aiosd.gateway.identity import SocketAddress
+from aiosd.gateway.web import problem_of
 from aiosd.kernel.audit import Audit
 from aiosd.kernel.diskwatch import DiskWatch
 from aiosd.kernel.logkeeper import LogKeeper
@@ -119,6 +121,28 @@ def test_a_workspace_is_measured_later_and_counts_as_slow_until_then(limit: Limi
     watch.ask({str(tmp_path): []})
     assert eventually(lambda: not watch.busy)
     assert (watch.waits, list(watch.sizes)) == (False, [str(tmp_path)])
+
+
+# ── the gateway ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_program_whose_agent_cannot_be_started_now_is_told_to_try_again(
+    limit: Limit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Request:
+        async def json(self) -> dict[str, Any]:
+            return {"agent_id": "x", "agent_config": {"task": "y"}}
+
+    async def surroundings(request: Any) -> tuple[str, dict[str, str]]:
+        return "/", {}
+
+    monkeypatch.setattr(submitted, "_surroundings", surroundings)
+    request: Any = Request()
+    with pytest.raises(BlockingIOError) as caught:
+        asyncio.run(submitted.submit(request))
+    problem = problem_of(caught.value)
+    assert (problem.status, problem.headers) == (503, {"retry-after": "1"})
+    assert problem_of(BlockingIOError(errno.EAGAIN, "too many open calls")).status == 429, "this agent's own limit"
 
 
 # ── services ──────────────────────────────────────────────────────────────────────────────────────────────

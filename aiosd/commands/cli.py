@@ -316,6 +316,10 @@ def change(name: str, value: str) -> int:
 
     It holds until aiosd ends or reads its settings again (SIGHUP); what is to last belongs in aiosd.toml.
     """
+    try:
+        keys.BY_NAME[name].read(value)
+    except ValueError as err:
+        raise click.UsageError(f"{name}: {err}") from None
     with edge.connect() as client:
         old, new = client.call(Sys.SET, Set(name, value), tuple[str, str])
     print(f"{name} {new or '-'} (was {old or '-'})")

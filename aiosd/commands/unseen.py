@@ -1,5 +1,5 @@
 """Notes of aios-run for a person about the sandbox of an agent: files that the person has named and the agent cannot
-see, and keys of the person's environment that the agent has not got.
+see, a folder that it may only read, and keys of the person's environment that the agent has not got.
 """
 
 from __future__ import annotations
@@ -8,12 +8,17 @@ import os
 import re
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from aiosd.commands import edge
 from libaios import wire
 from libaios.sandbox import is_broad
 from libaios.wire import Spawn, Spawned
+
+if TYPE_CHECKING:
+    from aiosd.sandbox.box import Box
 
 MOST_LOOKED_AT = 64  # arguments
 MOST_SHOWN = 3
@@ -69,6 +74,37 @@ def note_variables(spawn: Spawn, spawned: Spawned) -> None:
     if missed:
         words = ", ".join(missed[:MOST_SHOWN]) + (" and others" if len(missed) > MOST_SHOWN else "")
         _say(f"agent {spawned.pid} did not get {words} of your environment (-e {missed[0]} passes it on)")
+
+
+def note_folder(spawn: Spawn, agent: dict[str, Any]) -> None:
+    """After a program has failed: note that it may not write in its working folder, if only the sandbox denies that.
+    Nobody knows whether it wanted to. `agent`: its report as in aios-inspect."""
+    from aiosd.sandbox import box, plan, why
+
+    if agent["box"] is None or wire.ENV_PID in os.environ:
+        return
+    folder, confined = os.path.realpath(wire.os_str(spawn.cwd)), box.Box(**agent["box"])
+    common = plan.common_rules(sys.path)
+
+    def may(where: box.Box) -> set[str]:
+        return {one.deed for one in why.findings(folder, where, plan.machine(common), common) if one.allowed}
+
+    granted = msgspec.structs.replace(confined, write=[*confined.write, folder])
+    now = may(confined)  # a program that cannot even read the folder does not work there
+    if "read" in now and "write" in may(granted) - now and _may_be_granted(granted):
+        _say(f"agent {agent['pid']} may not write in {folder} (if it failed because of that: --write . allows it)")
+
+
+def _may_be_granted(wanted: Box) -> bool:
+    from aiosd.sandbox import box
+    from libaios.home import Home
+
+    data = str(Home().data)
+    try:
+        box.refuse_data(wanted, data, os.path.join(data, "workspaces"))
+    except OSError:
+        return False
+    return True
 
 
 def _granted(wish: wire.Sandbox) -> list[str]:

@@ -64,6 +64,11 @@ def embedder(
     if word.startswith(URLS):
         raise UsageError(f"embed_model: {word}: a model that is served elsewhere makes no vectors here")
     found_model = read_model(word, {}, values, given, locate, folder, home)
+    if not os.path.exists(found_model.path):
+        raise UsageError(
+            f"embed_model: {found_model.path}: there is no such file; aiosd get-embedder makes one, and aiosd models "
+            "lists what is on this machine"
+        )
     return "", dataclasses.replace(found_model, vectors_only=True, lora=(), chat_template_file="")
 
 

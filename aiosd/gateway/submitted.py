@@ -10,10 +10,13 @@ import asyncio
 import errno
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from msgspec import Struct
 
+from aiosd import threads
 from aiosd.gateway.calls import ask
 from aiosd.gateway.filing import checked
 from aiosd.gateway.openai import fields
@@ -24,6 +27,7 @@ from libaios.wire import Sys
 RESULT_BYTES = 64 << 10
 PROGRAM = "run-agent"
 HIDDEN = ("AIOS_CHANNEL", "AIOS_PID")  # the program's own
+_threads = ThreadPoolExecutor(4, "submitted")  # one is started when it is needed
 LOGS = "log"  # under this name an agent's line of INSPECT has the path of its log
 
 
@@ -41,7 +45,8 @@ async def submit(request: HttpRequest) -> None:
     name = re.sub(r"[^\w.-]+", "_", asked.agent_id, flags=re.ASCII).strip("._-")[:64]
     words = [*_which(asked.agent_id), "--task_input", task]
     # An agent started by a program from outside is confined as one started by a person; an agent's child as its parent.
-    box = await asyncio.to_thread(sandbox.wish, "exec", PROGRAM, wire.os_str(folder), env, args=words)
+    wish = partial(sandbox.wish, "exec", PROGRAM, wire.os_str(folder), env, args=words)
+    box = await asyncio.wrap_future(threads.submit(_threads, wish))  # it looks at files
     args = wire.Spawn(
         "exec", PROGRAM, words, env, folder,
         name=f"_{name}"[:64] if name.isdecimal() or not name else name, detached=True, sandbox=box,

@@ -25,6 +25,7 @@ import msgspec
 from aiosd.gateway import places
 from aiosd.gateway.accounts import Account, Accounts, Full, User
 from aiosd.ipc.endpoint import Endpoint
+from aiosd.threads import NoneLeft
 from libaios.wire import ModelInfo
 
 logger = logging.getLogger("gateway")
@@ -87,6 +88,8 @@ def problem_of(err: OSError, names: places.PlaceNames = places.same) -> Problem:
             return Problem(400, message, param=places.found(message), code=code).renamed(names)
         case errno.EDQUOT:
             return Problem(429, message, "insufficient_quota", code="insufficient_quota", headers=NO_RETRY)
+        case errno.EAGAIN if isinstance(err, NoneLeft):  # not a limit of this agent
+            return Problem(503, message, "server_error", headers=SOON)
         case errno.EAGAIN:
             return Problem(429, message, "rate_limit_error", code="rate_limit_exceeded", headers=SOON)
         case errno.EPERM | errno.EACCES:

@@ -344,6 +344,13 @@ class ToolUse(Struct, array_like=True, frozen=True, tag=True):
     memory_bytes: int
 
 
+class ToolFiles(Struct, array_like=True, frozen=True, tag=True):
+    """From the toolbox: the files of tools in the settings were loaded. Sent to every new kernel. `errors`: file, or
+    file and tool → why it has no such tools."""
+
+    errors: dict[str, str] = {}
+
+
 class Failed(Struct, array_like=True, frozen=True, tag=True):
     """The final answer to any call that could not be served. `elsewhere`: another model may be able to serve it.
     `short`: the kind of budget of which too little is left for it."""
@@ -420,6 +427,7 @@ FromService = (
     | Part
     | Errand
     | ToolUse
+    | ToolFiles
     | Failed
     | Health
     | Denied

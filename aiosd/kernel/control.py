@@ -31,11 +31,12 @@ from aiosd.kernel.ancestry import Unproven, Unsettled, agent_above, agent_above_
 from aiosd.kernel.calls import CallTable
 from aiosd.kernel.dispatch import Dispatcher
 from aiosd.kernel.events import Events, EventSource, Turn
+from aiosd.kernel.ledger import DOOR_FAMILY, DOOR_ID, DOOR_OSPID, DOOR_TYPE
 from aiosd.kernel.peer import OUTBOX_PAUSE, ClientPeer, Peer, failure
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.system import FdLimit
-from aiosd.sandbox import hosts
-from aiosd.sandbox.doors import Question
+from aiosd.sandbox import doors, hosts
+from aiosd.sandbox.doors import DoorRequest, Question
 from aiosd.timers import Timer, Timers
 from libaios import wire
 from libaios.ring import ProtocolError
@@ -194,7 +195,19 @@ class Control:
         if proc.pid in self._doors:
             os.close(door)
             return
-        self._doors[proc.pid] = self._events.watch(door, lambda mask: self._at_door(proc, door, mask), of_clients=True)
+        source = self._events.watch(door, lambda mask: self._at_door(proc, door, mask), of_clients=True)
+        self._doors[proc.pid] = source
+        if last := _last_received(proc):
+            # Later, because other agents may not be adopted yet.
+            self._timers.after(0.0, lambda: self._answer_again(proc, source, last))
+
+    def _answer_again(self, proc: Proc, source: EventSource, last: DoorRequest) -> None:
+        """Answer what a dead kernel has received at this door, and may not have answered. (This kernel answers each
+        request before it receives the next.)"""
+        if self._doors.get(proc.pid) is not source:  # closed meanwhile
+            return
+        doors.refuse_lost(source.fd, last.id)
+        self._answer(proc, Question(source.fd, last))
 
     def close_door(self, proc: Proc) -> None:
         source = self._doors.pop(proc.pid, None)
@@ -208,9 +221,13 @@ class Control:
             self.close_door(proc)
             return
         try:
-            question = Question(door)
+            received = doors.receive(door)
         except (FileNotFoundError, InterruptedError):  # the process has ended meanwhile, or epoll reports it again
             return
+        _note_received(proc, received)
+        self._answer(proc, Question(door, received))
+
+    def _answer(self, proc: Proc, question: Question) -> None:
         if question.family != socket.AF_UNIX:
             proc.denied = hosts.no_network(proc.box.level if proc.box is not None else "")
             question.refuse(errno.EAFNOSUPPORT)
@@ -338,6 +355,19 @@ class Control:
         if inode in map(str, proc.handed):
             raise Unproven("it was handed to its agent when that was started")
         return proc
+
+
+def _note_received(proc: Proc, received: DoorRequest) -> None:
+    """Note it for the next kernel. The id comes last: with it the others are valid."""
+    proc.row[DOOR_OSPID], proc.row[DOOR_FAMILY], proc.row[DOOR_TYPE] = received.ospid, received.family, received.type
+    proc.row[DOOR_ID] = received.id
+
+
+def _last_received(proc: Proc) -> DoorRequest | None:
+    row = proc.row
+    if not row[DOOR_ID]:
+        return None
+    return DoorRequest(row[DOOR_ID], row[DOOR_OSPID], row[DOOR_FAMILY], row[DOOR_TYPE])
 
 
 def _new_client_id() -> int:

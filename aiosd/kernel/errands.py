@@ -21,6 +21,7 @@ from aiosd.kernel.measure import Measure
 from aiosd.kernel.peer import Call, Peer, failure
 from aiosd.kernel.proc import Proc
 from aiosd.kernel.service import Service, ServiceCall
+from aiosd.kernel.toolfiles import FilesOfTools
 from libaios import wire
 
 ALLOWED = frozenset(row.sys for row in wire.TABLE.values() if row.by == "store")
@@ -56,6 +57,7 @@ class Errander(Service):
 
     dispatch: Callable[[Peer, bytes], None]
     measure: Measure
+    tool_files: FilesOfTools
     errands: dict[int, Call] = field(default_factory=dict)  # the open ones, by number
     of: dict[link.CallKey, set[int]] = field(default_factory=dict)  # numbers of open errands, by their call
 
@@ -64,6 +66,8 @@ class Errander(Service):
             self._errand(message)
         elif isinstance(message, link.ToolUse):
             self.measure.tools_used(message)
+        elif isinstance(message, link.ToolFiles):
+            self.tool_files.loaded(message)
         else:
             Service.handle(self, message)
 

@@ -9,6 +9,7 @@ group's budget has a row of its own, under a number that no agent has.
     of the budget   that it owns: tokens and money charged, calls of tools, children, bytes written to the store,
                     microseconds of processor time, the start of its time (a group's), and for which kinds the message
                     "nearly used up" was sent
+    of its door     the last request that was received there (`sandbox.doors.DoorRequest`)
 
 and after these the beginning of its command line, which the kernel shows and the supervisor must not know.
 
@@ -28,6 +29,7 @@ PID, CALLS, PROMPT, CACHED, COMPLETION, CHARGED = range(6)
 TOOL_CALLS, CHILDREN, STORED, CPU_US, SINCE_US, NOTIFIED, OWN_CPU_US, COUNTED, ENDED = range(6, 15)
 COST, COST_CHARGED = range(15, 17)
 TOOLS_CPU_US = 17
+DOOR_ID, DOOR_OSPID, DOOR_FAMILY, DOOR_TYPE = range(18, 22)
 NUMBERS_BYTES = ROWS * ITEMS * 8
 COMMAND_BYTES = 1024  # of a command line, with a NUL at its end
 BYTES = NUMBERS_BYTES + ROWS * COMMAND_BYTES

@@ -63,6 +63,7 @@ from aiosd.kernel.service import Asker, Service, Services
 from aiosd.kernel.status import StatusRequests
 from aiosd.kernel.system import FdLimit, System
 from aiosd.kernel.tokens import BearerTokens
+from aiosd.kernel.toolfiles import FilesOfTools
 from aiosd.kernel.turns import HUNG_UP, AgentTurns
 from aiosd.kernel.uplink import Uplink
 from aiosd.kernel.waiters import Waiters
@@ -168,6 +169,7 @@ class Kernel:
             BearerTokens(settings.door),
             self.sandboxes,
         )
+        self.tool_files = FilesOfTools(bool(settings.tools), self.timers, told=born.ready)
         self.outside = Outside(settings.home.data / "tokens.json", self.agents, self.sandboxes)
         self.agents.contents = lambda: self.approvals.policy.contents()
         self.generations.spent, self.generations.refused = self.enforcer.spent, self.enforcer.refused
@@ -327,6 +329,7 @@ class Kernel:
             *self._of_all(process),
             dispatch=self.dispatcher.dispatch,
             measure=self.measure,
+            tool_files=self.tool_files,
         )
         self.calls.peers.others.append(ErrandPeer(toolbox, None, toolbox.errands))
         return toolbox
@@ -426,11 +429,11 @@ class Kernel:
     def _on_ready(self) -> None:
         self.outside.restore()
         self.agents.start_with_system(agents_of(self.live.settings))
-        self.agents.listed.when_over(self._report_ready)
+        self.agents.listed.when_over(lambda: self.tool_files.when_over(self._report_ready))
 
     def _report_ready(self) -> None:
         names = ", ".join(self.cores.by_model)
-        notes = self.sandboxes.notes()
+        notes = [*self.sandboxes.notes(), *self.tool_files.notes()]
         notes += [f"agent {name} {problem}" for name, problem in self.agents.listed.problems().items()]
         self.uplink.send(link.Ready(f"aiosd: ready ({names}; {self.live.settings.home.root})", notes))
 

@@ -9,6 +9,9 @@ that.
 An agent without a network also requests sockets of the internet here. The kernel refuses these, and so learns of the
 denial, which Linux reports to the program alone.
 
+A request that was received is delivered to nobody else, and its process waits until it is answered. So what a kernel
+has received is noted in the ledger, where the next kernel finds and answers it.
+
 Only processes under an agent's seccomp program can send requests at its door: so it is certain which agent they belong
 to.
 """
@@ -16,30 +19,55 @@ to.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
 import struct
+from typing import NamedTuple
 
 _RECEIVE, _SEND, _ADD_FD = 0xC0502100, 0xC0182101, 0xC0182103  # SECCOMP_IOCTL_NOTIF_…
 _ADD_FD_AND_ANSWER = 2
+_ID_MASK = (1 << 64) - 1
+LOST = 64  # requests after the last known one that may have been received: processes that had ended count, too
 _QUESTION = struct.Struct("=QIIiIQ6Q")  # struct seccomp_notif: id, pid, flags; number, arch, address, arguments
 _ANSWER = struct.Struct("=QqiI")  # struct seccomp_notif_resp
 _NEW_FD = struct.Struct("=QIIII")  # struct seccomp_notif_addfd
 
 
-class Question:
-    """A request: a process waits in `socket()`."""
+class DoorRequest(NamedTuple):
+    """A request that was received."""
 
-    def __init__(self, door: int) -> None:
-        """Read the request. Raises OSError when the process that sent it has ended meanwhile."""
-        buffer = bytearray(_QUESTION.size)
-        fcntl.ioctl(door, _RECEIVE, buffer)
-        fields = _QUESTION.unpack(buffer)
-        self._door, self._id = door, fields[0]
-        self.ospid: int = fields[1]
-        self.family = fields[6] & 0xFFFFFFFF  # the first argument; Linux ignores its other half
-        self._type: int = fields[7]  # the second argument
+    id: int  # Linux counts on from a random number, for each door
+    ospid: int
+    family: int
+    type: int
+
+
+def receive(door: int) -> DoorRequest:
+    """Receive a request. Raises OSError when the process that sent it has ended meanwhile."""
+    buffer = bytearray(_QUESTION.size)
+    fcntl.ioctl(door, _RECEIVE, buffer)
+    fields = _QUESTION.unpack(buffer)
+    family, kind = fields[6] & 0xFFFFFFFF, fields[7]  # arguments; Linux ignores the other half of the first one
+    return DoorRequest(fields[0], fields[1], family, kind)
+
+
+def refuse_lost(door: int, last: int) -> None:
+    """Refuse requests that were received after the one with the id `last`, and of which nothing is known: whoever
+    received them has died. (Those that nobody has received yet stay.)"""
+    for number in range(last + 1, last + 1 + LOST):
+        with contextlib.suppress(OSError):  # ENOENT: there is no such request; EINPROGRESS: it was not received
+            fcntl.ioctl(door, _SEND, _ANSWER.pack(number & _ID_MASK, 0, -errno.ECONNRESET, 0))
+
+
+class Question:
+    """A request that has to be answered: a process waits in `socket()`. If it was answered already, or the process has
+    ended, answers have no effect."""
+
+    def __init__(self, door: int, received: DoorRequest) -> None:
+        self._door = door
+        self._id, self.ospid, self.family, self._type = received
 
     def connect(self) -> socket.socket | None:
         """Give the process one end of a new pair of sockets; returns the other end. None: it has ended meanwhile."""

@@ -99,6 +99,7 @@ class ToolboxService:
             on_cancel=self.cancelled,
             on_again=lambda key: self.errands.again(key),
             others=self._other,
+            on_begin=self._report_files,
             queued=frozenset((Sys.TOOL_CALL, Sys.TOOL_LIST)),
         )
         self.admission: Admission[link.CallKey] = Admission(spec.workers)
@@ -149,17 +150,30 @@ class ToolboxService:
     def _described(self, source: str, described: Described) -> None:
         """A worker of this source has described its tools, at its start or because a server has other tools now."""
         if described.error:
-            self.errors[source] = described.error
-            logger.error("tools of %s cannot be loaded: %s", source, described.error)
+            self._failed(source, source, described.error)
         elif source in self._loading or source in self._starting or source.startswith(MCP):
             self._replace(source, described.tools)
-        self._loading.discard(source)
+        if source in self._loading:
+            self._loading.discard(source)
+            self._report_files()
         self._starting.discard(source)
         if not self._loading and not self._starting:
             self._note_unknown()
         early, self._early = self._early, []
         for ask, args in early:
             self._resume(ask, args)
+
+    def _failed(self, source: str, place: str, why: str) -> None:
+        """Record an error of a source, or (`place`) of one of its tools."""
+        self.errors[place] = why
+        if not (source in self._loading and source in self.spec.files):  # else the kernel tells it, to whom it matters
+            logger.error("tools: %s: %s", place, why)
+
+    def _report_files(self) -> None:
+        """Tell the kernel, once all sources are loaded, which files have errors."""
+        if not self._loading:
+            of_files = {place: why for place, why in self.errors.items() if place.partition(": ")[0] in self.spec.files}
+            self.server.send(link.ToolFiles(of_files))
 
     def _note_unknown(self) -> None:
         """Report rules about tools that do not exist: only now all tools of files and servers are known."""
@@ -191,15 +205,13 @@ class ToolboxService:
         if tool.name in BUILT_IN_KINDS and source != BUILT_IN:  # regardless of the order of loading
             taken = "built in"
         if taken:
-            self.errors[f"{source}: {tool.name}"] = f"there is a tool of this name already ({taken})"
-            logger.error("%s: there is a tool %s already (%s)", source, tool.name, taken)
+            self._failed(source, f"{source}: {tool.name}", f"there is a tool of this name already ({taken})")
             return
         try:
             validator = jsonschema_rs.validator_for(tool.parameters, offline=True)  # no reference in it is fetched
         except ValueError as err:
             reason = str(err).partition("\n")[0]
-            self.errors[f"{source}: {tool.name}"] = f"its parameters are no JSON Schema: {reason}"
-            logger.error("%s: the parameters of %s are no JSON Schema: %s", source, tool.name, reason)
+            self._failed(source, f"{source}: {tool.name}", f"its parameters are no JSON Schema: {reason}")
             return
         (self.changed if changed else self.tools)[tool.name] = Known(tool, source, validator, changed)
 

@@ -75,7 +75,7 @@ def main(fd: str, source: str, boxed: str = "") -> int:
         if boxed:
             _confine(frames.recv_blocking()[0], [int(fd) for fd in boxed.split(",")[1:]])
     except BaseException as err:  # a person's file may raise any exception, SystemExit included
-        send(frames, Described([], f"{type(err).__name__}: {err}"[:MESSAGE_BYTES]))
+        send(frames, Described([], _why_not_loaded(source, err)[:MESSAGE_BYTES]))
         return 1
     send(frames, Described([function.tool for function in functions.values()]))
     while True:
@@ -120,6 +120,26 @@ def _load(source: str) -> dict[str, Any]:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return vars(module)
+
+
+def _why_not_loaded(source: str, err: BaseException) -> str:
+    """The error in one line, with the line of the source where that is known."""
+    text = err.msg if isinstance(err, SyntaxError) and err.filename == source else str(err)
+    line = _line_in(source, err)
+    parts = [f"line {line}" if line else "", type(err).__name__, " ".join(text.split())]
+    return ": ".join(filter(None, parts))
+
+
+def _line_in(source: str, err: BaseException) -> int | None:
+    """The number of the last line of the source that the error came through; of a syntax error its own."""
+    if isinstance(err, SyntaxError) and err.filename == source:
+        return err.lineno
+    found, step = None, err.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == source:
+            found = step.tb_lineno
+        step = step.tb_next
+    return found
 
 
 def _serve(function: Function, request: Run, output: _Output) -> Done:
