@@ -80,8 +80,7 @@ class LogKeeper:
             if self._lines > 2 * len(self._names) + SPARE_NAMES:
                 self._write_names()
             else:
-                with open(self._folder / NAMES, "ab") as file:
-                    file.write(_line(pid, name))
+                _append_line(self._folder / NAMES, _line(pid, name))
 
     def _write_names(self) -> None:
         path = self._folder / NAMES
@@ -188,6 +187,14 @@ class LogKeeper:
 def _line(pid: int, name: str) -> bytes:
     """A line of the file of names; a name has no blanks and no line ends (`wire.Name`)."""
     return b"%d %b\n" % (pid, os.fsencode(name))
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)  # half the time of `open`
+    try:
+        os.write(fd, line)
+    finally:
+        os.close(fd)
 
 
 def _remove(log: str) -> None:
