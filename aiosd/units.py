@@ -25,9 +25,9 @@ def parse_count(text: str) -> int:
 
 
 def format_size(n: float) -> str:
-    """`512`, `9.1M`, `120M`, `2.0G`."""
+    """`512B`, `9.1M`, `120M`, `2.0G`."""
     if n < 1024:
-        return str(int(n))
+        return f"{int(n)}B"
     for unit in "KMGT":
         n /= 1024
         if n < 1000 or unit == "T":

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from aiosd.kernel import logkeeper
 from aiosd.kernel.logkeeper import LogKeeper, cut_index, rotate
 from aiosd.logs import agentlog
-from aiosd.logs.agentlog import LogIndex, LogPart, LogReader, start_of_tail, written_before, written_until
+from aiosd.logs.agentlog import LogIndex, LogPart, LogReader, read_names, start_of_tail, written_before, written_until
 
 BLOCK = 4096
 
@@ -342,6 +342,29 @@ def test_logs_of_earlier_boots_are_removed_when_other_agents_end(tmp_path: Path)
     assert left() == ["100.log", "20.log", "5.log", "5.log.1"]
     keeper.forget([], 10)
     assert left() == ["100.log"]
+
+
+def test_names_are_kept_as_long_as_their_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logkeeper, "SPARE_NAMES", 4)
+    keeper = LogKeeper(tmp_path, 0, 1, 10)
+    keeper.start(set(), 0)
+    for pid in range(2, 30):
+        keeper.begun(pid, f"agent{pid}")
+        keeper.begun(pid, f"agent{pid}")  # a new kernel hears of it again
+        if pid > 3:
+            keeper.forget([pid - 2], 0)
+    keeper.wait(30)
+    assert list(read_names(str(tmp_path)).items())[-2:] == [(28, "agent28"), (29, "agent29")]
+    assert len((tmp_path / "names").read_text().splitlines()) <= 2 * 2 + 4 + 1
+    (tmp_path / "29.log").touch()
+    LogKeeper(tmp_path, 0, 1, 10).start(set(), 0)
+    assert (tmp_path / "names").read_text() == "29 agent29\n"
+
+
+def test_lines_that_are_no_names_are_left_out(tmp_path: Path) -> None:
+    assert read_names(str(tmp_path)) == {}
+    (tmp_path / "names").write_bytes(b"7 planner\n\xff\n8\nx y\n9 caf\xc3\xa9\n10 half")
+    assert read_names(str(tmp_path)) == {7: "planner", 9: "caf\u00e9", 10: "half"}
 
 
 def test_files_that_a_dead_kernel_left_are_removed(tmp_path: Path) -> None:

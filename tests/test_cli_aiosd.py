@@ -554,6 +554,14 @@ def test_a_long_name_does_not_push_the_figures_of_others_aside() -> None:
     ]
 
 
+def test_a_model_that_loads_has_one_line() -> None:
+    core = {"name": "llm:m", "state": "loading", "pid": 2}
+    lines = summary.brief({"models": [{"name": "m", "state": "loading", "pid": 2}], "services": [core]})
+    assert lines[2:] == ["  model m  loading"]
+    lines = summary.brief({"services": [{"name": "store", "state": "restarting", "pid": 3}], "access": {"rules": 1}})
+    assert lines[2:] == ["  store   restarting", "  access  1 rule"]
+
+
 def test_status_shows_what_it_does_not_know() -> None:
     lines = summary.full(
         {

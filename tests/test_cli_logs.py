@@ -188,7 +188,7 @@ def test_a_log_has_a_limit_and_is_read_across_its_files(fresh_aiosd: Fresh) -> N
     wanted = "".join(f"{n:023}\n" for n in range(16000))
     assert follower.communicate(timeout=60)[0] == wanted
     assert eventually(lambda: log_of(system, pid).stat().st_size <= 68 << 10)
-    files = sorted(path.name for path in (system.home / "data" / "logs").iterdir())
+    files = sorted(path.name for path in (system.home / "data" / "logs").glob("*.*"))
     assert files == [f"{pid}.idx", f"{pid}.idx.1", f"{pid}.idx.2", f"{pid}.log", f"{pid}.log.1", f"{pid}.log.2"]
     kept = system.run("aios-logs", pid, check=True).stdout
     assert wanted.endswith(kept)
@@ -204,7 +204,7 @@ def test_an_agent_that_leaves_the_history_leaves_no_log(fresh_aiosd: Fresh) -> N
     for _ in range(5):
         pid = start(system, "head -c 20000 /dev/zero | tr '\\0' x; sleep 0.1")
         system.run("aios-wait", pid, check=True)
-    assert eventually(lambda: len({path.name.split(".")[0] for path in logs.iterdir()}) == 2), sorted(logs.iterdir())
+    assert eventually(lambda: len({path.name.split(".")[0] for path in logs.glob("*.*")}) == 2), sorted(logs.iterdir())
 
 
 def test_logs_outlive_the_system_as_long_as_their_agents_are_in_the_history(fresh_aiosd: Fresh) -> None:
@@ -221,6 +221,27 @@ def test_logs_outlive_the_system_as_long_as_their_agents_are_in_the_history(fres
     done = system.run("aios-logs", first)
     assert (done.returncode, done.stderr) == (1, f"aios-logs: {first}: no such agent\n")
     assert system.run("aios-logs", second, check=True).stdout == "of the first boot 2\n"
+
+
+def test_a_name_finds_the_newest_log_of_earlier_boots(fresh_aiosd: Fresh) -> None:
+    system = fresh_aiosd()
+    first, second = (start(system, f"echo {word}") for word in ("old", "new"))
+    other = start(system, "echo other", name="other")
+    system.run("aios-wait", first, second, other, check=True)
+    system.stop()
+    assert system.run("aios-logs", "writer", check=True).stdout == "new\n"
+    system.start()
+    assert system.run("aios-logs", "writer", check=True).stdout == "new\n"
+    lines = [line.split(" | ") for line in system.run("aios-logs", "other", first, check=True).stdout.splitlines()]
+    assert [(label.strip(), text) for label, text in lines] == [
+        (f"other[{other}]", "other"),
+        (f"writer[{first}]", "old"),
+    ]
+    third = start(system, "echo newest")
+    system.run("aios-wait", third, check=True)
+    assert system.run("aios-logs", "writer", check=True).stdout == "newest\n"
+    done = system.run("aios-logs", "nobody")
+    assert (done.returncode, done.stderr) == (1, "aios-logs: nobody: no such agent\n")
 
 
 def test_several_agents_have_their_names_before_their_lines(aiosd: System) -> None:

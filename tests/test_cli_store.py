@@ -62,6 +62,12 @@ def test_from_one_home_to_another(fresh_aiosd: Callable[..., System], tmp_path: 
     system.run("aiosd", "export", tmp_path / "again.tar", check=True)
     assert texts(tmp_path / "again.tar") == noted
 
+    script = "aiosd export - | tee piped.tar | AIOS_HOME=$OTHER aiosd import -"
+    piped = system.run("sh", "-c", script, env={"OTHER": str(tmp_path / "piped")}, cwd=tmp_path)
+    assert (piped.stdout, piped.stderr) == ("-: 1 owner, 20 notes\n", "-: 1 owner, 20 notes\n")
+    assert texts(tmp_path / "piped.tar") == noted
+    assert not (tmp_path / "-").exists()
+
     other = fresh_aiosd(start=False)
     other.run("aiosd", "import", export, check=True)
     other.start()

@@ -62,7 +62,7 @@ def test_the_head_shows_the_figures_of_the_system() -> None:
         "agents 3: 2 R, 1 S, at most 333 at once; 5 open calls",
         "nano  slots 5 of 32  [####................]  5 running  0 waiting  7 preempted",
         "      1,234.6 tokens/s  prefill 4,100/s  step 6.4 ms  prefix hits 67%",
-        "      contexts: slot 5 (96.0K), ram 3 (1.0M of 1.0G), disk 0 (0 of 2.0G)",
+        "      contexts: slot 5 (96.0K), ram 3 (1.0M of 1.0G), disk 0 (0B of 2.0G)",
     ]
 
 

@@ -243,6 +243,21 @@ def test_a_core_makes_the_vectors_of_a_whole_system(models: Path) -> None:
         assert system.destroy() == []
 
 
+def test_an_encoder_among_the_models_makes_vectors_and_refuses_to_write(tmp_path: Path) -> None:
+    original = bert.read(tinybert.write_original(tinybert.make(), tmp_path / "original"), "tiny")
+    bert.write_gguf(original, tmp_path / "tiny.gguf")
+    system = System("--model", f"tiny={tmp_path / 'tiny.gguf'}")
+    try:
+        system.start()
+        with Client(Home(str(system.home))) as client:
+            assert client.call(wire.Sys.EMBED, wire.Embed(["cat"]), wire.Embedded).d == 32
+            for words in (wire.Generate(prompt="cat"), wire.Generate(messages=[{"role": "user", "content": "cat"}])):
+                with pytest.raises(OSError, match="tiny is an encoder, which makes vectors"):
+                    client.call(wire.Sys.GENERATE, words, None)
+    finally:
+        assert system.destroy() == []
+
+
 def kill(system: System, name: str) -> None:
     old = next(entry["ospid"] for entry in system.ps() if entry["name"] == name)
     os.kill(old, signal.SIGKILL)

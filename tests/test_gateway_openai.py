@@ -393,6 +393,8 @@ def test_embeddings_are_the_same_in_both_encodings(agent: Agent) -> None:
     assert [list(struct.unpack(f"<{len(one) // 4}f", one)) for one in data] == vectors
     assert floats["usage"]["prompt_tokens"] > 0
     assert agent.error("/v1/embeddings", {"input": [1, 2]})[:2] == (400, "input")
+    for body, what in (({"user": "me"}, "missing"), ({"input": ""}, "empty"), ({"input": []}, "empty")):
+        assert agent.post("/v1/embeddings", body)[1]["error"]["message"] == f"input: it is {what}"
     assert agent.error("/v1/embeddings", {"input": "x", "dimensions": 3})[:2] == (400, "dimensions")
 
 

@@ -235,7 +235,8 @@ def test_the_command(system: System, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "file").write_text("one\n")
     of = ("--of", "agent:planner")
-    assert run("put", str(tmp_path / "file"), "notes/plan", *of) == "notes/plan: version 1, 4\n"
+    assert run("put", str(tmp_path / "file"), "notes/plan", *of) == "notes/plan: version 1, 4B\n"
+    assert run("get", "notes/plan", "-", *of) == (tmp_path / "file").read_text()
     run("put", "-", "notes/plan", *of, input="two\n")
     assert "needs a PATH" in run("put", "-", *of, input="two\n", code=2)
     assert run("cat", "notes/plan", *of) == "two\n"
@@ -250,7 +251,7 @@ def test_the_command(system: System, tmp_path: Path) -> None:
     assert run("search", "one", *of) == "notes/plan: one\n"
     run("get", "notes/plan", str(tmp_path / "copy"), *of)
     assert (tmp_path / "copy").read_text() == "one\n"
-    assert run("put", str(tmp_path / "copy"), "--of", "agent:short") == "copy: version 1, 4\n"
+    assert run("put", str(tmp_path / "copy"), "--of", "agent:short") == "copy: version 1, 4B\n"
     run("get", "copy", "--of", "agent:short", cwd=str(tmp_path / "here"))
     assert (tmp_path / "here" / "copy").read_text() == "one\n"
     assert "exists already" in run("get", "copy", "--of", "agent:short", cwd=str(tmp_path / "here"), code=2)

@@ -9,7 +9,7 @@
     worker[8]  | waiting
 
 `aiosd.logs.agentlog` knows the files of a log, and how to read it while the kernel shortens it. Of agents of earlier
-boots only these files are left; if no aiosd runs, that is true of all agents.
+boots only these files and their names are left; if no aiosd runs, that is true of all agents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import select
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -184,10 +184,27 @@ def _connect(words: tuple[str, ...]) -> Client | None:
         return None
 
 
-def _left_behind(word: str) -> str:
-    """The log of an agent that no running system has a record of; "": there is no such log."""
-    path = str(Home().logs / f"{int(word)}.log") if word.isascii() and word.isdigit() and len(word) < 20 else ""
-    return path if path and os.path.exists(path) else ""
+class _Left(NamedTuple):
+    """The log of an agent that no running system has a record of."""
+
+    pid: int
+    name: str  # "": it is not known
+    path: str
+
+
+def _left_behind(word: str) -> _Left | None:
+    """The log of that pid, or of the newest agent of that name; None: there is no such log."""
+    folder = str(Home().logs)
+    names = agentlog.read_names(folder)
+    if word.isascii() and word.isdigit():
+        pids = [int(word)] if len(word) < 20 else []
+    else:
+        pids = [pid for pid, name in names.items() if name == word]
+    for pid in reversed(pids):
+        path = os.path.join(folder, f"{pid}.log")
+        if os.path.exists(path):
+            return _Left(pid, names.get(pid, ""), path)
+    return None
 
 
 def _open_all(client: Client | None, words: tuple[str, ...]) -> tuple[list[_Log], bool]:
@@ -218,19 +235,23 @@ def _open(client: Client | None, word: str) -> _Log:
 
 def _find(client: Client | None, word: str) -> tuple[int, str, str, bool]:
     """Pid, name, path of the log, and whether the agent has ended."""
+    if client is not None:
+        try:
+            pid = agents.newest(client, word)
+            found = _inspect(client, pid)
+            return pid, found["name"], found["log"], found["exit"] is not None
+        except edge.CommandFailed as err:
+            complaint = str(err)
+        except ProcessLookupError as err:
+            complaint = edge.reason_about(word, err)
+        except PermissionError as err:
+            raise edge.CommandFailed(edge.reason_about(word, err)) from None
+    else:
+        complaint = f"{word}: no aiosd is running, and there is no such log"
     left = _left_behind(word)
-    if client is None:
-        if not left:
-            raise edge.CommandFailed(f"{word}: no aiosd is running, and there is no such log")
-        return int(word), "", left, True
-    try:
-        pid = agents.newest(client, word)
-        found = _inspect(client, pid)
-    except (ProcessLookupError, PermissionError) as err:
-        if left and isinstance(err, ProcessLookupError):
-            return int(word), "", left, True
-        raise edge.CommandFailed(edge.reason_about(word, err)) from None
-    return pid, found["name"], found["log"], found["exit"] is not None
+    if left is None:
+        raise edge.CommandFailed(complaint)
+    return left.pid, left.name, left.path, True
 
 
 # ── following ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -82,6 +82,10 @@ def _row(file: File) -> TableRow:
 @click.option("-v", "--version", type=edge.Whole(1), metavar="N", help="This version; else the newest.")
 def cat(path: str, version: int | None, of: str) -> int:
     """Write a file to stdout, in its newest version or in another."""
+    return _to_stdout(path, version, of)
+
+
+def _to_stdout(path: str, version: int | None, of: str) -> int:
     sys.stdout.flush()
     sto.download(path, sys.stdout.buffer, version, of)
     return 0
@@ -148,8 +152,10 @@ def put(file: str, path: str | None, of: str) -> int:
 @click.argument("file", type=click.Path(), required=False)
 @click.option("-v", "--version", type=edge.Whole(1), metavar="N", help="This version; else the newest.")
 def get(path: str, file: str | None, version: int | None, of: str) -> int:
-    """Copy what is kept under PATH to the real FILE, which is replaced when all of it is there; without FILE to a new
-    one of its name in this folder."""
+    """Copy what is kept under PATH to the real FILE (- is stdout), which is replaced when all of it is there; without
+    FILE to a new one of its name in this folder."""
+    if file == "-":
+        return _to_stdout(path, version, of)
     target = Path(file or Path(path).name)
     if file is None and target.exists():
         raise click.UsageError(f"{target} exists already; name a FILE to replace it")

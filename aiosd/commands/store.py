@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from aiosd.store.lost import LostOwner
 
 T = TypeVar("T")
+STDIO = Path("-")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write; it names no file
 
 
@@ -65,11 +67,12 @@ def fsck(repair: bool, give: tuple[str, str] | None) -> int:
 @click.command("backup", context_settings=edge.SETTINGS, short_help="Copy notes and files of agents into one file.")
 @click.argument("file", type=click.Path(path_type=Path))
 def backup(file: Path) -> int:
-    """Copy the database of the store and its large contents into FILE, a tar, while aiosd runs or not: all as it was at
-    one moment. `aiosd import` reads it back.
+    """Copy the database of the store and its large contents into FILE (- is stdout), a tar, while aiosd runs or not:
+    all as it was at one moment. `aiosd import` reads it back.
 
     \b
       aiosd backup ~/backups/$(date +%F).tar
+      aiosd backup - | ssh host 'cat > backup.tar'
     """
     from aiosd.store import archive
 
@@ -81,8 +84,9 @@ def backup(file: Path) -> int:
 @click.command("export", context_settings=edge.SETTINGS, short_help="Write notes and files of agents as JSON lines.")
 @click.argument("file", type=click.Path(path_type=Path))
 def export(file: Path) -> int:
-    """Write what agents keep into FILE, a tar: a file of JSON lines for each table, and the large contents. While aiosd
-    runs or not. Of a damaged store what is readable is written, the rest is named, and the exit code is 1.
+    """Write what agents keep into FILE (- is stdout), a tar: a file of JSON lines for each table, and the large
+    contents. While aiosd runs or not. Of a damaged store what is readable is written, the rest is named, and the exit
+    code is 1.
 
     \b
       aiosd export notes.tar
@@ -92,18 +96,18 @@ def export(file: Path) -> int:
 
     with _failing(), _readable() as folder:
         counts, lost = _write(file, lambda target: archive.export(folder, target))
-    print(f"{file}: {_counted(counts)}")
+    print(f"{file}: {_counted(counts)}", file=sys.stderr if file == STDIO else sys.stdout)
     for line in lost:
         edge.complain("aiosd", line)
     return 1 if lost else 0
 
 
 @click.command("import", context_settings=edge.SETTINGS, short_help="Read an export or a backup.")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 @click.option("--replace", is_flag=True, help="Replace the content of the store; the old one is kept beside it.")
 def load(file: Path, replace: bool) -> int:
-    """Read what `aiosd export` or `aiosd backup` wrote. The store must be empty, or --replace be given: then its
-    database is kept under another name. aiosd must not be running.
+    """Read from FILE (- is stdin) what `aiosd export` or `aiosd backup` wrote. The store must be empty, or --replace be
+    given: then its database is kept under another name. aiosd must not be running.
 
     \b
       aiosd import notes.tar
@@ -115,7 +119,7 @@ def load(file: Path, replace: bool) -> int:
     with _failing(), _closed(must_exist=False) as folder:
         if not replace and (kept := archive.counted(folder)):
             raise edge.CommandFailed(f"the store has {_counted(kept)}; --replace keeps them beside what is imported")
-        with open(file, "rb") as source:
+        with _opened(file) as source:
             try:
                 counts, old = archive.load(source, folder)
             except UsageError as err:
@@ -124,6 +128,22 @@ def load(file: Path, replace: bool) -> int:
     if old is not None:
         print(f"what was there is {old}")
     return 0
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[IO[bytes]]:
+    """The file, or a copy of stdin: reading a tar goes back and forth."""
+    if file != STDIO:
+        with open(file, "rb") as source:
+            yield source
+        return
+    from shutil import copyfileobj
+    from tempfile import TemporaryFile
+
+    with TemporaryFile() as copy:
+        copyfileobj(sys.stdin.buffer, copy)
+        copy.seek(0)
+        yield copy
 
 
 COMMANDS = (fsck, backup, export, load)
@@ -187,7 +207,10 @@ def _readable() -> Iterator[Path]:
 
 
 def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
-    """Write a file. It gets its name when all of it is on the disk. An existing file is not overwritten."""
+    """Write a file, or to stdout. A file gets its name when all of it is on the disk. An existing one is not
+    overwritten."""
+    if file == STDIO:
+        return _write_out(fill)
     if file.exists():
         raise edge.CommandFailed(f"{file}: exists already")
     if not file.parent.is_dir():
@@ -204,6 +227,14 @@ def _write(file: Path, fill: Callable[[IO[bytes]], T]) -> T:
         if isinstance(err, OSError) and err.errno in FULL and err.filename is None:
             raise OSError(err.errno, err.strerror, str(file)) from None
         raise
+    return result
+
+
+def _write_out(fill: Callable[[IO[bytes]], T]) -> T:
+    if os.isatty(1):
+        raise edge.CommandFailed("a tar is nothing for a terminal; send stdout into a file or a pipe")
+    result = fill(sys.stdout.buffer)
+    sys.stdout.buffer.flush()
     return result
 
 

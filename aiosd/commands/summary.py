@@ -18,7 +18,11 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
     rows |= {f"route {route.get('name', '?')}": _route_in_a_line(route) for route in found.get("routes", [])}
     rows["notes"] = _notes(found)
-    others = [service for service in found.get("services", []) if service.get("state") not in (None, "ready")]
+    cores = {
+        model["pid"] for model in found.get("models", []) if "pid" in model
+    }  # their models' lines have their state
+    services = [service for service in found.get("services", []) if service.get("pid") not in cores]
+    others = [service for service in services if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
     rows |= {str(service["name"]): text for service in found.get("services", []) if (text := _errors(service))}
     rows["templates"] = ", ".join(_template(one) for one in found.get("templates", []))
@@ -78,7 +82,8 @@ def _sandbox(found: dict[str, Any]) -> str:
 
 def _access(found: dict[str, Any]) -> str:
     """The rules, and the asks that wait for a person."""
-    parts = [f"{found.get(name)} {name}" for name in ("rules",) if found.get(name)]
+    rules = found.get("rules")
+    parts = [f"{rules} rule{'s' * (rules != 1)}"] if rules else []
     if found.get("always"):
         parts.append(f"{found['always']} allowed for all times")
     if found.get("asks"):

@@ -310,7 +310,7 @@ async def _vectors(request: HttpRequest, asked: OllamaEmbed) -> tuple[ModelInfo,
     given = asked.input or asked.prompt
     texts = [given] if isinstance(given, str) else given
     if not texts:
-        raise Problem(400, "input: it is missing", param="input")
+        raise Problem(400, "input: it is missing, or empty", param="input")
     model = await _model(request, asked.model)
     found: wire.Embedded = await ask(
         request.account.connection, Sys.EMBED, wire.Embed(texts, model.name), wire.Embedded

@@ -277,6 +277,8 @@ class Lifecycle:
             proc.ppid = INIT
             self.uplink.send(link.Mark(proc.pid, ppid=INIT))
         self.table.add(proc)
+        if proc.log:
+            self.logs.begun(proc.pid, proc.name)
         self.budgets.born(proc.pid, proc.row, proc.budgets)
         if under_way.newborn is None:
             self._enrolled(proc)

@@ -1,4 +1,5 @@
-"""Keeps the logs of agents within their limits: samples sizes, makes room, removes logs of forgotten agents.
+"""Keeps the logs of agents within their limits: samples sizes, makes room, removes logs of forgotten agents; and writes
+down their names, so that a person finds the logs of earlier boots.
 
 Once a second the kernel looks at the size of each log (one stat), and writes it to the log's index if it changed. Work
 that may wait for a disk is done by a separate thread, which exists only while there is work, so that the kernel's loop
@@ -29,12 +30,23 @@ from functools import partial
 from pathlib import Path
 
 from aiosd import threads
-from aiosd.logs.agentlog import RECORD, LogIndex, Record, index_path, read_index, remove, rotated_path
+from aiosd.logs.agentlog import (
+    NAMES,
+    RECORD,
+    LogIndex,
+    Record,
+    index_path,
+    read_index,
+    read_names,
+    remove,
+    rotated_path,
+)
 
 logger = logging.getLogger("kernel")
 
 COLLAPSE_RANGE = 0x08  # of fallocate(2)
 COPY_BYTES = 1 << 20
+SPARE_NAMES = 1024  # lines without a log in the file of names, beyond which it is written again
 INDEX_RECORDS = 1 << 16  # most records of one index; then every second record of the older half is dropped
 LOCK_PATIENCE_S = 1.0  # how long to wait for a reader that holds the lock: it may have been stopped
 NEW = ".new"  # suffix of an incomplete copy
@@ -49,12 +61,32 @@ class LogKeeper:
         self._limit, self._keep = size, keep
         self._keep_dead = keep_dead
         self._old: deque[int] = deque()  # agents of earlier boots whose logs are kept, the oldest first
+        self._names: dict[int, str] = {}  # of all agents whose logs are kept
+        self._lines = 0  # in the file of names
         self._sizes: dict[str, int] = {}  # as last written to the indexes
         self._busy: set[str] = set()  # logs that belong to the thread
         self._refused: set[str] = set()  # logs that could not be cut, already reported
         self._jobs: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()  # guards `_jobs` and `_worker`
         self._worker: threading.Thread | None = None
+
+    def begun(self, pid: int, name: str) -> None:
+        """An agent with a log has begun. If the disk refuses, its log is only found by its pid after this boot."""
+        if self._names.get(pid) == name:
+            return
+        self._names[pid] = name
+        self._lines += 1
+        with contextlib.suppress(OSError):
+            if self._lines > 2 * len(self._names) + SPARE_NAMES:
+                self._write_names()
+            else:
+                _append_line(self._folder / NAMES, _line(pid, name))
+
+    def _write_names(self) -> None:
+        path = self._folder / NAMES
+        path.with_suffix(NEW).write_bytes(b"".join(_line(pid, name) for pid, name in self._names.items()))
+        os.replace(path.with_suffix(NEW), path)
+        self._lines = len(self._names)
 
     def sample(self, log: str) -> None:
         """Write the log's size to its index if it changed, and make room if needed. If the disk refuses, only times are
@@ -83,8 +115,13 @@ class LogKeeper:
     def start(self, known: Container[int], dead: int) -> None:
         """Find the logs of agents that are not `known`: those of earlier boots. `dead`: how many dead agents are
         remembered. Incomplete copies of a kernel that died, and indexes without a log, are removed."""
-        pids = (int(path.stem) for path in self._folder.glob("*.log") if path.stem.isdecimal())
+        pids = {int(path.stem) for path in self._folder.glob("*.log") if path.stem.isdecimal()}
         self._old = deque(sorted(pid for pid in pids if pid not in known))
+        with contextlib.suppress(OSError):
+            names = read_names(str(self._folder))
+            self._names = {pid: name for pid, name in names.items() if pid in pids}
+            if names:
+                self._write_names()  # without those that have gone, and with the end of a line that was cut off
         self._do(self._sweep)
         self.forget([], dead)
 
@@ -93,6 +130,7 @@ class LogKeeper:
         of `keep_dead`."""
         old = [self._old.popleft() for _ in range(min(len(self._old), len(self._old) + dead - self._keep_dead))]
         for pid in (*pids, *old):
+            self._names.pop(pid, None)
             log = str(self._folder / f"{pid}.log")
             self._do(partial(_remove, log))
 
@@ -144,6 +182,19 @@ class LogKeeper:
         for path in (*self._folder.glob(f"*{NEW}"), *self._folder.glob("*.idx")):
             if path.suffix == NEW or not path.with_suffix(".log").exists():
                 path.unlink(missing_ok=True)
+
+
+def _line(pid: int, name: str) -> bytes:
+    """A line of the file of names; a name has no blanks and no line ends (`wire.Name`)."""
+    return b"%d %b\n" % (pid, os.fsencode(name))
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)  # half the time of `open`
+    try:
+        os.write(fd, line)
+    finally:
+        os.close(fd)
 
 
 def _remove(log: str) -> None:

@@ -39,6 +39,7 @@ Files, from the bottom up:
     cache.py       every movement of a context between slot, memory and disk
     stats.py       counts and times
     lookup.py      the next tokens of a call, guessed from the text after an earlier copy of its last ones (pure)
+    passes.py      how llama.cpp divides a batch into passes, and which gaps between slots are worth filling (pure)
     lookahead.py   how many guesses a step computes: what steps cost, measured, and what guesses are worth
     schedule.py    which calls compute what in a step, as one function
     engine.py      plan → decode → settle

@@ -115,6 +115,7 @@ class Model:
         self.n_ctx_train = int(C.llama_model_n_ctx_train(model))
         self.has_encoder = bool(C.llama_model_has_encoder(model))
         self.has_decoder = bool(C.llama_model_has_decoder(model))
+        self.causal = self.meta(f"{self.meta('general.architecture')}.attention.causal") != "false"  # it can generate
         self.recurrent = bool(C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
         buffer = ctypes.create_string_buffer(256)
         C.llama_model_desc(model, buffer, len(buffer))

@@ -6,6 +6,7 @@ contexts by name to the library, and work on text that takes long to the front p
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -200,6 +201,10 @@ class Local:
     #    being worked on (`Working`), and the kernel blames only that ──
 
     def _submit(self, message: link.Submit) -> None:
+        if not self._loaded.model.causal:
+            what = "an encoder, which makes vectors or scores (embed, rerank) and writes no text"
+            self._line.refuse(message.key, OSError(errno.EINVAL, f"model: {self._spec.name} is {what}"))
+            return
         self._line.send(link.Working(message.key))
         self._front.cancel(lambda key: key == message.key)  # a new kernel may have submitted it again
         prepared = None

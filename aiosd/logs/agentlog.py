@@ -3,6 +3,7 @@
     7.log               what agent 7 writes to, through a descriptor of its own
     7.idx               the sizes of 7.log over time
     7.log.1  7.idx.1    earlier output; .2 is older than .1, and so on
+    names               the name of each agent that has, or had, a log: `7 planner`, in the order in which they began
 
 The agent writes straight into 7.log, so its lines carry no time. The index has a record of 16 bytes (Unix time as
 float64, size of the log in bytes as uint64, little-endian) for each sample that found the log larger, or smaller, than
@@ -24,6 +25,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+NAMES = "names"
 RECORD = struct.Struct("<dQ")  # Unix time, size of the log then
 BLOCK = 1 << 16
 
@@ -38,6 +40,21 @@ def index_path(log: str) -> str:
 
 def rotated_path(log: str, number: int) -> str:
     return f"{log}.{number}"
+
+
+def read_names(folder: str) -> dict[int, str]:
+    """The names of agents, in the order in which they began. Lines that no keeper wrote are left out."""
+    names: dict[int, str] = {}
+    try:
+        with open(os.path.join(folder, NAMES), "rb") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return names
+    for line in lines:
+        pid, _, name = line.partition(b" ")
+        if name and pid.isdigit() and len(pid) < 20:
+            names[int(pid)] = os.fsdecode(name)
+    return names
 
 
 def remove(log: str) -> None:

@@ -42,7 +42,7 @@ ABOUT = "aiosd.json"
 
 def backup(folder: Path, target: IO[bytes]) -> None:
     """Write a tar of the database file in this folder and its contents."""
-    with tarfile.open(fileobj=target, mode="w") as tar:
+    with tarfile.open(fileobj=target, mode="w|") as tar:
         _add_json(tar, ABOUT, {"format": FORMAT, "kind": "backup", "release": __version__})
         tar.add(folder / FILE, FILE)
         contents = folder / CONTENTS
@@ -60,7 +60,7 @@ def export(folder: Path, target: IO[bytes]) -> tuple[dict[str, int], list[str]]:
     counts = {kept.name: 0 for kept in salvage.tables()}
     names: dict[str, None] = {}
     try:
-        with tarfile.open(fileobj=target, mode="w") as tar, contextlib.ExitStack() as opened:
+        with tarfile.open(fileobj=target, mode="w|") as tar, contextlib.ExitStack() as opened:
             files = {name: opened.enter_context(tempfile.TemporaryFile()) for name in counts}
             for kept, row in salvage.rows(columns):
                 salvage.check_contents(kept, row)

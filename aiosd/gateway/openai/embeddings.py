@@ -51,7 +51,8 @@ async def embed(request: HttpRequest) -> None:
 
 def _texts(value: str | list[str | int | list[int]] | UnsetType) -> list[str]:
     if isinstance(value, UnsetType) or value in ("", []):
-        raise Problem(400, "input: it is missing", param="input")
+        what = "missing" if isinstance(value, UnsetType) else "empty"
+        raise Problem(400, f"input: it is {what}", param="input")
     texts = [value] if isinstance(value, str) else value
     if not all(isinstance(text, str) for text in texts):
         # Programs make token ids with a tokenizer of OpenAI's: here they would be other words, without any error.
