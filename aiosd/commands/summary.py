@@ -18,9 +18,7 @@ def brief(found: dict[str, Any], machine: str = "") -> list[str]:
     rows |= {f"model {model.get('name', '?')}": _model_in_a_line(model) for model in found.get("models", [])}
     rows |= {f"route {route.get('name', '?')}": _route_in_a_line(route) for route in found.get("routes", [])}
     rows["notes"] = _notes(found)
-    cores = {
-        model["pid"] for model in found.get("models", []) if "pid" in model
-    }  # their models' lines have their state
+    cores = {model["pid"] for model in found.get("models", []) if "pid" in model}  # they have lines of their own
     services = [service for service in found.get("services", []) if service.get("pid") not in cores]
     others = [service for service in services if service.get("state") not in (None, "ready")]
     rows |= {str(service.get("name", "?")): str(service["state"]) for service in others}
