@@ -79,6 +79,24 @@ def test_a_mounted_folder_is_read_listed_and_found(store: Store, folder: Path) -
     assert store.found("words", OTHER) == ["docs/deep/er/b.txt"]
 
 
+def test_a_small_folder_is_listed_right_after_it_was_mounted(store: Store, folder: Path) -> None:
+    store(Sys.STO_MOUNT, wire.StoMount(str(folder), "docs", False, "agent:me"), PERSON)
+    assert store.paths() == ["docs/a.txt", "docs/deep/er/b.txt"]
+
+
+def test_a_list_does_not_wait_long_for_a_large_folder(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounts, "CATCH_UP_S", 0.0)
+    for number in range(50):
+        (folder / str(number) / "deep").mkdir(parents=True)
+        (folder / str(number) / "deep" / "c.txt").write_text("third words")
+    store(Sys.STO_MOUNT, wire.StoMount(str(folder), "docs", False, "agent:me"), PERSON)
+    assert len(store.paths()) < 52
+    settle(store)
+    assert len(store.paths()) == 52
+
+
 def test_changes_are_noticed(store: Store, folder: Path) -> None:
     mount(store, folder)
     (folder / "a.txt").write_text("other text")

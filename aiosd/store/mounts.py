@@ -12,7 +12,8 @@ folder:
 - Events of inotify are hints. A file that one names is checked (lstat) after a moment, once for all hints of that time.
   When the queue of events has overflowed everything is scanned again.
 - A call that reads a file, or its figures, gets the current state; lists and searches may be late by that moment. (A
-  change through a memory mapping of the file gives no event: it is noticed at the next check.)
+  change through a memory mapping of the file gives no event: it is noticed at the next check.) They first go on with
+  scans that have begun, for CATCH_UP_S at most: so the files of a small folder are found right after it was mounted.
 
 The mount of a folder that is gone, or cannot be opened, stays; `note` names the problem.
 """
@@ -49,6 +50,7 @@ MOST_ENTRIES = 100_000  # of one folder
 MOST_MOUNTS = 32  # of one owner
 SETTLE_S = 0.1  # from a hint to the look
 AT_ONCE, AT_ONCE_S = 64, 0.005  # files that are checked between two calls, and for how long
+CATCH_UP_S = 0.02
 REST_S = 60.0
 HINTS_MOST = 100_000  # more are as good as an overflow
 
@@ -308,6 +310,16 @@ class Mounts:
         if not self._hints:
             return REST_S
         return max(0.0, next(iter(self._hints.values())) - self._clock())
+
+    def catch_up(self) -> None:
+        """Go on with scans before a list or a search. In a transaction that is not possible."""
+        now = self._clock()
+        end = now + CATCH_UP_S
+        while now <= end and not self._db.db.in_transaction:
+            if not any(mount.ahead for mount in self._mounted.values()) and next(iter(self._hints.values()), end) > now:
+                return
+            self.work()
+            now = self._clock()
 
     def _look_at_some(self) -> None:
         begun = self._clock()

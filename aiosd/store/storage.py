@@ -12,6 +12,7 @@ the call change in one transaction.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -131,6 +132,7 @@ class Storage:
         return self._find(*self._readable(ask, args, "sto_stat")).shown()
 
     def list_files(self, ask: link.Ask, args: wire.StoList) -> list[wire.File]:
+        self._catch_up()
         space = self.spaces.find(ask.caller, args.of)
         return [row.shown() for row in self.files.listed(space, clean_folder(args.folder), args.after, args.limit)]
 
@@ -144,7 +146,13 @@ class Storage:
             spaces = self.spaces
             return spaces.all_seen(ask.caller) if args.of is None else [spaces.find(ask.caller, args.of)]
 
+        self._catch_up()
         return self._search.search(ask.caller, seen, args.query, clean_folder(args.folder), args.k)
+
+    def _catch_up(self) -> None:
+        """If the disk refuses, files of mounted folders are found later."""
+        with contextlib.suppress(OSError):
+            self.mounts.catch_up()
 
     def _readable(self, ask: link.Ask, args: Any, call: str) -> tuple[Namespace, str]:
         space, path = self._meant(ask, args)
