@@ -93,7 +93,8 @@ def take_locks(home: Home) -> list[int]:
     """Take the lock of the home, and where the socket lies elsewhere, that of its folder: another home of this user may
     have the same (under sudo, or with another HOME). They are held as long as the returned descriptors are open, here
     or in the supervisor."""
-    locks = [_take_lock(home.data, f"already running in {home.root}")]
+    running = f"already running in {home.root}; aiosd reload reads changed settings, aiosd stop ends it"
+    locks = [_take_lock(home.data, running)]
     if home.socket.parent != home.root:
         why = f"start this one with --home DIR or AIOS_HOME: another aiosd has the socket {home.socket}"
         locks.append(_take_lock(home.socket.parent, why))
