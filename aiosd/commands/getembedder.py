@@ -159,7 +159,7 @@ def _download(work: Path) -> Path:
         pip = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
         try:
             errors = _followed(pip, lambda: progress.show(min(_arrived(work) / SIZE_BYTES, MOST_SHOWN)))
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: pip must not go on without this command
             pip.kill()
             pip.wait()
             raise

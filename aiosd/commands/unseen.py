@@ -78,7 +78,7 @@ def note_variables(spawn: Spawn, spawned: Spawned) -> None:
 
 def note_folder(spawn: Spawn, agent: dict[str, Any]) -> None:
     """After a program has failed: note that it may not write in its working folder, if only the sandbox denies that.
-    Nobody knows whether it wanted to. `agent`: its report as in aios-inspect."""
+    Whether it tried to is not known. `agent`: its report as in aios-inspect."""
     from aiosd.sandbox import box, plan, why
 
     if agent["box"] is None or wire.ENV_PID in os.environ:

@@ -9,8 +9,8 @@ that.
 An agent without a network also requests sockets of the internet here. The kernel refuses these, and so learns of the
 denial, which Linux reports to the program alone.
 
-A request that was received is delivered to nobody else, and its process waits until it is answered. So what a kernel
-has received is noted in the ledger, where the next kernel finds and answers it.
+Linux delivers a request once, and the process that sent it waits until it is answered. So a kernel writes what it has
+received into the ledger, where the next kernel finds and answers it.
 
 Only processes under an agent's seccomp program can send requests at its door: so it is certain which agent they belong
 to.
@@ -54,8 +54,8 @@ def receive(door: int) -> DoorRequest:
 
 
 def refuse_lost(door: int, last: int) -> None:
-    """Refuse requests that were received after the one with the id `last`, and of which nothing is known: whoever
-    received them has died. (Those that nobody has received yet stay.)"""
+    """Refuse requests that a kernel received after the one with the id `last`, and did not write down: it has died.
+    (Requests that were not received yet stay.)"""
     for number in range(last + 1, last + 1 + LOST):
         with contextlib.suppress(OSError):  # ENOENT: there is no such request; EINPROGRESS: it was not received
             fcntl.ioctl(door, _SEND, _ANSWER.pack(number & _ID_MASK, 0, -errno.ECONNRESET, 0))
